@@ -1,0 +1,65 @@
+# make iterate   set up what is missing, then run full rounds: finetune, fuse, evaluate
+# make test      set up what is missing, then run the tests
+.POSIX:
+.SUFFIXES:
+.PHONY: iterate publish test lint format bench assets setup clean help
+
+PYTHON = python3
+ITERATIONS = 1
+JOBS = 2
+CONFIG = configs/demo.toml
+RUN = runs/demo
+# Contributors drawn per iteration, by seed; empty: as CONFIG says; 0: all.
+SAMPLE =
+# GATE=1 keeps the last good base model when a fused model is surely worse than its own base.
+GATE =
+# Where `make publish` writes, and what it publishes.
+TO = runs/published
+MODEL = $(RUN)
+
+venv = .venv
+bin = $(venv)/bin
+ready = $(venv)/ready
+demo = assets/demo/assets.json
+
+iterate: $(ready) $(demo)
+	@PATH="$(CURDIR)/$(bin):$$PATH" RUN="$(RUN)" CONFIG="$(CONFIG)" ITERATIONS="$(ITERATIONS)" JOBS="$(JOBS)" \
+		SAMPLE="$(SAMPLE)" GATE="$(GATE)" sh scripts/iterate.sh
+
+publish: $(ready)
+	$(bin)/coldctl publish "$(MODEL)" --config "$(CONFIG)" --to "$(TO)" \
+		--evaluation "$$($(bin)/coldctl status "$(RUN)" --evaluation)"
+
+test: $(ready)
+	$(bin)/python -m pytest
+
+lint: $(ready)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy
+	$(bin)/lint-imports
+
+format: $(ready)
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+
+bench: $(ready)
+	$(bin)/python benchmarks/fuse.py
+
+assets: $(demo)
+
+setup: $(ready)
+
+$(demo): scripts/demo_assets.py | $(ready)
+	@$(bin)/python scripts/demo_assets.py --to assets/demo
+	@touch $(demo)
+
+# Constraints pin what is installed here; the ranges in pyproject.toml stay open for others.
+$(ready): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "coldctl needs Python 3.11 or newer: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(venv)
+	$(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $(ready)
+
+clean:
+	rm -rf $(venv) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,508 @@
+"""The command line: options become a config, the config goes to one stage, what it returns is shown.
+
+Stages are imported when they are called, so that `--help` loads neither torch nor transformers. Errors become
+one line and an exit code here and nowhere else.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from coldctl import __version__
+from coldctl.core import layout
+from coldctl.core.config import (
+    ConfigFile,
+    DatasetConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    FuseConfig,
+    PublishConfig,
+    RunConfig,
+    read,
+    resolve,
+)
+from coldctl.core.errors import ColdctlError, ConfigError, DeclinedError, OutputError
+
+if TYPE_CHECKING:
+    from coldctl.console import Screen
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="coldctl",
+    help="Recycle finetuned models by ColD Fusion: finetune, fuse, evaluate, publish, again.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Config = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; flags win over them.")]
+Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything that is drawn. [dim]default: 0[/]")]
+Jobs = Annotated[int, typer.Option("--jobs", min=0, help="Pieces of work side by side; 0: as many as there are cores.")]
+Engine = Annotated[str, typer.Option("--engine", metavar="local", help="Where jobs run.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no prose, only errors.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that was made from something else.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a Hub model.")]
+
+
+def main() -> None:
+    """Run the command line; the process ends with the exit code of the design."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:  # click's own: usage
+        _usage(error)
+    if code == INTERRUPTED:  # before or after a stage; within one the boundary has answered
+        _interrupted()
+    sys.exit(code)
+
+
+def _usage(error: Exception) -> NoReturn:
+    """Turn click's exceptions into our exit codes; anything else is a defect of ours and keeps its traceback."""
+    code = getattr(error, "exit_code", None)
+    show = getattr(error, "show", None)
+    if code is None:
+        raise error
+    if callable(show):
+        show()
+    sys.exit(code)
+
+
+def _interrupted() -> NoReturn:
+    sys.stderr.write("interrupted: run the same command again to go on; what was complete is not repeated\n")
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)  # worker threads of torch must not delay the answer
+
+
+@contextmanager
+def _boundary(*, as_json: bool, quiet: bool) -> "Iterator[Screen]":
+    """The one error boundary."""
+    from coldctl.console import Screen
+
+    screen = Screen(as_json=as_json, silent=quiet)
+    try:
+        yield screen
+    except KeyboardInterrupt:
+        _interrupted()
+    except ColdctlError as error:
+        screen.error(error)
+        raise typer.Exit(error.exit_code) from None
+    except BrokenPipeError:
+        raise typer.Exit(0) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        screen.error(OutputError(f"{where}{error.strerror or error}: free the cause and run the same command again"))
+        raise typer.Exit(OutputError.exit_code) from None
+
+
+def _suite(suite: Path | None, config: Path | None) -> tuple[tuple[DatasetConfig, ...], ConfigFile]:
+    """The suite's datasets, and the file that settings come from: --config, else the suite file itself."""
+    if suite is None:
+        return (), read(config)
+    file = read(suite)
+    if not file.datasets:
+        raise ConfigError(f"{suite} has no [[dataset]]: add the datasets of the suite")
+    return file.datasets, read(config) if config is not None else file
+
+
+def _local_engine(engine: str) -> None:
+    if engine != "local":
+        raise ConfigError(f"--engine {engine} is not known: use --engine local")
+
+
+def _version(show: bool) -> None:
+    if show:
+        sys.stdout.write(f"coldctl {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Recycle finetuned models by ColD Fusion (arXiv 2212.01378): finetune, fuse, evaluate, publish, again."""
+
+
+@app.command(epilog="Example: coldctl finetune my-data/ --base roberta-base --output contributions/mine")
+def finetune(
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="Directory, Hub id, URL or RUN to start from.")],
+    output: Annotated[Path, typer.Option("--output", help="The contribution; for a suite its folder; or a RUN.")],
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="[DATA]", help="Directory with train, validation, test files; a file; hf:NAME."),
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option("--suite", metavar="FILE.toml", help="One contribution per seen dataset.")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", min=0, help="Contributors drawn from the suite; 0: all.")
+    ] = None,
+    only: Annotated[str, typer.Option("--only", metavar="A,B", help="Only these datasets of the suite.")] = "",
+    name: Annotated[
+        str | None, typer.Option("--name", help="The contribution's name. [dim]default: the dataset's[/]")
+    ] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Licence of the contribution (SPDX id).")] = None,
+    text: Annotated[str | None, typer.Option("--text", metavar="COLUMN")] = None,
+    text_pair: Annotated[str | None, typer.Option("--text-pair", metavar="COLUMN")] = None,
+    label: Annotated[str | None, typer.Option("--label", metavar="COLUMN")] = None,
+    epochs: Annotated[int | None, typer.Option(help="[dim]default: 10[/]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="[dim]default: 256[/]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak, with linear decay. [dim]default: 5e-5[/]")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens per example. [dim]default: 512, or the model's limit[/]")
+    ] = None,
+    max_train_examples: Annotated[
+        int | None, typer.Option(help="Drawn by seed, classes in proportion; 0: all.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Training examples in all, stratified; 0: no limit.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Validations without improvement before stopping. [dim]default: 20[/]")
+    ] = None,
+    revision: Revision = None,
+    config: Config = None,
+    seed: Seed = None,
+    jobs: Jobs = 0,
+    engine: Engine = "local",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a contribution: train body and head on one dataset, or one contribution per seen dataset of a suite."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.core import data as datasets
+        from coldctl.core import reference
+        from coldctl.engines import local
+        from coldctl.stages import finetune as stage
+
+        _local_engine(engine)
+        if (data is None) == (suite is None):
+            raise ConfigError("give either DATA or --suite FILE.toml: see coldctl finetune --help")
+        suite_datasets, file = _suite(suite, config)
+        flags = {
+            "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length,
+            "max_train_examples": max_train_examples, "shots": shots, "patience": patience, "seed": seed,
+        }  # fmt: skip
+        settings = resolve(FinetuneConfig, file, flags)
+        model = reference.resolve(base, revision)
+        if data is None:
+            chosen = [part for part in only.split(",") if part]
+            work = stage.jobs_of_suite(
+                suite_datasets, model, output, settings, sample=sample, only=chosen, overwrite=overwrite
+            )
+        else:
+            columns = DatasetConfig(
+                "", data, text=text or "text", text_pair=text_pair, label=label or "label", license=license_
+            )
+            dataset = datasets.single(data, columns)
+            work = [stage.single_job(dataset, model, output, settings, name=name, overwrite=overwrite)]
+        with screen.progress() as progress:
+            outcomes = stage.finetune_all(work, local.workers(jobs, len(work)), progress)
+        done = [outcome.result for outcome in outcomes if outcome.result is not None]
+        for item in done:
+            screen.say(_finetuned_line(item))
+        failed = [(work[outcome.index].name, outcome.error) for outcome in outcomes if outcome.error is not None]
+        if failed and len(work) == 1:
+            raise failed[0][1]
+        screen.result(done[0] if len(work) == 1 else {"contributions": done, "failed": [name for name, _ in failed]})
+        if failed:
+            names = ",".join(name for name, _ in failed)
+            screen.as_json = False  # its document is out already
+            raise DeclinedError(
+                f"{len(failed)} of {len(work)} contributions failed: mend the cause and repeat just these with --only {names}",
+                [f"{name}: {error.message}" for name, error in failed],
+            )
+
+
+def _finetuned_line(item: Any) -> str:
+    metrics = item.manifest.get("metrics", {})
+    scores = ", ".join(
+        f"{split} {metric} {value:.1f}" for split, found in metrics.items() for metric, value in found.items()
+    )
+    if item.unchanged:
+        return f"{item.name}: complete already ({scores}), left alone: {item.path}"
+    speed = f"{item.train_examples_per_second:.0f} examples/s"
+    return f"{item.name}: {scores}; {item.stopped}; {speed}; {item.seconds:.0f} s: {item.path}"
+
+
+@app.command(epilog="Example: coldctl fuse contributions/ --base roberta-base --output fused")
+def fuse(
+    contributions: Annotated[list[str], typer.Argument(metavar="CHECKPOINT_OR_FOLDER...", help="What to fuse.")],
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="What the contributions started from.")],
+    output: Annotated[Path, typer.Option("--output", help="Directory of the fused model.")],
+    method: Annotated[str | None, typer.Option("--method", help="mean. [dim]default: mean[/]")] = None,
+    screen_: Annotated[
+        str | None, typer.Option("--screen", help="report, reject or off. [dim]default: report[/]")
+    ] = None,
+    min_contributions: Annotated[
+        int | None, typer.Option(help="How many must remain. [dim]default: more than half[/]")
+    ] = None,
+    strict: Annotated[bool | None, typer.Option("--strict", help="Any drop writes nothing and ends with 3.")] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare with the manifests' digests.")] = False,
+    allow_other_base: Annotated[
+        bool | None, typer.Option("--allow-other-base", help="Take contributions of another base.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the fused model. [dim]default: the base's[/]")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Larger weights are sharded. [dim]default: 5GB[/]")] = None,
+    revision: Revision = None,
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Average the bodies of contributions into a better base model."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.core import reference
+        from coldctl.stages import fuse as stage
+
+        flags = {
+            "method": method, "screen": screen_, "min_contributions": min_contributions, "strict": strict,
+            "verify": False if no_verify else None, "allow_other_base": allow_other_base, "dtype": dtype,
+            "max_shard_size": max_shard_size,
+        }  # fmt: skip
+        settings = resolve(FuseConfig, read(config), flags)
+        model = reference.resolve(base, revision)
+        with screen.progress() as progress:
+            done = stage.fuse(contributions, model, output, settings, overwrite=overwrite, progress=progress)
+        if done.unchanged:
+            screen.say(f"{output}: complete already, left alone")
+        else:
+            from coldctl.console import fuse_table
+
+            records: Sequence[Any] = done.manifest["contributions"]
+            screen.show(fuse_table(records))
+            screen.say(f"fused {sum(item['status'] == 'fused' for item in records)} contributions: {output}")
+        screen.result(done.manifest)
+
+
+@app.command(epilog="Example: coldctl evaluate fused --baseline roberta-base --suite suite.toml --output evaluation")
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Models to measure; a RUN means all its iterations.")
+    ],
+    suite: Annotated[Path, typer.Option("--suite", metavar="FILE.toml", help="The datasets to measure on.")],
+    output: Annotated[Path, typer.Option("--output", help="Directory of the evaluation.")],
+    baseline: Annotated[
+        str | None,
+        typer.Option("--baseline", metavar="MODEL", help="[dim]default: the base that the manifest names[/]"),
+    ] = None,
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--protocol", help="linear-probe, finetune or few-shot; repeatable. [dim]default: linear-probe[/]"
+        ),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option("--seeds", help="Finetuning runs per dataset. [dim]default: 1, which gives no verdict[/]"),
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Training examples of few-shot. [dim]default: 100[/]")] = None,
+    max_train_examples: Annotated[int | None, typer.Option(help="0: all.")] = None,
+    max_test_examples: Annotated[int | None, typer.Option(help="0: all.")] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="Features of a linear probe: mean or first. [dim]default: mean[/]")
+    ] = None,
+    fail_on_regression: Annotated[
+        bool, typer.Option("--fail-on-regression", help="End with 3 if the average gain is surely negative.")
+    ] = False,
+    regression_margin: Annotated[
+        float | None, typer.Option(metavar="POINTS", help="How much loss is accepted. [dim]default: 0[/]")
+    ] = None,
+    revision: Revision = None,
+    config: Config = None,
+    seed: Seed = None,
+    jobs: Jobs = 0,
+    engine: Engine = "local",
+    as_json: Json = False,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure whether models are better base models than a baseline, with intervals, on a suite of datasets."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.console import evaluation_tables
+        from coldctl.core import reference, scoring
+        from coldctl.stages import evaluate as stage
+
+        _local_engine(engine)
+        datasets, file = _suite(suite, config)
+        flags = {
+            "protocol": tuple(protocol) if protocol else None, "seeds": seeds, "shots": shots, "pooling": pooling,
+            "max_train_examples": max_train_examples, "max_test_examples": max_test_examples,
+            "regression_margin": regression_margin, "seed": seed,
+        }  # fmt: skip
+        settings = resolve(EvaluateConfig, file, flags)
+        finetuning = resolve(FinetuneConfig, file, {"seed": seed})
+        found = [model for item in models for model in stage.models_of(item, revision)]
+        against = reference.resolve(baseline, revision) if baseline else stage.default_baseline(found[0])
+        with screen.progress() as progress:
+            done = stage.evaluate(
+                found,
+                against,
+                datasets,
+                output,
+                settings,
+                finetuning,
+                jobs=jobs,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        screen.show(*evaluation_tables(done.results))
+        screen.say(f"{'complete already, left alone' if done.unchanged else 'written'}: {output}")
+        screen.result(done.results)
+        if fail_on_regression and (losses := scoring.regressions(done.results, settings.regression_margin)):
+            screen.as_json = False  # its document is out already
+            raise DeclinedError("the average gain is negative beyond doubt", losses)
+
+
+@app.command(epilog="Example: coldctl publish fused --to my-model --evaluation evaluation --license apache-2.0")
+def publish(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The fused model.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to publish it.")],
+    evaluation: Annotated[
+        Path | None, typer.Option("--evaluation", help="Directory that `coldctl evaluate` wrote.")
+    ] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Licence of the model (SPDX id).")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The model's name on its card.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Larger weights are sharded. [dim]default: 5GB[/]")] = None,
+    revision: Revision = None,
+    config: Config = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a fused model into a directory that anyone can load, with a model card."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.core import reference
+        from coldctl.stages import publish as stage
+
+        if "://" in str(to) or str(to).startswith("hf:"):
+            raise ConfigError(f"--to {to}: give a directory, and upload that with `hf upload`")
+        settings = resolve(
+            PublishConfig, read(config), {"license": license_, "name": name, "max_shard_size": max_shard_size}
+        )
+        source = reference.resolve(model, revision)
+        with screen.progress() as progress:
+            done = stage.publish(source, to, settings, evaluation=evaluation, overwrite=overwrite, progress=progress)
+        screen.say(f"{to}: {'complete already, left alone' if done.unchanged else 'published, loaded and compared'}")
+        screen.result(done.manifest)
+
+
+@app.command(epilog="Example: coldctl check contributions/ --base roberta-base")
+def check(
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT_OR_FOLDER...", help="What to examine.")],
+    base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="The base they should fit.")] = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Read all data and verify digests.")] = False,
+    revision: Revision = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say whether checkpoints would fuse, from their headers alone, in milliseconds."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.console import check_table
+        from coldctl.core import reference
+        from coldctl.stages import check as stage
+
+        model = reference.resolve(base, revision) if base else None
+        with screen.progress() as progress:
+            report = stage.check(checkpoints, model, deep=deep, progress=progress)
+        screen.show(check_table(report))
+        screen.say(f"not examined: {'; '.join(report.not_examined)}")
+        screen.result({"sound": report.sound, "checked": report.checked, "not_examined": report.not_examined})
+        if not report.sound:
+            raise typer.Exit(DeclinedError.exit_code)
+
+
+@app.command(epilog="Example: coldctl lineage runs/demo/iteration-002/fused")
+def lineage(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A fused or published model, or a contribution.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show where a model came from: pretrained model, iterations, contributions accepted and refused."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.console import lineage_tree
+        from coldctl.core import reference
+        from coldctl.stages import lineage as stage
+
+        generations = stage.lineage(reference.resolve(model))
+        screen.show(lineage_tree(generations))
+        screen.result({"lineage": generations})
+
+
+@app.command(epilog="Example: coldctl status runs/demo")
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Only print where iteration 1 starts, for scripts.")
+    ] = False,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Only print where the base model's evaluation is.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show a run's iterations: what is complete, missing, running."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.console import status_table
+        from coldctl.stages import status as stage
+
+        found = stage.status(run)
+        if pretrained or evaluation:
+            sys.stdout.write(f"{found.pretrained if pretrained else found.evaluation or ''}\n")
+            return
+        screen.show(status_table(found))
+        screen.result(found)
+
+
+@app.command(epilog="Example: coldctl plan runs/demo --config configs/demo.toml --iterations 2")
+def plan(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, made if it is missing.")],
+    config: Annotated[
+        Path, typer.Option("--config", metavar="FILE.toml", help="[run] names the base; the suite, the settings.")
+    ],
+    iterations: Annotated[int, typer.Option(min=0, help="New iterations; an unmet target is finished first.")] = 1,
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="Contributors per iteration, drawn by seed; 0: all.")
+    ] = None,
+    gate: Annotated[bool, typer.Option("--gate", help="Promote a fused model only if it is no regression.")] = False,
+    seed: Seed = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Start or extend a run, and print the numbers of the iterations still to be made."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.stages import plan as stage
+
+        file = read(config)
+        settings = resolve(RunConfig, file, {"sample": sample})
+        numbers = stage.plan(run, file, settings, iterations=iterations, seed=seed or 0, gate=gate)
+        if as_json:
+            screen.result({"run": str(run), "iterations": numbers})
+        else:
+            sys.stdout.write("".join(f"{number:03d}\n" for number in numbers))
+
+
+@app.command(epilog="Example: coldctl promote runs/demo")
+def promote(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Decide about the newest fused model of a run: it becomes the base, unless the gate says no."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.stages import plan as stage
+
+        decision = stage.promote(run)
+        where = layout.fused(run, decision.number)
+        if decision.promoted:
+            screen.say(f"iteration {decision.number} is promoted: the next base model is {where}")
+        else:
+            screen.say(f"iteration {decision.number} is not promoted, the base model stays: {decision.reason}")
+        screen.result(decision)

@@ -1,0 +1,246 @@
+"""What a person sees: progress bars and prose on stderr, one JSON document or tables, never both on stdout."""
+
+import json
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.tree import Tree
+
+from coldctl.core.errors import ColdctlError
+from coldctl.core.progress import SILENT, Progress
+from coldctl.core.report import group_name
+
+_VERDICT_STYLE = {"better": "green", "worse": "red"}
+_SHORT_VERDICT = {"better": "better", "worse": "worse", "indistinguishable": "within noise", None: "one seed"}
+
+
+class Screen:
+    """The one place that writes to the terminal."""
+
+    def __init__(self, *, as_json: bool = False, silent: bool = False) -> None:
+        self.as_json = as_json
+        self._silent = silent
+        self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """A listener for stages: bars while stderr is a terminal, lines of prose otherwise, nothing with --quiet."""
+        if self._silent:
+            yield SILENT
+            return
+        if not self._errors.is_terminal:
+            yield _Prose(self)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+        )
+        more = (TimeRemainingColumn(), TextColumn("{task.fields[detail]}", style="dim"))
+        with Bars(*columns, *more, console=self._errors, transient=True) as bars:
+            yield _Bars(bars, self)
+
+    def say(self, message: str, style: str | None = None) -> None:
+        """One line of prose on stderr, unless --quiet. A stranger's control codes are made harmless."""
+        if not self._silent:
+            self._errors.print(escape(printable(message)), style=style)
+
+    def show(self, *renderables: Any) -> None:
+        """Tables and trees for people: on stderr, so that stdout stays free for --json and pipes."""
+        if not self._silent:
+            for renderable in renderables:
+                self._errors.print(renderable)
+
+    def result(self, document: Any) -> None:
+        """The JSON document of --json."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n")
+
+    def error(self, error: ColdctlError) -> None:
+        """An error in one line, with the findings it lists below it."""
+        if self.as_json:
+            self.result({"error": error.message, "details": list(error.details), "exit_code": error.exit_code})
+        self._errors.print(f"[bold red]error:[/] {escape(printable(error.message))}")
+        for detail in error.details:
+            self._errors.print(f"  - {escape(printable(detail))}")
+
+
+class _Prose:
+    """Without a terminal only the notes are said."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+
+    def begin(self, task: str, total: int | None, unit: str) -> None:
+        pass
+
+    def advance(self, task: str, steps: int, detail: str = "") -> None:
+        pass
+
+    def end(self, task: str) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        self._screen.say(message)
+
+
+class _Bars:
+    """Draws bars with rich; calls may come from several threads."""
+
+    def __init__(self, bars: Bars, screen: Screen) -> None:
+        self._bars = bars
+        self._screen = screen
+        self._tasks: dict[str, TaskID] = {}
+        self._lock = threading.Lock()
+
+    def begin(self, task: str, total: int | None, unit: str) -> None:
+        with self._lock:
+            self._tasks[task] = self._bars.add_task(escape(printable(task)), total=total, unit=unit, detail="")
+
+    def advance(self, task: str, steps: int, detail: str = "") -> None:
+        with self._lock:
+            if task in self._tasks:
+                fields = {"detail": detail} if detail else {}
+                self._bars.update(self._tasks[task], advance=steps, **fields)  # type: ignore[arg-type]
+
+    def end(self, task: str) -> None:
+        with self._lock:
+            if task in self._tasks:
+                self._bars.remove_task(self._tasks.pop(task))
+
+    def note(self, message: str) -> None:
+        self._screen.say(message)
+
+
+def printable(text: str) -> str:
+    """Text without anything that a terminal would obey: escape codes, carriage returns, bells."""
+    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
+
+
+def evaluation_tables(results: dict[str, Any]) -> list[Table]:
+    """One table per model and protocol: what the baseline scores, what the model scores, the gain."""
+    tables = []
+    baseline = results["baseline"]["name"]
+    for model, protocol in dict.fromkeys((entry["model"], entry["protocol"]) for entry in results["results"]):
+        table = Table(title=escape(printable(f"{model} against {baseline}, {protocol}")), title_justify="left")
+        table.add_column("dataset")
+        table.add_column("role")
+        for column in (baseline, model):
+            table.add_column(escape(printable(column)), justify="right")
+        table.add_column("gain [95 % interval]", justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for entry in results["results"]:
+            if (entry["model"], entry["protocol"]) == (model, protocol):
+                table.add_row(escape(printable(entry["dataset"])), entry["role"], *_cells(entry))
+        table.add_section()
+        for entry in results["averages"]:
+            if (entry["model"], entry["protocol"]) == (model, protocol):
+                table.add_row(group_name(entry["group"]), "", *_cells(entry), style="bold")
+        tables.append(table)
+    return tables
+
+
+def _cells(entry: dict[str, Any]) -> list[str]:
+    style = _VERDICT_STYLE.get(entry["verdict"] or "", "dim")
+    deviation = f" ± {entry['std']:.1f}" if entry.get("std") is not None else ""
+    return [
+        f"{entry['baseline_mean']:.1f}",
+        f"{entry['mean']:.1f}{deviation}",
+        f"[{style}]{entry['gain']:+.1f}[/] \\[{entry['gain_interval'][0]:+.1f}, {entry['gain_interval'][1]:+.1f}]",
+        f"[{style}]{_SHORT_VERDICT[entry['verdict']]}[/]",
+    ]
+
+
+def fuse_table(contributions: Sequence[dict[str, Any]]) -> Table:
+    """What went into a fused model, and how each contribution moved."""
+    table = Table()
+    for column, justify in (
+        ("contribution", "left"),
+        ("weight", "right"),
+        ("update norm", "right"),
+        ("cosine to mean", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table.add_column("")
+    for item in contributions:
+        verified = "verified" if item["verified"] else "unverified"
+        note = verified if item["status"] == "fused" else f"[red]rejected: {escape(printable(item['reason'] or ''))}[/]"
+        numbers = ["–" if item[key] is None else f"{item[key]:.3f}" for key in ("update_norm", "cosine_to_mean")]
+        table.add_row(escape(printable(item["name"])), f"{item['weight']:.3f}", *numbers, note)
+    return table
+
+
+def check_table(report: Any) -> Table:
+    """The verdicts of `check`."""
+    table = Table()
+    for column in ("checkpoint", "kind", "body tensors", "size", "verdict"):
+        table.add_column(column, justify="right" if column in ("body tensors", "size") else "left")
+    for item in report.checked:
+        findings = [f"[red]{escape(printable(problem))}[/]" for problem in item.problems]
+        findings += [f"[dim]{escape(printable(note))}[/]" for note in item.notes]
+        if not item.problems:
+            findings.insert(0, "[green]sound[/]")
+        size = f"{item.bytes / 1e6:.1f} MB"
+        table.add_row(escape(printable(item.name)), item.kind, str(item.tensors), size, "\n".join(findings))
+    return table
+
+
+def lineage_tree(generations: Sequence[Any]) -> Tree:
+    """The ancestry, newest first, with the contributions below the model they were fused into."""
+    newest = generations[-1]
+    tree = Tree(_generation(newest))
+    branch = tree
+    for index in range(len(generations) - 1, -1, -1):
+        for item in generations[index].contributions:
+            refused = item.get("status") == "rejected"
+            note = f" [red]refused: {escape(printable(str(item.get('reason'))))}[/]" if refused else ""
+            data = item.get("dataset") or "a dataset not stated"
+            branch.add(f"{escape(printable(str(item.get('name'))))} [dim]on {escape(printable(str(data)))}[/]{note}")
+        if index:
+            branch = branch.add(_generation(generations[index - 1]))
+    return tree
+
+
+def _generation(generation: Any) -> str:
+    digest = escape(printable(generation.body_digest[:19]))
+    return f"[bold]{escape(printable(generation.name))}[/] [dim]{escape(printable(generation.kind))}, {digest}…[/]"
+
+
+def status_table(status: Any) -> Table:
+    """A run's iterations: what is there, what is missing, what is running."""
+    table = Table(
+        title=escape(printable(f"target {status.target} iterations, next base: {Path(status.base_model).name}")),
+        title_justify="left",
+    )
+    for column in ("iteration", "contributions", "running", "unfinished", "fused", "evaluated", "promoted"):
+        table.add_column(column)
+    for item in status.iterations:
+        promoted = {True: "yes", False: "no", None: "–"}[item.promoted]
+        lists = [
+            escape(printable(", ".join(names))) or "–" for names in (item.contributions, item.running, item.unfinished)
+        ]
+        table.add_row(
+            f"{item.number:03d}", *lists, *("yes" if there else "–" for there in (item.fused, item.evaluated)), promoted
+        )
+    return table
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,1 @@
+"""What the stages are made of: contracts on disk, arithmetic on bodies, data, training, scoring."""

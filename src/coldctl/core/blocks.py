@@ -1,0 +1,163 @@
+"""Reading many bodies side by side in blocks of constant size, each byte once, while digests are taken.
+
+A block is the same range of elements of the same tensor in the base and in every contribution. The memory for
+blocks is a constant that the contributions share, so it grows neither with their number nor with their size.
+Reader threads fill one set of buffers while the caller computes on the other; files and sha256 let go of the
+interpreter's lock, so both cores work.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, digest_prelude
+
+MEMORY = 48 << 20  # bytes of buffers, over both sets
+_LARGEST = 1 << 20  # elements per block: more gains nothing
+_THREADS = 2
+
+
+@dataclass(frozen=True)
+class Block:
+    """Elements `start:stop` (row-major) of one floating body tensor, in stored dtypes.
+
+    The arrays are views of buffers that are overwritten after the next block has been asked for.
+    """
+
+    name: str
+    start: int
+    stop: int
+    base: NDArray[Any]
+    contributions: Sequence[NDArray[Any]]
+
+
+class Digester:
+    """Takes a checkpoint's body digest, and on request its files' sha256, from pieces as they are read.
+
+    The pieces come in name order. Where that is also the file's order, as it is for what torch writes, one
+    read serves both; bytes between (header, head) are read here. Other files are read again at the end.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, files: bool) -> None:
+        self._checkpoint = checkpoint
+        self._body = hashlib.sha256()
+        self._files = {name: hashlib.sha256() for name in checkpoint.files} if files else {}
+        self._cursors = dict.fromkeys(self._files, 0)
+
+    def feed(self, name: str, tensor: Tensor, start: int, data: memoryview) -> None:
+        """Take in `data`, the elements of `tensor` from `start` on."""
+        if start == 0:
+            self._body.update(digest_prelude(name, tensor))
+        self._body.update(data)
+        if tensor.file in self._files:
+            offset = tensor.offset + start * DTYPES[tensor.dtype].itemsize
+            cursor = self._cursors[tensor.file]
+            if 0 <= cursor <= offset:
+                self._skip_to(tensor.file, offset)
+                self._files[tensor.file].update(data)
+                self._cursors[tensor.file] = offset + len(data)
+            else:
+                self._cursors[tensor.file] = -1  # out of order: hashed again as a whole at the end
+
+    def body_digest(self) -> str:
+        """The body digest, once all floating body tensors were fed."""
+        return "sha256:" + self._body.hexdigest()
+
+    def file_digests(self) -> dict[str, str]:
+        """The sha256 of every weight file, with what was not fed read now."""
+        for name, cursor in self._cursors.items():
+            if cursor < 0:
+                self._files[name] = hashlib.sha256()
+                self._cursors[name] = 0
+            self._skip_to(name, self._checkpoint.files[name])
+        return {name: "sha256:" + hasher.hexdigest() for name, hasher in self._files.items()}
+
+    def _skip_to(self, name: str, offset: int) -> None:
+        buffer = memoryview(bytearray(min(1 << 20, max(0, offset - self._cursors[name]))))
+        while self._cursors[name] < offset:
+            part = buffer[: min(len(buffer), offset - self._cursors[name])]
+            self._checkpoint.read_file(name, self._cursors[name], part)
+            self._files[name].update(part)
+            self._cursors[name] += len(part)
+
+
+def block_length(inputs: int) -> int:
+    """Elements per block for that many bodies at once, whatever their dtypes: a share of the constant memory."""
+    return max(1, min(_LARGEST, MEMORY // (2 * 8 * (inputs + 1))))
+
+
+def read_blocks(
+    base: Checkpoint,
+    contributions: Sequence[Checkpoint],
+    names: Sequence[str],
+    digesters: Sequence[Digester | None] | None = None,
+    length: int | None = None,
+) -> Iterator[Block]:
+    """Yield the blocks of the tensors `names`, in that order, of the base and of all contributions.
+
+    `names` are floating body tensors of the base. A contribution that lacks one (a pooler) gives the base's
+    elements. `digesters` (of the base and of each contribution) are fed with everything read. Raises CheckpointError.
+    """
+    length = length or block_length(len(contributions))
+    inputs = [base, *contributions]
+    takers = digesters or [None] * len(inputs)
+    plan = [
+        (name, start, min(start + length, base.body[name].size))
+        for name in names
+        for start in range(0, max(1, base.body[name].size), length)
+    ]
+    sets = [[bytearray(length * 8) for _ in inputs] for _ in range(2)]
+    with _Workers(min(_THREADS, len(inputs))) as workers:
+
+        def request(number: int) -> list[Future[NDArray[Any] | None]]:
+            name, start, stop = plan[number]
+            buffers = sets[number % 2]
+            return [
+                workers.submit(index, partial(_fill, inputs[index], name, start, stop, buffers[index], takers[index]))
+                for index in range(len(inputs))
+            ]
+
+        waiting = request(0) if plan else []
+        for number, (name, start, stop) in enumerate(plan):
+            arrays = [future.result() for future in waiting]
+            waiting = request(number + 1) if number + 1 < len(plan) else []
+            first = arrays[0]
+            assert first is not None
+            yield Block(name, start, stop, first, [first if array is None else array for array in arrays[1:]])
+
+
+def _fill(
+    checkpoint: Checkpoint, name: str, start: int, stop: int, buffer: bytearray, digester: Digester | None
+) -> NDArray[Any] | None:
+    tensor = checkpoint.body.get(name)
+    if tensor is None:
+        return None
+    dtype = DTYPES[tensor.dtype]
+    part = memoryview(buffer)[: (stop - start) * dtype.itemsize]
+    checkpoint.read_into(tensor, start, part)
+    if digester is not None:
+        digester.feed(name, tensor, start, part)
+    return np.frombuffer(part, dtype)
+
+
+class _Workers:
+    """Threads that each own some of the inputs, so that one input's pieces are read and hashed in order."""
+
+    def __init__(self, count: int) -> None:
+        self._pools = [ThreadPoolExecutor(1, thread_name_prefix="coldctl-read") for _ in range(count)]
+
+    def submit(self, index: int, work: Callable[[], NDArray[Any] | None]) -> Future[NDArray[Any] | None]:
+        return self._pools[index % len(self._pools)].submit(work)
+
+    def __enter__(self) -> "_Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools:
+            pool.shutdown(wait=True, cancel_futures=True)

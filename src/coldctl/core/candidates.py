@@ -1,0 +1,85 @@
+"""Finding the checkpoints that a list of arguments means, in an order that no caller can influence."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from coldctl.core import layout
+from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.core.errors import ColdctlError, ModelError
+from coldctl.core.progress import Progress
+from coldctl.core.reference import resolve
+from coldctl.core.storage import open_folder, subfolders
+
+
+@dataclass
+class Candidate:
+    """A contribution on its way into a fused model, with everything found out about it so far."""
+
+    name: str
+    place: str
+    checkpoint: Checkpoint | None  # None if it could not even be opened
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    digest: str | None = None  # of the body, computed or (unverified) stated
+    verified: bool = False
+    update_norm: float | None = None
+    cosine_to_mean: float | None = None
+
+    @property
+    def stated_digest(self) -> str | None:
+        """The body digest that its manifest states."""
+        return self.checkpoint.manifest["body_digest"] if self.checkpoint and self.checkpoint.manifest else None
+
+
+def gather(references: Sequence[str], progress: Progress) -> list[Candidate]:
+    """Open checkpoints, and the checkpoints directly inside folders.
+
+    The order is that of the digests that the manifests state, of the names where there is none, whatever the
+    order of the arguments. A checkpoint that cannot be opened is a candidate with a problem. Raises ModelError
+    for an argument that holds none.
+    """
+    candidates = [item for reference in references for item in _found_at(reference, progress)]
+    names = [item.name for item in candidates]
+    for item in candidates:
+        if names.count(item.name) > 1 and item.checkpoint is not None and item.stated_digest is None:
+            item.digest = body_digest(item.checkpoint)  # equal names do not order: their bodies do
+    candidates.sort(key=lambda item: (item.stated_digest or item.name, item.digest or "", item.name))
+    seen: dict[str, int] = {}
+    for item in candidates:
+        seen[item.name] = seen.get(item.name, 0) + 1
+        if seen[item.name] > 1:
+            item.name = f"{item.name}-{seen[item.name]}"
+    return candidates
+
+
+def _found_at(reference: str, progress: Progress) -> list[Candidate]:
+    model = resolve(reference)
+    if _is_checkpoint(model.place):
+        return [_open(model.name, model.place)]
+    found = []
+    for child in map(str, subfolders(model.place)):
+        name = child.rstrip("/").rsplit("/", 1)[-1]
+        if name.startswith("."):
+            progress.note(f"skipped {name}: unfinished work")
+        elif not _is_checkpoint(child):
+            progress.note(f"skipped {name}: not a checkpoint")
+        else:
+            found.append(_open(name, child))
+    if not found:
+        raise ModelError(f"{reference} holds no checkpoint and no folder that does: give contributions")
+    return found
+
+
+def _is_checkpoint(place: str) -> bool:
+    folder = open_folder(place)
+    return folder.has(layout.MANIFEST) or folder.has(layout.MODEL_CONFIG)
+
+
+def _open(name: str, place: str) -> Candidate:
+    try:
+        checkpoint = open_checkpoint(open_folder(place), name)
+    except ColdctlError as error:
+        return Candidate(name, place, None, problems=[error.message])
+    if checkpoint.manifest is not None:
+        name = checkpoint.manifest["name"]
+    return Candidate(name, place, checkpoint)

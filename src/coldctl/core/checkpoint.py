@@ -1,0 +1,337 @@
+"""Safetensors checkpoints, read by header and by range: which tensors there are, which are the body, their digest.
+
+Nothing here maps or loads a whole file, and nothing imports torch. A checkpoint from a stranger is only ever
+parsed: JSON headers with every offset checked, then bytes.
+"""
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from coldctl.core import layout
+from coldctl.core.encoders import BODY_PREFIXES
+from coldctl.core.errors import CheckpointError, ModelError
+from coldctl.core.manifest import Manifest, parse
+from coldctl.core.storage import Folder, Reader
+
+HEADER_LIMIT = 100 << 20  # bytes, as the safetensors library has it
+TENSOR_LIMIT = 1_000_000  # tensors in one checkpoint
+_CHUNK = 4 << 20  # bytes read at a time when hashing
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One stored tensor: where its bytes are and what they mean."""
+
+    file: str
+    offset: int  # of the first byte, in the file
+    dtype: str  # the safetensors name
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.size * DTYPES[self.dtype].itemsize
+
+    @property
+    def floating(self) -> bool:
+        """Whether it is averaged and digested; integer buffers come from the base."""
+        return self.dtype in FLOATING
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint whose headers have been read and checked; its tensors are read on demand."""
+
+    folder: Folder
+    name: str
+    config: dict[str, Any]
+    body: dict[str, Tensor]  # by unprefixed name, sorted
+    heads: tuple[str, ...]  # raw names of the tensors outside the body, never fused
+    prefix: str  # what stands before the body's names in the files, "" for a bare encoder
+    files: dict[str, int]  # weight files and their sizes in bytes
+    manifest: Manifest | None = None
+    _readers: dict[str, Reader] = field(default_factory=dict, repr=False)
+
+    @property
+    def label(self) -> str:
+        """How messages name it: its place."""
+        return self.folder.label
+
+    def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
+        """Read elements of `tensor` from index `start` (row-major) into `buffer` (bytes). Raises CheckpointError."""
+        self.read_file(tensor.file, tensor.offset + start * DTYPES[tensor.dtype].itemsize, buffer)
+
+    def read_file(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from byte `offset` of a weight file. Raises CheckpointError."""
+        reader = self._readers.get(name)
+        if reader is None:
+            reader = self._readers[name] = self.folder.open(name)
+        reader.read_into(offset, buffer)
+
+    def read(self, name: str) -> NDArray[Any]:
+        """One whole body tensor, in its stored dtype and shape."""
+        tensor = self.body[name]
+        array = np.empty(tensor.shape, DTYPES[tensor.dtype])
+        self.read_into(tensor, 0, array.reshape(-1).view(np.uint8).data)
+        return array
+
+    def close(self) -> None:
+        """Close the files."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+
+def open_checkpoint(folder: Folder, name: str) -> Checkpoint:
+    """Read a checkpoint's config, manifest (if it has one) and safetensors headers.
+
+    Raises CheckpointError or ModelError for anything that is missing, inconsistent, unsafe, or no encoder.
+    """
+    config = read_model_config(folder)
+    tensors, files = read_tensors(folder)
+    prefix = body_prefix(config, tensors, folder.label)
+    body, heads = {}, []
+    for raw, tensor in tensors.items():
+        if prefix and not raw.startswith(prefix):
+            heads.append(raw)
+            continue
+        unprefixed = modern_name(raw[len(prefix) :])
+        if unprefixed in body:
+            raise CheckpointError(f"{folder.label}: two tensors are called {unprefixed!r}: the checkpoint is ambiguous")
+        body[unprefixed] = tensor
+    manifest = (
+        parse(folder.read(layout.MANIFEST), f"{folder.label}/{layout.MANIFEST}")
+        if folder.has(layout.MANIFEST)
+        else None
+    )
+    return Checkpoint(folder, name, config, dict(sorted(body.items())), tuple(heads), prefix, files, manifest)
+
+
+def read_model_config(folder: Folder) -> dict[str, Any]:
+    """`config.json` as a dict. Raises ModelError if it is missing or describes something that is no encoder."""
+    if not folder.has(layout.MODEL_CONFIG):
+        raise ModelError(f"{folder.label} has no {layout.MODEL_CONFIG}: it is not a Hugging Face checkpoint")
+    config = _json_object(folder.read(layout.MODEL_CONFIG), f"{folder.label}/{layout.MODEL_CONFIG}")
+    kind = config.get("model_type")
+    architectures = config.get("architectures") or [""]
+    if not isinstance(kind, str) or not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise ModelError(
+            f"{folder.label}/{layout.MODEL_CONFIG} names no model_type: it is not a Hugging Face checkpoint"
+        )
+    generates = architectures[0].endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
+    if kind not in BODY_PREFIXES or config.get("is_decoder") or config.get("is_encoder_decoder") or generates:
+        raise ModelError(
+            f"{folder.label} is a {kind} model ({architectures[0] or 'no architecture named'}), not a text encoder: "
+            "take one such as BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa-v2 or ModernBERT"
+        )
+    return config
+
+
+def read_tensors(folder: Folder) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """All tensors of a checkpoint by raw name, over its shards, and the weight files with their sizes.
+
+    Raises CheckpointError.
+    """
+    if folder.has(layout.WEIGHTS):
+        names, where = [layout.WEIGHTS], None
+    elif folder.has(layout.WEIGHTS_INDEX):
+        index = _json_object(folder.read(layout.WEIGHTS_INDEX), f"{folder.label}/{layout.WEIGHTS_INDEX}")
+        where = index.get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+            raise CheckpointError(
+                f"{folder.label}/{layout.WEIGHTS_INDEX} has no weight_map: fetch the checkpoint again"
+            )
+        names = sorted(set(where.values()))
+    else:
+        pickled = [name for name in folder.names() if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        if pickled:
+            raise CheckpointError(
+                f"{folder.label} has only pickled weights ({pickled[0]}), which can execute code: convert them to safetensors"
+            )
+        raise CheckpointError(f"{folder.label} has no {layout.WEIGHTS}: it holds no weights")
+    tensors: dict[str, Tensor] = {}
+    files: dict[str, int] = {}
+    for name in names:
+        reader = folder.open(name)
+        try:
+            found = read_header(reader, name, f"{folder.label}/{name}")
+        finally:
+            reader.close()
+        files[name] = reader.size
+        for raw, tensor in found.items():
+            if where is not None and where.get(raw) != name:
+                raise CheckpointError(f"{folder.label}: {raw!r} stands in {name} but not in the index: fetch it again")
+            if raw in tensors:
+                raise CheckpointError(f"{folder.label}: {raw!r} stands in two shards: the checkpoint is ambiguous")
+            tensors[raw] = tensor
+    if where is not None and (lost := sorted(set(where) - set(tensors))):
+        raise CheckpointError(f"{folder.label}: the index names {lost[0]!r}, which no shard holds: fetch it again")
+    if len(tensors) > TENSOR_LIMIT:
+        raise CheckpointError(f"{folder.label} has more than {TENSOR_LIMIT} tensors: this is no encoder")
+    return tensors, files
+
+
+def read_header(reader: Reader, file: str, where: str) -> dict[str, Tensor]:
+    """The tensors that a safetensors file declares, with every size and offset checked against the file.
+
+    The tensors must cover the data exactly, in any order, without gaps or overlaps, as the format demands.
+    Raises CheckpointError.
+    """
+    remedy = "the file is corrupt, fetch it again"
+    if reader.size < 8:
+        raise CheckpointError(f"{where} is too short for a safetensors file: {remedy}")
+    head = memoryview(bytearray(8))
+    reader.read_into(0, head)
+    (length,) = struct.unpack("<Q", head)
+    if length > HEADER_LIMIT or 8 + length > reader.size:
+        raise CheckpointError(f"{where} claims a header of {length} bytes in a file of {reader.size}: {remedy}")
+    raw = memoryview(bytearray(length))
+    reader.read_into(8, raw)
+    header = _json_object(bytes(raw), f"{where} (header)")
+    start = 8 + length
+    tensors: dict[str, Tensor] = {}
+    spans = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        tensor, span = _tensor(name, entry, file, start, where)
+        tensors[name] = tensor
+        spans.append((*span, name))
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            raise CheckpointError(f"{where}: {name!r} starts at byte {begin}, not at {end} (gap or overlap): {remedy}")
+        end = stop
+    if start + end != reader.size:
+        raise CheckpointError(f"{where} holds {reader.size - start} bytes of data, its header says {end}: {remedy}")
+    return tensors
+
+
+def body_prefix(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> str:
+    """What stands before the body's tensor names: `roberta.`, `bert.` …, or "" for a bare encoder."""
+    prefix = BODY_PREFIXES[config["model_type"]] + "."
+    if any(name.startswith(prefix) for name in tensors):
+        return prefix
+    if not tensors:
+        raise CheckpointError(f"{where} holds no tensors: fetch it again")
+    return ""
+
+
+def modern_name(name: str) -> str:
+    """Old checkpoints call a layer norm's parameters gamma and beta.
+
+    >>> modern_name("encoder.layer.0.output.LayerNorm.gamma")
+    'encoder.layer.0.output.LayerNorm.weight'
+    """
+    for old, new in (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias")):
+        if name.endswith(old):
+            return name[: -len(old)] + new
+    return name
+
+
+def is_pooler(name: str) -> bool:
+    """Whether an unprefixed body tensor belongs to the pooler, which some head classes leave out."""
+    return name.startswith("pooler.")
+
+
+def digest_prelude(name: str, tensor: Tensor) -> bytes:
+    """What the body digest takes in before a tensor's bytes: `name NUL dtype NUL d0,d1,… NUL`."""
+    return b"\0".join([name.encode(), tensor.dtype.encode(), ",".join(map(str, tensor.shape)).encode(), b""])
+
+
+def body_digest(checkpoint: Checkpoint) -> str:
+    """The body digest of a checkpoint, computed from its files.
+
+    sha256 over the floating body tensors sorted by unprefixed name, each as its prelude and its little-endian
+    bytes: equal for equal bodies whatever layout, sharding, prefix or head.
+    """
+    hasher = hashlib.sha256()
+    for piece in _digested(checkpoint):
+        hasher.update(piece)
+    return "sha256:" + hasher.hexdigest()
+
+
+def _digested(checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
+    buffer = memoryview(bytearray(_CHUNK))
+    for name, tensor in checkpoint.body.items():
+        if not tensor.floating:
+            continue
+        yield digest_prelude(name, tensor)
+        itemsize = DTYPES[tensor.dtype].itemsize
+        step = _CHUNK // itemsize
+        for start in range(0, tensor.size, step):
+            part = buffer[: min(step, tensor.size - start) * itemsize]
+            checkpoint.read_into(tensor, start, part)
+            yield part
+
+
+def _tensor(name: str, entry: Any, file: str, start: int, where: str) -> tuple[Tensor, tuple[int, int]]:
+    """Check one header entry. Raises CheckpointError."""
+    remedy = "the file is corrupt, fetch it again"
+    try:
+        dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{where}: {name!r} lacks dtype, shape or data_offsets: {remedy}") from None
+    if dtype not in DTYPES if isinstance(dtype, str) else True:
+        raise CheckpointError(
+            f"{where}: {name!r} has the dtype {dtype!r}, which is not supported: convert the checkpoint"
+        )
+    numbers = [*shape, begin, stop] if isinstance(shape, list) else [None]
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) or len(shape) > 16:
+        raise CheckpointError(f"{where}: {name!r} has an impossible shape or offset: {remedy}")
+    if math.prod(shape) * DTYPES[dtype].itemsize != stop - begin:
+        raise CheckpointError(
+            f"{where}: {name!r} of shape {shape} and {dtype} does not fill its {stop - begin} bytes: {remedy}"
+        )
+    return Tensor(file, start + begin, dtype, tuple(shape)), (begin, stop)
+
+
+def _json_object(data: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object strictly: UTF-8, no duplicate keys. Raises CheckpointError."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        document = dict(pairs)
+        if len(document) != len(pairs):
+            raise ValueError("a key stands twice")
+        return document
+
+    try:
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not readable JSON ({error}): fetch it again") from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{where} is not a JSON object: fetch it again")
+    return document

@@ -1,0 +1,102 @@
+"""Whether a contribution can be fused with a base, judged from headers, configs and manifests alone."""
+
+from dataclasses import dataclass, field
+
+from coldctl.core.checkpoint import Checkpoint, is_pooler
+
+_LISTED = 3  # names that one finding spells out
+
+
+@dataclass
+class Verdict:
+    """What speaks against fusing a checkpoint, and what is only worth knowing."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, allow_other_base: bool) -> Verdict:
+    """Compare a checkpoint's body with the base's by names, shapes and declared base.
+
+    `base_digest` is the base's body digest where it is known; None leaves that comparison out.
+    """
+    verdict = Verdict()
+    kinds = base.config["model_type"], other.config["model_type"]
+    if kinds[0] != kinds[1]:
+        verdict.problems.append(
+            f"is a {kinds[1]} model, the base a {kinds[0]} model: take contributions finetuned from this base"
+        )
+        return verdict
+    _compare_tensors(base, other, verdict)
+    _compare_base(other, base_digest, verdict, allow_other_base=allow_other_base)
+    if other.manifest is None:
+        verdict.notes.append("has no manifest: unverified")
+    if "auto_map" in other.config:
+        verdict.notes.append("names custom code (auto_map), which is ignored")
+    return verdict
+
+
+def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> None:
+    missing = [name for name, tensor in base.body.items() if tensor.floating and name not in other.body]
+    if lost := [name for name in missing if not is_pooler(name)]:
+        verdict.problems.append(f"lacks {_some(lost)} of the base's body: save the whole body")
+    elif missing:
+        verdict.notes.append("has no pooler: it counts as the base's")
+    extra = [name for name, tensor in other.body.items() if tensor.floating and name not in base.body]
+    if odd := [name for name in extra if not is_pooler(name)]:
+        verdict.problems.append(f"has {_some(odd)}, which the base lacks: take contributions finetuned from this base")
+    elif extra:
+        verdict.notes.append("has a pooler that the base lacks: it is left out")
+    for name, tensor in other.body.items():
+        known = base.body.get(name)
+        if known is None or not known.floating:
+            continue
+        if tensor.shape != known.shape:
+            what = "another vocabulary" if _is_vocabulary(name, known.shape, tensor.shape) else "another shape"
+            verdict.problems.append(f"{name} is {_shape(tensor.shape)}, the base's is {_shape(known.shape)}: {what}")
+        elif not tensor.floating:
+            verdict.problems.append(
+                f"{name} is stored as {tensor.dtype}, the base's as {known.dtype}: save it in a floating dtype"
+            )
+    if dtypes := {tensor.dtype for tensor in other.body.values() if tensor.floating} - {
+        tensor.dtype for tensor in base.body.values() if tensor.floating
+    }:
+        verdict.notes.append(f"is stored as {', '.join(sorted(dtypes))}, unlike the base")
+
+
+def _compare_base(other: Checkpoint, base_digest: str | None, verdict: Verdict, *, allow_other_base: bool) -> None:
+    if other.manifest is None or base_digest is None or "base" not in other.manifest:
+        return
+    declared = other.manifest["base"].get("body_digest")
+    if declared == base_digest:
+        return
+    number = other.manifest.get("iteration")
+    finding = (
+        f"was finetuned from another base: {_short(declared)}"
+        f"{f' (iteration {number})' if number is not None else ''}, not {_short(base_digest)}"
+    )
+    if allow_other_base:
+        verdict.notes.append(finding)
+    else:
+        verdict.problems.append(f"{finding}: give that base as --base, or --allow-other-base to fuse it all the same")
+
+
+def _is_vocabulary(name: str, known: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    return (
+        "word_embeddings" in name
+        or "tok_embeddings" in name
+        or (len(known) == 2 and known[1:] == found[1:] and known[0] > 1000)
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "a scalar"
+
+
+def _short(digest: object) -> str:
+    return f"{digest[:19]}…" if isinstance(digest, str) else "none"

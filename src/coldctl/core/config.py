@@ -1,0 +1,290 @@
+"""Settings: frozen dataclasses, read from TOML, resolved once as flag > file > default.
+
+One file may hold everything: `[run] [finetune] [fuse] [evaluate] [publish]` and the suite's `[[dataset]]`.
+Unknown keys are errors that name the nearest known one.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from coldctl.core import manifest
+from coldctl.core.errors import ConfigError
+
+CONFIG_LIMIT = 4 << 20  # bytes of a TOML file
+
+Metric = Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman"]
+Protocol = Literal["linear-probe", "finetune", "few-shot", "multitask"]
+Columns = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """`[run]`: what `make iterate` needs to know."""
+
+    base: str = ""
+    sample: int = 0
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """`[finetune]`: how a contribution is trained. The defaults are the protocol's hyperparameters (arXiv 2211.00107)."""
+
+    epochs: int = 10
+    batch_size: int = 256
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.0
+    max_gradient_norm: float = 1.0
+    max_length: int = 512
+    max_train_examples: int = 0
+    max_validation_examples: int = 0
+    max_test_examples: int = 0
+    shots: int = 0
+    validate_every: int = 50
+    patience: int = 20
+    epsilon: float = 0.001
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FuseConfig:
+    """`[fuse]`: how contributions become a fused model. The defaults are the paper's plain mean."""
+
+    method: Literal["mean"] = "mean"
+    screen: Literal["report", "reject", "off"] = "report"
+    min_contributions: int = 0
+    strict: bool = False
+    verify: bool = True
+    allow_other_base: bool = False
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """`[evaluate]`: how models are compared."""
+
+    protocol: tuple[Protocol, ...] = ("linear-probe",)
+    seeds: int = 1
+    shots: int = 100
+    pooling: Literal["mean", "first"] = "mean"
+    max_length: int = 512
+    max_train_examples: int = 0
+    max_validation_examples: int = 0
+    max_test_examples: int = 0
+    regression_margin: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """`[publish]`: what a published directory says about itself."""
+
+    license: str | None = None
+    name: str | None = None
+    language: str = "en"
+    max_shard_size: str = "5GB"
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One `[[dataset]]` of a suite. `path` is absolute or a Hub reference once the file is read."""
+
+    name: str
+    path: str
+    role: Literal["seen", "unseen"] = "seen"
+    metric: Metric = "accuracy"
+    text: Columns = "text"
+    text_pair: Columns | None = None
+    label: str = "label"
+    train: Columns | None = None
+    validation: Columns | None = None
+    test: Columns | None = None
+    revision: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A TOML file as read: sections by name (still plain values), and the suite."""
+
+    path: Path | None = None
+    sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    datasets: tuple[DatasetConfig, ...] = ()
+    digest: str = ""
+
+
+SECTIONS: Mapping[str, type] = {
+    "run": RunConfig,
+    "finetune": FinetuneConfig,
+    "fuse": FuseConfig,
+    "evaluate": EvaluateConfig,
+    "publish": PublishConfig,
+}
+_POSITIVE = {"epochs", "batch_size", "learning_rate", "max_length", "validate_every", "patience", "seeds"}
+
+C = TypeVar("C")
+
+
+def read(path: Path | None) -> ConfigFile:
+    """Read and check a TOML file; None gives an empty one.
+
+    Raises ConfigError for a file that is missing, no TOML, or has unknown keys or wrong types.
+    """
+    if path is None:
+        return ConfigFile()
+    try:
+        data = path.read_bytes()
+        if len(data) > CONFIG_LIMIT:
+            raise ConfigError(f"{path} is larger than {CONFIG_LIMIT >> 20} MiB: this is no configuration file")
+        document = tomllib.loads(data.decode("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}: check the path") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    _refuse_unknown(document, [*SECTIONS, "dataset"], f"{path}")
+    sections: dict[str, Mapping[str, Any]] = {}
+    for name, kind in SECTIONS.items():
+        table = document.get(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: [{name}] must be a table")
+        _build(kind, table, f"{path}: [{name}]")
+        sections[name] = dict(table)
+    digest = manifest.digest_of(document)
+    if base := sections["run"].get("base"):
+        sections["run"] = {**sections["run"], "base": _located(base, path.parent)}
+    return ConfigFile(path, sections, _datasets(document.get("dataset", []), path), digest)
+
+
+def resolve(kind: type[C], file: ConfigFile, flags: Mapping[str, Any]) -> C:
+    """One section's config: the flags that were given (not None), else the file's values, else the defaults."""
+    name = next(section for section, known in SECTIONS.items() if known is kind)
+    given = {key: value for key, value in flags.items() if value is not None}
+    merged = {**file.sections.get(name, {}), **given}
+    return _build(kind, merged, f"{file.path}: [{name}]" if file.path else "flags")
+
+
+def as_record(config: Any) -> dict[str, Any]:
+    """A resolved config as the manifest stores it (JSON values only)."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()
+    }
+
+
+def identity(stage: str, config: Any, **inputs: Any) -> str:
+    """What makes two calls of a stage the same work: its resolved config and its inputs' digests."""
+    return manifest.digest_of({"stage": stage, "config": as_record(config), "inputs": inputs})
+
+
+def derived_seed(seed: int, *parts: object) -> int:
+    """A seed for one piece of work, stable across machines: 31 bits of sha256 over the seed and the piece's names."""
+    text = "\x1f".join([str(seed), *map(str, parts)])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def size_in_bytes(text: str) -> int:
+    """`"5GB"`, `"200MB"`, `"1000"` in bytes, with decimal units as transformers counts them. Raises ConfigError."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
+    try:
+        size = int(float(number) * unit)
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise ConfigError(f"{text!r} is no size: write for example 5GB or 200MB")
+    return size
+
+
+def _datasets(tables: Any, path: Path) -> tuple[DatasetConfig, ...]:
+    if not isinstance(tables, list):
+        raise ConfigError(f"{path}: write each dataset as [[dataset]], with two brackets")
+    datasets = []
+    for number, table in enumerate(tables, start=1):
+        where = (
+            f"{path}: [[dataset]] {table.get('name', number)!r}" if isinstance(table, dict) else f"{path}: [[dataset]]"
+        )
+        if not isinstance(table, dict):
+            raise ConfigError(f"{where} must be a table")
+        dataset = _build(DatasetConfig, table, where)
+        if not dataset.name or dataset.name.startswith(".") or set(dataset.name) & set('/\\\0\n\r\t"'):
+            raise ConfigError(f"{where}: a name is a file name: no slashes, no leading dot")
+        datasets.append(dataclasses.replace(dataset, path=_located(dataset.path, path.parent)))
+    names = [dataset.name for dataset in datasets]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"{path}: two datasets are called {doubled[0]!r}: give each a name of its own")
+    return tuple(datasets)
+
+
+def _located(reference: str, folder: Path) -> str:
+    """Paths in a file are relative to the file; Hub ids and URLs stay as they are."""
+    if "://" in reference or reference.startswith("hf:"):
+        return reference
+    path = (folder / Path(reference).expanduser()).resolve()
+    looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1
+    return str(path) if looks_like_path or path.exists() else reference
+
+
+def _build(kind: type[C], table: Mapping[str, Any], where: str) -> C:
+    """Make a config dataclass from plain values. Raises ConfigError for unknown keys and wrong types."""
+    hints = typing.get_type_hints(kind)
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    _refuse_unknown(table, [f.name for f in fields], where)
+    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in table]:
+        raise ConfigError(f"{where}: {missing[0]!r} is missing: add it")
+    values = {key: _checked(value, hints[key], f"{where}: {key}") for key, value in table.items()}
+    for key, value in values.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            low_is_bad = value <= 0 if key in _POSITIVE else value < 0
+            if low_is_bad or not math.isfinite(value):
+                raise ConfigError(
+                    f"{where}: {key} = {value} is out of range: it must be {'> 0' if key in _POSITIVE else '>= 0'}"
+                )
+    return kind(**values)
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            raise ConfigError(f"{where}: unknown key {key!r}: did you mean {near[0]!r}?")
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint` (str, int, float, bool, Literal, tuple of those, unions). Raises ConfigError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _checked(value, option, where)
+            except ConfigError:
+                continue
+        raise ConfigError(f"{where} = {value!r} has the wrong type")
+    if hint is type(None):
+        if value is None:
+            return None
+    elif origin is Literal:
+        if value in arguments:
+            return value
+        raise ConfigError(f"{where} = {value!r}: choose one of {', '.join(map(str, arguments))}")
+    elif origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        if items and not (arguments[0] is str and isinstance(value, str)):
+            return tuple(_checked(item, arguments[0], where) for item in items)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{where} = {value!r} has the wrong type: it must be {wanted}")

@@ -1,0 +1,60 @@
+"""The one tree of errors. `cli` turns them into a line and an exit code, and nothing else does.
+
+A message says what is wrong, where, and what to do about it. `details` holds one line per further finding,
+for the errors that list all of them.
+"""
+
+from collections.abc import Sequence
+
+
+class ColdctlError(Exception):
+    """Anything that a user is told in words instead of a traceback."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = tuple(details)
+
+    def __reduce__(self) -> tuple[type["ColdctlError"], tuple[str, tuple[str, ...]]]:
+        """Keep `details` on the way back from a worker process."""
+        return type(self), (self.message, self.details)
+
+
+class InputError(ColdctlError):
+    """The caller's input or usage is wrong (exit code 2)."""
+
+
+class ConfigError(InputError):
+    """A configuration file or flag has an unknown key, a wrong type or an impossible value."""
+
+
+class DataError(InputError):
+    """A dataset is missing, unreadable, or cannot be learned from."""
+
+
+class ModelError(InputError):
+    """A model reference that cannot be found, fetched, or used as an encoder."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint's files are corrupt, unsafe, or do not fit the base model."""
+
+
+class ManifestError(InputError):
+    """A `coldctl.json` or `run.json` that is missing, unreadable, or was changed after it was written."""
+
+
+class OutputError(InputError):
+    """An output that exists with other inputs, is being written by another command, or cannot be written."""
+
+
+class DeclinedError(ColdctlError):
+    """The work ran and the answer is no (exit code 3)."""
+
+    exit_code = 3
+
+
+class WorkerError(DeclinedError):
+    """A worker process ended without an answer, killed from outside or out of memory."""

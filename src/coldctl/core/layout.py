@@ -1,0 +1,82 @@
+"""Every file and folder name of the directory contract, in one place."""
+
+from pathlib import Path
+
+MANIFEST = "coldctl.json"
+RUN = "run.json"
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+MODEL_CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+RESULTS = "results.json"
+REPORT = "report.md"
+REPORT_HTML = "report.html"
+GAIN_CHART = "gain.png"
+FUSE_CHART = "fuse.png"
+CARD = "README.md"
+
+# What a tokenizer may consist of, over all the encoders and versions of transformers that people have.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+# Without one of these there is no vocabulary, whatever the other files say.
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+# What is fetched of a model: never code, never pickles.
+MODEL_FILES = (MODEL_CONFIG, MANIFEST, "*.safetensors", WEIGHTS_INDEX, ADAPTER_CONFIG, *TOKENIZER_FILES)
+
+
+def partial(path: Path) -> Path:
+    """Where unfinished work on `path` lives: a hidden sibling, so that one rename completes it."""
+    return path.parent / f".{path.name}.partial"
+
+
+def iteration(run: Path, number: int) -> Path:
+    """`RUN/iteration-001`, and so on."""
+    return run / f"iteration-{number:03d}"
+
+
+def contributions(run: Path, number: int) -> Path:
+    """The folder that holds one contribution per contributor."""
+    return iteration(run, number) / "contributions"
+
+
+def fused(run: Path, number: int) -> Path:
+    """The fused model of an iteration."""
+    return iteration(run, number) / "fused"
+
+
+def evaluation(run: Path, number: int) -> Path:
+    """The evaluation of an iteration's fused model."""
+    return iteration(run, number) / "evaluation"
+
+
+def enclosing_run(path: Path) -> Path | None:
+    """The RUN that `path` lies in, if it lies in one: the nearest parent with `run.json`."""
+    for parent in (path.resolve(), *path.resolve().parents):
+        if (parent / RUN).is_file():
+            return parent
+    return None
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a directory of ours is finished: its manifest is the last file written."""
+    return (path / MANIFEST).is_file()

@@ -1,0 +1,200 @@
+"""Loading encoders with torch and transformers, never executing a checkpoint's own code."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from coldctl.core import layout
+from coldctl.core.checkpoint import is_pooler, modern_name, read_model_config
+from coldctl.core.encoders import BODY_PREFIXES
+from coldctl.core.errors import ModelError
+from coldctl.core.storage import LocalFolder
+
+_LENGTH_LIMIT = 100_000  # tokenizers that know no limit state an absurd one
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised examples: one list of token ids (and of token types, where the model has them) per example."""
+
+    tokens: list[list[int]]
+    types: list[list[int]] | None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens per example."""
+        return [len(tokens) for tokens in self.tokens]
+
+
+def quiet() -> None:
+    """Keep transformers' own bars and advice off the screen; what matters we say ourselves."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's tokenizer. Raises ModelError if its files are missing or unusable."""
+    quiet()
+    remedy = "copy the base model's tokenizer files there"
+    if not any(
+        (folder / name).is_file() for name in layout.VOCABULARY_FILES
+    ):  # transformers 5 would make up an empty one
+        raise ModelError(f"{folder} has no tokenizer: {remedy}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever a parser of theirs did
+        raise ModelError(f"{folder} has no usable tokenizer ({_first_line(error)}): {remedy}") from None
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{folder}: its tokenizer has no padding token: set one in tokenizer_config.json")
+    return tokenizer
+
+
+def load_body(folder: Path) -> nn.Module:
+    """The bare encoder in float32, in evaluation mode. Raises ModelError if a body tensor is missing."""
+    return _load(transformers.AutoModel, folder).eval()
+
+
+def load_classifier(folder: Path, labels: Sequence[str], seed: int) -> nn.Module:
+    """The encoder with a fresh head, drawn by `seed`: one output per label, or one number without labels.
+
+    Raises ModelError if a body tensor is missing or the architecture has no sequence-classification head.
+    """
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"num_labels": max(1, len(labels)), "ignore_mismatched_sizes": True}
+    if labels:
+        options |= {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
+        options["problem_type"] = "single_label_classification"
+    else:
+        options["problem_type"] = "regression"
+    model = _load(transformers.AutoModelForSequenceClassification, folder, **options)
+    _reset_head(model, folder, seed)
+    return model
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The encoder inside a model with a head."""
+    body: nn.Module = getattr(model, str(model.base_model_prefix))
+    return body
+
+
+def length_limit(tokenizer: Any, model_config: Any, wanted: int) -> int:
+    """Tokens per example: as many as wanted, but no more than the model has positions for."""
+    positions = getattr(model_config, "max_position_embeddings", None) or _LENGTH_LIMIT
+    if model_config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xmod"):
+        positions -= (model_config.pad_token_id or 0) + 1  # their positions start behind the padding id
+    stated = tokenizer.model_max_length
+    return int(min(wanted, positions, stated if stated < _LENGTH_LIMIT else wanted))
+
+
+def encode(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> Encoded:
+    """Tokenise single texts or pairs, cut to `max_length` tokens, without padding."""
+    if not texts:
+        return Encoded([], None)
+    output = tokenizer(
+        list(texts), None if pairs is None else list(pairs), truncation=True, max_length=max_length, padding=False,
+        return_attention_mask=False,
+    )  # fmt: skip
+    return Encoded(output["input_ids"], output.get("token_type_ids"))
+
+
+def collate(encoded: Encoded, indices: Sequence[int], padding: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A batch padded to its own longest example: `input_ids` and `attention_mask` int64 [batch, length]."""
+    longest = max(len(encoded.tokens[index]) for index in indices)
+    tokens = torch.full((len(indices), longest), padding, dtype=torch.long)
+    mask = torch.zeros((len(indices), longest), dtype=torch.long)
+    types = torch.zeros((len(indices), longest), dtype=torch.long) if encoded.types is not None else None
+    for row, index in enumerate(indices):
+        count = len(encoded.tokens[index])
+        tokens[row, :count] = torch.tensor(encoded.tokens[index])
+        mask[row, :count] = 1
+        if types is not None and encoded.types is not None:
+            types[row, :count] = torch.tensor(encoded.types[index])
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    if types is not None:
+        batch["token_type_ids"] = types
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def device_of_choice() -> torch.device:
+    """CUDA where there is one, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
+    quiet()
+    read_model_config(LocalFolder(folder))  # refuses what is no encoder before its weights are read
+    state = torch.get_rng_state()
+    try:
+        model, report = kind.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # transformers raises whatever went wrong inside
+        raise ModelError(f"{folder} cannot be loaded ({_first_line(error)}): check it with `coldctl check`") from None
+    torch.set_rng_state(state)
+    prefix = BODY_PREFIXES[model.config.model_type] + "."
+    bare = kind is transformers.AutoModel
+    missing = [name for name in report["missing_keys"] if bare or name.startswith(prefix)]
+    lost = sorted(name for name in missing if not is_pooler(modern_name(name.removeprefix(prefix))))
+    if lost:
+        raise ModelError(f"{folder} lacks {len(lost)} body tensors ({lost[0]} …): the checkpoint is incomplete")
+    loaded: nn.Module = model
+    return loaded
+
+
+def _reset_head(model: nn.Module, folder: Path, seed: int) -> None:
+    """Draw every parameter of the head anew: a checkpoint that brings a head of its own must not leak it in."""
+    body = body_of(model)
+    inside = {id(module) for module in body.modules()}
+    torch.manual_seed(seed)
+    deviation = float(getattr(model.config, "initializer_range", 0.02))
+    for module in model.modules():
+        if id(module) in inside:
+            continue
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=deviation)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+    _seed_missing_pooler(body, folder, deviation)
+
+
+def _seed_missing_pooler(body: nn.Module, folder: Path, deviation: float) -> None:
+    """A pooler that the checkpoint lacks is part of what is fresh, so it is drawn by the same seed."""
+    from coldctl.core.checkpoint import open_checkpoint
+
+    pooler = getattr(body, "pooler", None)
+    if pooler is None or any(is_pooler(name) for name in open_checkpoint(LocalFolder(folder), folder.name).body):
+        return
+    for module in pooler.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=deviation)
+            nn.init.zeros_(module.bias)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

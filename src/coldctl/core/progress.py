@@ -1,0 +1,39 @@
+"""How a stage tells what it is doing, without knowing who listens.
+
+Stages and core functions get a `Progress` and never print. `console` draws it; `SILENT` swallows it.
+"""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Receives what happens in a stage. Calls come from one process, possibly from several threads."""
+
+    def begin(self, task: str, total: int | None, unit: str) -> None:
+        """Start (or restart) a bar called `task` that counts `total` of `unit`; None where the end is unknown."""
+
+    def advance(self, task: str, steps: int, detail: str = "") -> None:
+        """Count `steps` more units of `task`; `detail` replaces the short text beside the bar."""
+
+    def end(self, task: str) -> None:
+        """Take the bar away."""
+
+    def note(self, message: str) -> None:
+        """Say one line of prose that should stay on the screen."""
+
+
+class _Silent:
+    def begin(self, task: str, total: int | None, unit: str) -> None:
+        pass
+
+    def advance(self, task: str, steps: int, detail: str = "") -> None:
+        pass
+
+    def end(self, task: str) -> None:
+        pass
+
+    def note(self, message: str) -> None:
+        pass
+
+
+SILENT: Progress = _Silent()

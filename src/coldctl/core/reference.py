@@ -1,0 +1,75 @@
+"""What a MODEL on the command line means: a directory, a Hub id, a URL, or a RUN."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from coldctl.core import layout, run
+from coldctl.core.errors import ModelError
+from coldctl.core.storage import Folder, download, is_url, open_folder
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A MODEL that was found: `place` is its local directory or URL, `name` how reports and manifests call it."""
+
+    name: str
+    place: str
+
+    @property
+    def folder(self) -> Folder:
+        """For reading ranges, without a copy."""
+        return open_folder(self.place)
+
+    def local(self, scratch: Path) -> Path:
+        """A local directory with its files, downloaded below `scratch` if it is in a store."""
+        if not is_url(self.place):
+            return Path(self.place)
+        return download(self.place, scratch / re.sub(r"\W+", "-", self.place))
+
+
+def resolve(reference: str, revision: str | None = None) -> Model:
+    """Find a MODEL. A RUN stands for its newest promoted fused model, else its pretrained model.
+
+    Raises ModelError if it is nowhere, with what was tried.
+    """
+    if is_url(reference):
+        return Model(reference.rstrip("/").rsplit("/", 1)[-1], reference.rstrip("/"))
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        if run.is_run(path):
+            found = run.read(path)
+            return resolve(found.base_model, found.revision)
+        return Model(_local_name(path), str(path))
+    if path.exists():
+        raise ModelError(f"{reference} is a file: give the directory that holds the model")
+    if reference.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(reference):
+        raise ModelError(f"no directory {reference}: check the path")
+    return Model(reference, _from_hub(reference, revision))
+
+
+def _local_name(path: Path) -> str:
+    """A directory's own name, or what it is inside a RUN; never more of the path."""
+    whole = path.resolve()
+    if whole.name == "fused" and whole.parent.name.startswith("iteration-"):
+        return whole.parent.name
+    return whole.name
+
+
+def _from_hub(name: str, revision: str | None) -> str:
+    """The local snapshot of a Hub model, downloaded if need be: weights as safetensors, config, tokenizer."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(layout.MODEL_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name!r} is no directory here and could not be fetched from the Hub{offline}: {reason}: "
+            "check the name, or give a local directory"
+        ) from None

@@ -1,0 +1,130 @@
+"""What a person reads of an evaluation: the table in Markdown and the chart of gains."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_WORDS = {
+    "better": "better",
+    "worse": "worse",
+    "indistinguishable": "not distinguishable from noise",
+    None: "no verdict (one seed)",
+}
+_GROUP_NAMES = {"all": "average", "seen": "average, seen", "unseen": "average, unseen"}
+_GAIN, _LOSS, _NOISE = "#2f7d4f", "#b5483a", "#8a8f98"
+
+
+def verdict_in_words(verdict: str | None) -> str:
+    """How reports say a verdict."""
+    return _WORDS[verdict]
+
+
+def group_name(group: str) -> str:
+    """How tables call an average."""
+    return _GROUP_NAMES[group]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """`report.md`: per model and protocol one table of scores, gains with their intervals, and verdicts."""
+    lines = [f"# Evaluation against {escaped(results['baseline']['name'])}", ""]
+    lines.append("Scores are percent on the test split, gains are points with a 95 % interval (paired bootstrap).")
+    for model in results["models"]:
+        for protocol in dict.fromkeys(entry["protocol"] for entry in results["results"]):
+            lines += ["", f"## {escaped(model['name'])}, {protocol}", ""]
+            lines += score_table(results, model["name"], protocol)
+    lines += ["", f"Baseline body: `{results['baseline']['body_digest']}`", ""]
+    lines += [f"{escaped(model['name'])} body: `{model['body_digest']}`\n" for model in results["models"]]
+    return "\n".join(lines)
+
+
+def escaped(text: str) -> str:
+    """A stranger's name as plain text in a Markdown document."""
+    clean = "".join(character for character in text if character.isprintable())
+    return "".join(f"\\{character}" if character in "\\`*_{}[]<>()#|!~" else character for character in clean).replace(
+        "\\_", "_"
+    )
+
+
+def score_table(results: dict[str, Any], model: str, protocol: str) -> list[str]:
+    """A Markdown table of one model's scores and gains under one protocol, with the averages at its end."""
+    columns = [
+        "dataset",
+        "role",
+        "metric",
+        escaped(results["baseline"]["name"]),
+        escaped(model),
+        "gain",
+        "95 % interval",
+        "",
+    ]
+    rows = [columns, ["---", "---", "---", "--:", "--:", "--:", ":-:", "---"]]
+    rows += [
+        [escaped(entry["dataset"]), entry["role"], entry["metric"], *_numbers(entry)]
+        for entry in rows_of(results["results"], model, protocol)
+    ]
+    rows += [
+        [f"**{group_name(entry['group'])}**", "", "", *_numbers(entry)]
+        for entry in rows_of(results["averages"], model, protocol)
+    ]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _numbers(entry: dict[str, Any]) -> list[str]:
+    deviation = f" ± {entry['std']:.1f}" if entry.get("std") is not None else ""
+    score = f"{entry['mean']:.1f}{deviation}"
+    return [
+        f"{entry['baseline_mean']:.1f}",
+        score,
+        f"{entry['gain']:+.1f}",
+        interval(entry),
+        verdict_in_words(entry["verdict"]),
+    ]
+
+
+def interval(entry: dict[str, Any]) -> str:
+    """A gain's interval in text."""
+    low, high = entry["gain_interval"]
+    return f"{low:+.1f} … {high:+.1f}"
+
+
+def rows_of(entries: Sequence[dict[str, Any]], model: str, protocol: str) -> list[dict[str, Any]]:
+    """The entries of one model under one protocol, in order."""
+    return [entry for entry in entries if entry["model"] == model and entry["protocol"] == protocol]
+
+
+def gain_chart(results: dict[str, Any], path: Path) -> None:
+    """`gain.png`: the gain per dataset, sorted, with intervals; a panel per model and protocol."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = list(dict.fromkeys((entry["model"], entry["protocol"]) for entry in results["results"]))
+    rows = max(len(rows_of(results["results"], *panel)) for panel in panels) + 1
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(8, (1.1 + 0.34 * rows) * len(panels)), squeeze=False, layout="constrained"
+    )
+    for axis, (model, protocol) in zip(axes[:, 0], panels, strict=True):
+        entries = sorted(rows_of(results["results"], model, protocol), key=lambda entry: float(entry["gain"]))
+        average = rows_of(results["averages"], model, protocol)[0]
+        bars = [{**average, "dataset": "average"}, *entries]
+        gains = [entry["gain"] for entry in bars]
+        reach = [
+            [max(0.0, entry["gain"] - entry["gain_interval"][0]) for entry in bars],
+            [max(0.0, entry["gain_interval"][1] - entry["gain"]) for entry in bars],
+        ]
+        colours = [{"better": _GAIN, "worse": _LOSS}.get(entry["verdict"], _NOISE) for entry in bars]
+        axis.barh(range(len(bars)), gains, color=colours, height=0.65)
+        axis.errorbar(gains, range(len(bars)), xerr=reach, fmt="none", ecolor="#333333", elinewidth=1, capsize=2.5)
+        names = [f"{entry['dataset']} ({entry['role']})" if "role" in entry else entry["dataset"] for entry in bars]
+        axis.set_yticks(range(len(bars)), [name.replace("$", r"\$") for name in names])
+        axis.axvline(0, color="#333333", linewidth=0.8)
+        axis.set_xlabel("gain in points (bar) and 95 % interval (line)")
+        axis.set_title(
+            f"{model} against {results['baseline']['name']}, {protocol}".replace("$", r"\$"), loc="left", fontsize=10
+        )
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+    figure.savefig(path, dpi=144, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,127 @@
+"""`run.json`: a run's pretrained model, config, target and decisions. Everything else is read off the folders.
+
+An iteration is decided when it stands in `iterations`; its fused model is then promoted or not. The next
+base model is the last promoted one, else the pretrained model.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from coldctl.core import layout, output
+from coldctl.core.errors import ConfigError, ManifestError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What was decided about one iteration."""
+
+    number: int
+    promoted: bool
+    body_digest: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as `run.json` holds it. `base` is a MODEL; a path in it is relative to the run's folder."""
+
+    folder: Path
+    base: str
+    revision: str | None
+    config_digest: str
+    sample: int
+    seed: int
+    gate: bool
+    target: int
+    iterations: tuple[Iteration, ...] = ()
+
+    @property
+    def decided(self) -> int:
+        """Number of iterations that are finished and decided."""
+        return len(self.iterations)
+
+    @property
+    def pretrained(self) -> str:
+        """The MODEL where iteration 1 starts, with a relative path made absolute."""
+        if self.base.startswith("."):
+            return str((self.folder / self.base).resolve())
+        return self.base
+
+    @property
+    def base_model(self) -> str:
+        """The MODEL that contributors start from now: the last promoted fused model, else the pretrained one."""
+        for iteration in reversed(self.iterations):
+            if iteration.promoted:
+                return str(layout.fused(self.folder, iteration.number))
+        return self.pretrained
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a RUN."""
+    return (path / layout.RUN).is_file()
+
+
+def read(folder: Path) -> Run:
+    """Read `folder/run.json`. Raises ManifestError."""
+    path = folder / layout.RUN
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] > SCHEMA:
+            raise ManifestError(f"{path} has schema {document['schema']}, newer than this program's: update coldctl")
+        return Run(
+            folder,
+            base=document["base"],
+            revision=document["revision"],
+            config_digest=document["config_digest"],
+            sample=document["sample"],
+            seed=document["seed"],
+            gate=document["gate"],
+            target=document["target"],
+            iterations=tuple(Iteration(**entry) for entry in document["iterations"]),
+        )
+    except FileNotFoundError:
+        raise ManifestError(f"{folder} is not a run (it has no {layout.RUN}): start one with `coldctl plan`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{path} is not a readable run file ({error}): restore it or start a new RUN") from None
+
+
+def write(run: Run) -> None:
+    """Write `run.json` atomically."""
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "base": run.base,
+        "revision": run.revision,
+        "config_digest": run.config_digest,
+        "sample": run.sample,
+        "seed": run.seed,
+        "gate": run.gate,
+        "target": run.target,
+        "iterations": [vars(iteration) for iteration in run.iterations],
+    }
+    output.write_text(run.folder / layout.RUN, json.dumps(document, indent=2) + "\n")
+
+
+def extended(run: Run, planned: Run, iterations: int) -> Run:
+    """An existing run, asked for `iterations` new ones under the settings of `planned`.
+
+    A target that is not met yet is kept, so that an interrupted call is finished and none is added.
+    Raises ConfigError if the base changed, or the settings changed in the middle of an iteration.
+    """
+    if planned.pretrained != run.pretrained or planned.revision != run.revision:
+        raise ConfigError(
+            f"{run.folder} started from {run.base}, the config now says {planned.base}: give a new RUN, or restore `base`"
+        )
+    number = run.decided + 1
+    begun = layout.iteration(run.folder, number)
+    settings = (planned.config_digest, planned.sample, planned.seed)
+    if settings != (run.config_digest, run.sample, run.seed) and begun.exists():
+        raise ConfigError(
+            f"the config changed in the middle of iteration {number} of {run.folder}: "
+            f"restore it to finish that iteration, or delete {begun} to start the iteration again"
+        )
+    target = run.target if run.decided < run.target else run.decided + iterations
+    return replace(planned, iterations=run.iterations, target=target)

@@ -1,0 +1,147 @@
+"""Writing safetensors files front to back, one piece at a time, sharded above a size.
+
+The header is known before the first byte of data, so memory does not grow with the model, and the file's
+sha256 is taken as it is written.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from coldctl.core import layout
+from coldctl.core.checkpoint import DTYPES
+
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor to be written: its name, safetensors dtype and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        count = DTYPES[self.dtype].itemsize
+        for length in self.shape:
+            count *= length
+        return count
+
+
+def file_order(layouts: Sequence[Layout]) -> list[Layout]:
+    """The order in which tensors are written: wide dtypes first, so that all stay aligned, then by name."""
+    return sorted(layouts, key=lambda item: (-DTYPES[item.dtype].itemsize, item.name))
+
+
+class WeightsWriter:
+    """Writes tensors in `file_order` into `folder`; `digests` holds the sha256 of each file once closed."""
+
+    def __init__(self, folder: Path, layouts: Sequence[Layout], max_shard_size: int) -> None:
+        self._folder = folder
+        self._shards = _shards(file_order(layouts), max_shard_size)
+        self._pending = list(self._names_and_shards())
+        self._file: IO[bytes] | None = None
+        self._hasher = hashlib.sha256()
+        self._left = 0
+        self.digests: dict[str, str] = {}
+
+    def write(self, data: memoryview) -> None:
+        """Append bytes of the tensors, in order; a piece never spans two shards."""
+        if not len(data):
+            return
+        if self._left == 0:
+            self._next_shard()
+        assert self._file is not None
+        self._file.write(data)
+        self._hasher.update(data)
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError("a piece spans two shards")
+
+    def close(self) -> None:
+        """Finish the last file and write the index if there is more than one."""
+        self._finish_shard()
+        while self._pending:  # shards of empty tensors hold only a header
+            self._next_shard()
+            self._finish_shard()
+        if len(self._shards) > 1:
+            names = [name for name, _ in self._names_and_shards()]
+            index = {
+                "metadata": {"total_size": sum(item.nbytes for shard in self._shards for item in shard)},
+                "weight_map": {
+                    item.name: name for name, shard in zip(names, self._shards, strict=True) for item in shard
+                },
+            }
+            (self._folder / layout.WEIGHTS_INDEX).write_text(
+                json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
+
+    def abandon(self) -> None:
+        """Close the file without finishing it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _names_and_shards(self) -> list[tuple[str, list[Layout]]]:
+        count = len(self._shards)
+        if count == 1:
+            return [(layout.WEIGHTS, self._shards[0])]
+        return [
+            (f"model-{number:05d}-of-{count:05d}.safetensors", shard) for number, shard in enumerate(self._shards, 1)
+        ]
+
+    def _next_shard(self) -> None:
+        self._finish_shard()
+        self._name, shard = self._pending.pop(0)
+        head = header(shard)
+        self._file = (self._folder / self._name).open("wb", buffering=0)
+        self._file.write(head)
+        self._hasher = hashlib.sha256(head)
+        self._left = sum(item.nbytes for item in shard)
+
+    def _finish_shard(self) -> None:
+        if self._file is None:
+            return
+        if self._left:
+            raise ValueError(f"{self._left} bytes of {self._name} were never written")
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+        self.digests[self._name] = "sha256:" + self._hasher.hexdigest()
+
+
+def header(layouts: Sequence[Layout]) -> bytes:
+    """A safetensors header for tensors that follow each other in this order, with the `format` older readers demand."""
+    entries: dict[str, Mapping[str, object]] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for item in layouts:
+        entries[item.name] = {
+            "dtype": item.dtype,
+            "shape": list(item.shape),
+            "data_offsets": [begin, begin + item.nbytes],
+        }
+        begin += item.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _shards(layouts: Sequence[Layout], limit: int) -> list[list[Layout]]:
+    """Cut the sequence into shards of at most `limit` bytes; a larger tensor has a shard of its own."""
+    shards: list[list[Layout]] = [[]]
+    size = 0
+    for item in layouts:
+        if shards[-1] and size + item.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(item)
+        size += item.nbytes
+    return shards

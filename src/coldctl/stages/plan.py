@@ -1,0 +1,61 @@
+"""`coldctl plan` and `coldctl promote`: the two ends of an iteration, kept in `run.json`.
+
+`plan` says which iterations are still to be made, `promote` decides about the one that has just been.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from coldctl.core import layout, manifest, run, scoring
+from coldctl.core.config import ConfigFile, RunConfig
+from coldctl.core.errors import ConfigError, ManifestError
+from coldctl.core.reference import resolve
+from coldctl.core.run import Iteration, Run
+
+
+def plan(folder: Path, file: ConfigFile, config: RunConfig, *, iterations: int, seed: int, gate: bool) -> list[int]:
+    """Start or extend a run and return the numbers of the iterations to be made, perhaps begun already.
+
+    Raises ConfigError if `[run]` names no base, or the config changed in the middle of an iteration.
+    """
+    if not config.base:
+        raise ConfigError(f'{file.path}: [run] names no base: add `base = "…"`, a directory or a Hub id')
+    resolve(config.base, config.revision)  # a base that cannot be had stops the run before it starts
+    base = config.base
+    if Path(base).is_absolute():  # relative, so that a run and its base can move together
+        base = os.path.relpath(Path(base).resolve(), folder.resolve())
+        base = base if base.startswith(".") else f"./{base}"
+    planned = Run(folder, base, config.revision, file.digest, config.sample, seed, gate, target=iterations)
+    if run.is_run(folder):
+        planned = run.extended(run.read(folder), planned, iterations)
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds files but no {layout.RUN}: give a new directory as RUN")
+    run.write(planned)
+    return list(range(planned.decided + 1, planned.target + 1))
+
+
+def promote(folder: Path) -> Iteration:
+    """Decide about the iteration after the last decided one: its fused model becomes the base, or the gate keeps the old.
+
+    Raises ManifestError if that iteration is not complete.
+    """
+    found = run.read(folder)
+    number = found.decided + 1
+    fused = layout.fused(folder, number)
+    if not layout.is_complete(fused):
+        raise ManifestError(f"{fused} is not complete: fuse iteration {number} first")
+    reason = _gate_says_no(layout.iteration(folder, number) / "gate") if found.gate else None
+    decision = Iteration(number, reason is None, manifest.read(fused)["body_digest"], reason)
+    run.write(replace(found, iterations=(*found.iterations, decision)))
+    return decision
+
+
+def _gate_says_no(gate: Path) -> str | None:
+    """Why the gate refuses, from its evaluation against the iteration's own base; None if it does not."""
+    if not layout.is_complete(gate):
+        raise ManifestError(f"{gate} is not complete: evaluate against the iteration's base first")
+    margin = manifest.read(gate)["config"]["evaluate"]["regression_margin"]
+    results = json.loads((gate / layout.RESULTS).read_text(encoding="utf-8"))
+    return "; ".join(scoring.regressions(results, margin)) or None

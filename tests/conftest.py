@@ -1,0 +1,97 @@
+"""Shared fixtures: the command line as a function, and tiny real models and datasets made once per session."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import tiny
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+def run_coldctl(*arguments: object) -> Ran:
+    """Run the real entry point in this process, as the console script does."""
+    from coldctl.cli import app
+
+    result: Result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=True)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ran(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture
+def coldctl() -> Callable[..., Ran]:
+    return run_coldctl
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory for what the whole session shares; tests only read it."""
+    return tmp_path_factory.mktemp("workshop")
+
+
+@pytest.fixture(scope="session")
+def base(workshop: Path) -> Path:
+    """A tiny bare BERT."""
+    return tiny.make_base("bert", workshop / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def dataset(workshop: Path) -> Path:
+    """A tiny dataset with two classes."""
+    return tiny.make_dataset(workshop / "reviews")
+
+
+@pytest.fixture(scope="session")
+def contributions(workshop: Path, base: Path) -> Path:
+    """A folder of three real contributions, finetuned from `base` on two seen datasets and one more."""
+    folder = workshop / "contributions"
+    for seed, name in enumerate(("one", "two", "three")):
+        data = tiny.make_dataset(workshop / f"data-{name}", seed=seed)
+        ran = run_coldctl("finetune", data, "--base", base, "--output", folder / name, *FAST, "--jobs", 1)
+        assert ran.code == 0, ran.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def suite(workshop: Path, base: Path) -> Path:
+    """A suite of two seen datasets and an unseen one, with settings for tiny models."""
+    for seed, name in enumerate(("red", "green", "blue")):
+        tiny.make_dataset(workshop / name, seed=10 + seed)
+    path = workshop / "suite.toml"
+    path.write_text(suite_text(base.name))
+    return path
+
+
+def suite_text(base: str) -> str:
+    tables = "".join(
+        f'[[dataset]]\nname = "{name}"\npath = "{name}"\nrole = "{role}"\nlicense = "mit"\n'
+        for name, role in (("red", "seen"), ("green", "seen"), ("blue", "unseen"))
+    )
+    return (
+        f'[run]\nbase = "./{base}"\n[finetune]\nepochs = 1\nbatch_size = 16\nlearning_rate = 1e-3\n'
+        f'[publish]\nlicense = "mit"\n{tables}'
+    )
+
+
+FAST = ("--epochs", 1, "--batch-size", 16, "--learning-rate", 1e-3)

@@ -1,0 +1,262 @@
+"""Everything a person can get wrong: one line that says what, where and what to do; exit code 2; nothing half written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tiny
+from conftest import FAST, Ran, suite_text
+
+Run = Callable[..., Ran]
+
+
+def refused(ran: Ran, output: Path, *words: str) -> None:
+    assert ran.code == 2, (ran.code, ran.stderr)
+    assert "Traceback" not in ran.stderr
+    lines = ran.stderr.strip().splitlines()
+    assert sum(line.startswith("error:") for line in lines) == 1, ran.stderr
+    for word in words:
+        assert word in ran.stderr, (word, ran.stderr)
+    assert not output.exists()
+
+
+def write_rows(folder: Path, **splits: list[dict[str, object]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+GOOD: list[dict[str, object]] = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(20)]
+
+DATA: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    "missing": (lambda path: path / "nowhere", ("no data at", "nowhere")),
+    "empty folder": (lambda path: write_rows(path / "empty"), ("holds no data", "train.jsonl")),
+    "empty file": (lambda path: write_rows(path / "d", train=[], test=GOOD), ("train split", "empty")),
+    "no train": (lambda path: write_rows(path / "d", test=GOOD), ("no train split", "'test'")),
+    "one class": (lambda path: write_rows(path / "d", train=[{"text": "x", "label": "a"}] * 9, test=GOOD), ("one class",)),
+    "no label column": (lambda path: write_rows(path / "d", train=[{"text": "x"}] * 9), ("no column 'label'", "--label")),
+    "no text column": (
+        lambda path: write_rows(path / "d", train=[{"x": "x", "label": 1}, {"x": "x", "label": 0}] * 9),
+        ("no column 'text'",),
+    ),
+    "null label": (lambda path: write_rows(path / "d", train=[*GOOD, {"text": "x", "label": None}]), ("no usable label", "21")),
+    "text no text": (
+        lambda path: write_rows(path / "d", train=[*GOOD, {"text": 7, "label": "a"}], test=GOOD),
+        ("int, not text",),
+    ),
+    "new label in test": (
+        lambda path: write_rows(path / "d", train=GOOD, test=[*GOOD, {"text": "x", "label": "c"}]),
+        ("label 'c' in test", "never occurs in train"),
+    ),
+    "two few": (lambda path: write_rows(path / "d", train=GOOD[:3]), ("too few",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_datasets(case: str, tmp_path: Path, base: Path, coldctl: Run) -> None:
+    make, words = DATA[case]
+    ran = coldctl("finetune", make(tmp_path), "--base", base, "--output", tmp_path / "out", *FAST)
+    refused(ran, tmp_path / "out", *words)
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_files(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    def attempt(name: str, content: bytes, *words: str) -> None:
+        (tmp_path / name).write_bytes(content)
+        ran = coldctl("finetune", tmp_path / name, "--base", base, "--output", tmp_path / "out", *FAST)
+        refused(ran, tmp_path / "out", *words)
+
+    attempt("latin.csv", "text,label\ncafé,a\nthé,b\n".encode("latin-1"), "not UTF-8", "iconv")
+    attempt("broken.jsonl", b'{"text": "a", "label": 1}\n{"text": \n', "line 2", "not valid JSON")
+    attempt("list.jsonl", b"[1, 2]\n", "line 1", "not a JSON object")
+    attempt("ragged.csv", b"text,label\na,b,c\n", "line 2", "columns")
+    attempt("short.tsv", b"text\tlabel\na\n", "line 2", "columns")
+    attempt("data.txt", b"hello", "unknown format", ".parquet")
+    attempt("bad.parquet", b"PAR1 no", "not a readable parquet")
+    both = tmp_path / "both"
+    write_rows(both, train=GOOD)
+    (both / "train.csv").write_text("text,label\n")
+    ran = coldctl("finetune", both, "--base", base, "--output", tmp_path / "out", *FAST)
+    refused(ran, tmp_path / "out", "both train.csv and train.jsonl")
+
+
+def test_models(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    def attempt(model: object, *words: str) -> None:
+        ran = coldctl("finetune", dataset, "--base", model, "--output", tmp_path / "out", *FAST)
+        refused(ran, tmp_path / "out", *words)
+
+    attempt("./nowhere", "no directory", "check the path")
+    attempt("org/some-model", "could not be fetched from the Hub", "HF_HUB_OFFLINE")
+    attempt("no such/model/at all", "no directory")
+    attempt(dataset, "no config.json")
+    attempt(dataset / "train.jsonl", "is a file")
+    decoder = shutil.copytree(base, tmp_path / "decoder")
+    config = json.loads((decoder / "config.json").read_text())
+    (decoder / "config.json").write_text(
+        json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
+    attempt(decoder, "not a text encoder", "gpt2")
+    pickled = shutil.copytree(base, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    attempt(pickled, "pickled", "safetensors")
+    mute = shutil.copytree(base, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "special*"))
+    attempt(mute, "no tokenizer", "copy the base")
+    tensors, metadata = tiny.read_tensors(base / "model.safetensors")
+    partial = shutil.copytree(base, tmp_path / "part")
+    rest = [(name, tensor) for name, tensor in tensors.items() if "layer.1" not in name]
+    tiny.write_tensors(partial / "model.safetensors", rest, metadata)
+    attempt(partial, "lacks", "body tensors")
+
+
+def test_configs(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    def attempt(text: str, *words: str) -> None:
+        (tmp_path / "c.toml").write_text(text)
+        ran = coldctl(
+            "finetune", dataset, "--base", base, "--output", tmp_path / "out", "--config", tmp_path / "c.toml"
+        )
+        refused(ran, tmp_path / "out", *words)
+
+    attempt("[finetune]\nepoch = 3\n", "unknown key 'epoch'", "'epochs'")
+    attempt("[finetun]\n", "unknown key 'finetun'", "'finetune'")
+    attempt('[finetune]\nepochs = "3"\n', "epochs", "must be int")
+    attempt("[finetune]\nepochs = 0\n", "out of range")
+    attempt("[finetune]\nlearning_rate = -1.0\n", "out of range")
+    attempt("[finetune]\nlearning_rate = nan\n", "out of range")
+    attempt("[finetune\n", "not valid TOML")
+    attempt('[[dataset]]\nname = "a"\n', "'path' is missing")
+    attempt('[[dataset]]\nname = "a/b"\npath = "x"\n', "name is a file name")
+    attempt('[[dataset]]\nname = "a"\npath = "x"\n' * 2, "two datasets are called 'a'")
+    attempt('[[dataset]]\nname = "a"\npath = "x"\nmetric = "acc"\n', "choose one of accuracy")
+    attempt("[dataset]\n", "[[dataset]]")
+    ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--config", tmp_path / "none.toml")
+    refused(ran, tmp_path / "out", "no configuration file")
+    ran = coldctl("finetune", "--base", base, "--output", tmp_path / "out")
+    refused(ran, tmp_path / "out", "either DATA or --suite")
+    ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--engine", "dask")
+    refused(ran, tmp_path / "out", "--engine dask")
+
+
+def test_usage_errors_end_with_2(coldctl: Run) -> None:
+    assert coldctl("fuse").code == 2
+    assert coldctl("nonsense").code == 2
+    assert coldctl("finetune", "x", "--base").code == 2
+
+
+def test_fuse_and_others(tmp_path: Path, base: Path, contributions: Path, suite: Path, coldctl: Run) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "void").mkdir()
+    refused(coldctl("fuse", tmp_path / "void", "--base", base, "--output", out), out, "holds no checkpoint")
+    refused(coldctl("fuse", tmp_path / "gone", "--base", base, "--output", out), out, "no directory")
+    refused(
+        coldctl("fuse", contributions, "--base", base, "--output", out, "--method", "average"),
+        out,
+        "choose one of mean",
+    )
+    refused(coldctl("fuse", contributions, "--base", base, "--output", out, "--max-shard-size", "big"), out, "no size")
+    refused(coldctl("publish", base, "--to", out), out, "no licence")
+    refused(coldctl("publish", base, "--to", out, "--license", "mit", "--evaluation", base), out, "coldctl.json")
+    refused(coldctl("lineage", base), out, "does not say where it came from")
+    refused(coldctl("status", base), out, "not a run")
+    refused(coldctl("evaluate", base, "--suite", suite, "--output", out), out, "--baseline")
+    (tmp_path / "empty.toml").write_text("")
+    refused(coldctl("evaluate", base, "--suite", tmp_path / "empty.toml", "--output", out), out, "[[dataset]]")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "precious.txt").write_text("mine")
+    ran = coldctl("fuse", contributions, "--base", base, "--output", foreign)
+    assert ran.code == 2
+    assert "files that are not ours" in ran.stderr
+    assert (foreign / "precious.txt").read_text() == "mine"
+    (tmp_path / "file").write_text("mine")
+    ran = coldctl("fuse", contributions, "--base", base, "--output", tmp_path / "file")
+    assert ran.code == 2
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_evaluation_of_another_model_is_not_published(
+    tmp_path: Path, base: Path, contributions: Path, suite: Path, coldctl: Run
+) -> None:
+    assert coldctl("fuse", contributions, "--base", base, "--output", tmp_path / "fused").code == 0
+    ran = coldctl("evaluate", base, "--baseline", base, "--suite", suite, "--output", tmp_path / "e", "--jobs", 1)
+    assert ran.code == 0, ran.stderr
+    ran = coldctl(
+        "publish", tmp_path / "fused", "--to", tmp_path / "p", "--license", "mit", "--evaluation", tmp_path / "e"
+    )
+    refused(ran, tmp_path / "p", "not this model's body")
+
+
+def test_one_failure_of_a_suite_stops_no_other(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    write_rows(tmp_path / "bad", train=[{"text": "x", "label": "a"}] * 9)
+    shutil.copytree(dataset, tmp_path / "good")
+    path = tmp_path / "suite.toml"
+    path.write_text(
+        "[finetune]\nepochs = 1\nbatch_size = 16\n"
+        + "".join(f'[[dataset]]\nname = "{n}"\npath = "{n}"\n' for n in ("bad", "good"))
+    )
+    ran = coldctl("finetune", "--suite", path, "--base", base, "--output", tmp_path / "c", "--jobs", 1, "--json")
+    assert ran.code == 3
+    assert "--only bad" in ran.stderr
+    assert ran.json["failed"] == ["bad"]
+    assert (tmp_path / "c" / "good" / "coldctl.json").exists()
+    assert not (tmp_path / "c" / "bad").exists()
+
+
+def test_two_commands_on_one_output(tmp_path: Path, base: Path, contributions: Path, coldctl: Run) -> None:
+    import fcntl
+
+    partial = tmp_path / ".fused.partial"
+    partial.mkdir()
+    lock = os.open(partial, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    ran = coldctl("fuse", contributions, "--base", base, "--output", tmp_path / "fused")
+    refused(ran, tmp_path / "fused", "another command")
+    os.close(lock)
+    assert coldctl("fuse", contributions, "--base", base, "--output", tmp_path / "fused").code == 0
+
+
+def test_names_cannot_command_the_terminal(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    good = tiny.perturb(base, tmp_path / "evil\x1b[2J[red]name", seed=1)
+    ran = coldctl("fuse", good, "--base", base, "--output", tmp_path / "fused")
+    assert ran.code == 0
+    assert "\x1b[2J" not in ran.stderr
+    assert "[red]name" in ran.stderr
+
+
+def test_ctrl_c_says_how_to_go_on_and_the_next_call_does(tmp_path: Path, base: Path) -> None:
+    for name in ("red", "green", "blue"):
+        tiny.make_dataset(tmp_path / name, train=400)
+    shutil.copytree(base, tmp_path / "base")
+    suite = tmp_path / "suite.toml"
+    suite.write_text(
+        suite_text("base").replace("epochs = 1", "epochs = 40").replace("[finetune]", "[finetune]\npatience = 999")
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "coldctl",
+        "finetune",
+        "--suite",
+        suite,
+        "--base",
+        base,
+        "--output",
+        tmp_path / "c",
+    ]
+    process = subprocess.Popen([*map(str, command), "--jobs", "1"], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "c").glob(".*.partial")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again" in error
+    assert not (tmp_path / "c" / "green" / "coldctl.json").exists()

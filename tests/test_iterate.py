@@ -1,0 +1,221 @@
+"""`scripts/iterate.sh` and the run it keeps: rounds, resumption, sampling, the gate."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import tiny
+from conftest import Ran, suite_text
+
+ROOT = Path(__file__).parents[1]
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def place(tmp_path: Path, base: Path) -> Path:
+    for seed, name in enumerate(("red", "green", "blue")):
+        tiny.make_dataset(tmp_path / name, seed=seed)
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "suite.toml").write_text(suite_text("base"))
+    return tmp_path
+
+
+def iterate(place: Path, iterations: int, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    settings = {"RUN": str(place / "run"), "CONFIG": str(place / "suite.toml"), "JOBS": "1", "SAMPLE": "", "GATE": ""}
+    environment = {**os.environ, "PATH": path, "ITERATIONS": str(iterations), **settings, **variables}
+    return subprocess.run(
+        ["sh", ROOT / "scripts/iterate.sh"], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def step(coldctl: Run, place: Path, number: int, *, gate: bool = False) -> None:
+    """What the script does in one iteration, in this process."""
+    run, config = place / "run", place / "suite.toml"
+    folder = run / f"iteration-{number:03d}"
+    evaluate = ("evaluate", folder / "fused", "--suite", config, "--jobs", 1)
+    commands: list[tuple[object, ...]] = [
+        ("finetune", "--suite", config, "--base", run, "--output", run, "--jobs", 1),
+        ("fuse", folder / "contributions", "--base", run, "--output", folder / "fused"),
+        (*evaluate, "--baseline", place / "base", "--output", folder / "evaluation"),
+    ]
+    if gate:
+        commands.append((*evaluate, "--baseline", run, "--output", folder / "gate"))
+    for command in [*commands, ("promote", run)]:
+        ran = coldctl(*command)
+        assert ran.code == 0, ran.stderr
+
+
+def test_the_script_runs_a_round_and_then_another(place: Path, coldctl: Run) -> None:
+    done = iterate(place, 1)
+    assert done.returncode == 0, done.stderr
+    assert "average" in done.stderr
+    run = place / "run"
+    for piece in ("contributions/red", "contributions/green", "fused", "evaluation"):
+        assert (run / "iteration-001" / piece / "coldctl.json").exists()
+    stamp = (run / "iteration-001" / "fused" / "coldctl.json").stat().st_mtime_ns
+    assert coldctl("plan", run, "--config", place / "suite.toml", "--iterations", 1).stdout == "002\n"
+    step(coldctl, place, 2)
+    assert (run / "iteration-001" / "fused" / "coldctl.json").stat().st_mtime_ns == stamp
+    second = json.loads((run / "iteration-002" / "fused" / "coldctl.json").read_text())
+    first = json.loads((run / "iteration-001" / "fused" / "coldctl.json").read_text())
+    assert second["base"]["body_digest"] == first["body_digest"]
+    assert second["iteration"] == 2
+    assert [item["kind"] for item in second["ancestors"]] == ["pretrained", "fused"]
+    status = coldctl("status", run, "--json").json
+    assert [item["promoted"] for item in status["iterations"]] == [True, True]
+    assert status["base_model"].endswith("iteration-002/fused")
+    assert len(list((run / "cells").glob("*.json"))) == 9  # three models on three datasets, the pretrained one once
+    both = coldctl(
+        "evaluate",
+        run,
+        "--suite",
+        place / "suite.toml",
+        "--baseline",
+        place / "base",
+        "--output",
+        place / "curve",
+        "--jobs",
+        1,
+        "--json",
+    )
+    assert [model["name"] for model in both.json["models"]] == ["iteration-001", "iteration-002"]
+    lineage = coldctl("lineage", run / "iteration-002" / "fused", "--json").json["lineage"]
+    assert [len(generation["contributions"]) for generation in lineage] == [0, 2, 2]
+    assert "iteration-001" in coldctl("lineage", run).stderr
+
+
+def test_an_unmet_target_is_finished_and_none_is_added(place: Path, coldctl: Run) -> None:
+    run, config = place / "run", place / "suite.toml"
+    assert coldctl("plan", run, "--config", config, "--iterations", 2).stdout == "001\n002\n"
+    step(coldctl, place, 1)
+    assert coldctl("plan", run, "--config", config, "--iterations", 2).stdout == "002\n"
+    assert coldctl("plan", run, "--config", config, "--iterations", 5).stdout == "002\n"
+    step(coldctl, place, 2)
+    assert coldctl("plan", run, "--config", config, "--iterations", 2).stdout == "003\n004\n"
+
+
+def test_an_interrupted_iteration_repeats_nothing_complete(place: Path, coldctl: Run) -> None:
+    run, config = place / "run", place / "suite.toml"
+    coldctl("plan", run, "--config", config)
+    only = coldctl("finetune", "--suite", config, "--base", run, "--output", run, "--only", "red", "--jobs", 1)
+    assert only.code == 0, only.stderr
+    red = run / "iteration-001" / "contributions" / "red" / "coldctl.json"
+    stamp = red.stat().st_mtime_ns
+    (run / "iteration-001" / "contributions" / ".green.partial").mkdir()
+    step(coldctl, place, 1)
+    assert red.stat().st_mtime_ns == stamp
+    uninterrupted = place / "other"
+    shutil.copytree(place, uninterrupted, ignore=shutil.ignore_patterns("run", "other"))
+    coldctl("plan", uninterrupted / "run", "--config", uninterrupted / "suite.toml")
+    step(coldctl, uninterrupted, 1)
+    digests = [
+        json.loads((where / "run" / "iteration-001" / "fused" / "coldctl.json").read_text())["body_digest"]
+        for where in (place, uninterrupted)
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_a_config_changed_in_the_middle_is_an_error(place: Path, coldctl: Run) -> None:
+    run, config = place / "run", place / "suite.toml"
+    coldctl("plan", run, "--config", config)
+    coldctl("finetune", "--suite", config, "--base", run, "--output", run, "--only", "red", "--jobs", 1)
+    text = config.read_text()
+    config.write_text(text.replace("epochs = 1", "epochs = 2"))
+    ran = coldctl("plan", run, "--config", config)
+    assert ran.code == 2
+    assert "changed in the middle of iteration 1" in ran.stderr
+    assert "delete" in ran.stderr
+    config.write_text("# a comment changes nothing\n" + text)
+    assert coldctl("plan", run, "--config", config).code == 0
+    step(coldctl, place, 1)
+    config.write_text(text.replace("epochs = 1", "epochs = 2"))
+    assert coldctl("plan", run, "--config", config).stdout == "002\n"
+    config.write_text(text.replace('"./base"', '"./red"'))
+    assert coldctl("plan", run, "--config", config).code == 2
+
+
+def test_contributors_are_sampled_by_seed_and_iteration(place: Path, coldctl: Run) -> None:
+    config = place / "suite.toml"
+    config.write_text(config.read_text() + "".join(f'[[dataset]]\nname = "d{n}"\npath = "red"\n' for n in range(6)))
+    drawn = []
+    for run in (place / "run", place / "again"):
+        coldctl("plan", run, "--config", config, "--sample", 2)
+        ran = coldctl("finetune", "--suite", config, "--base", run, "--output", run, "--jobs", 1, "--json")
+        assert ran.code == 0, ran.stderr
+        drawn.append([item["name"] for item in ran.json["contributions"]])
+    assert len(drawn[0]) == 2
+    assert drawn[0] == drawn[1]
+
+
+def test_the_gate_keeps_the_last_good_base(place: Path, coldctl: Run) -> None:
+    run, config = place / "run", place / "suite.toml"
+    coldctl("plan", run, "--config", config, "--gate")
+    step(coldctl, place, 1, gate=True)
+    assert coldctl("status", run, "--json").json["iterations"][0]["promoted"] is True
+    coldctl("plan", run, "--config", config, "--gate")
+    for command in (("finetune", "--suite", config, "--base", run, "--output", run, "--jobs", 1),):
+        assert coldctl(*command).code == 0
+    folder = run / "iteration-002"
+    assert coldctl("fuse", folder / "contributions", "--base", run, "--output", folder / "fused").code == 0
+    ran = coldctl("promote", run)
+    assert ran.code == 2
+    assert "gate" in ran.stderr
+    gate = (
+        "evaluate",
+        folder / "fused",
+        "--suite",
+        config,
+        "--baseline",
+        run,
+        "--output",
+        folder / "gate",
+        "--jobs",
+        1,
+    )
+    assert coldctl(*gate).code == 0
+    results = folder / "gate" / "results.json"  # a regression beyond doubt, written by hand
+    document = json.loads(results.read_text())
+    for entry in document["averages"]:
+        entry |= {"gain": -5.0, "gain_interval": [-7.0, -3.0], "verdict": "worse"}
+    results.write_text(json.dumps(document))
+    ran = coldctl("promote", run)
+    assert ran.code == 0
+    assert "not promoted" in ran.stderr
+    status = coldctl("status", run, "--json").json
+    assert status["base_model"].endswith("iteration-001/fused")
+    assert coldctl("plan", run, "--config", config, "--gate").stdout == "003\n"
+
+
+def test_a_contributor_joins_by_pointing_at_the_run(place: Path, coldctl: Run) -> None:
+    run = place / "run"
+    coldctl("plan", run, "--config", place / "suite.toml")
+    mine = tiny.make_dataset(place / "mine", seed=7)
+    ran = coldctl(
+        "finetune", mine, "--base", run, "--output", run, "--name", "guest", "--epochs", 1, "--batch-size", 16
+    )
+    assert ran.code == 0, ran.stderr
+    assert (run / "iteration-001" / "contributions" / "guest" / "coldctl.json").exists()
+    assert coldctl("status", run, "--json").json["iterations"][0]["contributions"] == ["guest"]
+
+
+def test_side_by_side_gives_what_one_after_the_other_gives(place: Path, coldctl: Run) -> None:
+    """Jobs in worker processes; equal threads per job give equal bytes (one thread each here)."""
+    config = place / "suite.toml"
+    command = ["finetune", "--suite", config, "--base", place / "base", "--output"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    taskset = ["taskset", "-c", "0"] if shutil.which("taskset") else []
+    alone = [*taskset, sys.executable, "-m", "coldctl", *map(str, command), str(place / "alone"), "--jobs", "1"]
+    assert subprocess.run(alone, env=environment, check=False).returncode == 0
+    together = coldctl(*command, place / "together", "--jobs", max(2, os.cpu_count() or 1))
+    assert together.code == 0, together.stderr
+    for name in ("red", "green"):
+        documents = [json.loads((place / side / name / "coldctl.json").read_text()) for side in ("alone", "together")]
+        if documents[0]["environment"]["threads"] == documents[1]["environment"]["threads"]:
+            assert documents[0]["body_digest"] == documents[1]["body_digest"]
