@@ -134,19 +134,19 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
     baseline = results["baseline"]["name"]
     for model, protocol in dict.fromkeys((entry["model"], entry["protocol"]) for entry in results["results"]):
         table = Table(title=escape(printable(f"{model} against {baseline}, {protocol}")), title_justify="left")
-        table.add_column("dataset")
-        table.add_column("role")
+        table.add_column("dataset", no_wrap=True)
         for column in (baseline, model):
             table.add_column(escape(printable(column)), justify="right")
         table.add_column("gain [95 % interval]", justify="right", no_wrap=True)
         table.add_column("", no_wrap=True)
         for entry in results["results"]:
             if (entry["model"], entry["protocol"]) == (model, protocol):
-                table.add_row(escape(printable(entry["dataset"])), entry["role"], *_cells(entry))
+                unseen = " (unseen)" if entry["role"] == "unseen" else ""
+                table.add_row(escape(printable(entry["dataset"])) + unseen, *_cells(entry))
         table.add_section()
         for entry in results["averages"]:
             if (entry["model"], entry["protocol"]) == (model, protocol):
-                table.add_row(group_name(entry["group"]), "", *_cells(entry), style="bold")
+                table.add_row(group_name(entry["group"]), *_cells(entry), style="bold")
         tables.append(table)
     return tables
 

@@ -10,7 +10,7 @@ _WORDS = {
     "indistinguishable": "not distinguishable from noise",
     None: "no verdict (one seed)",
 }
-_GROUP_NAMES = {"all": "average", "seen": "average, seen", "unseen": "average, unseen"}
+_GROUP_NAMES = {"all": "average", "seen": "average seen", "unseen": "average unseen"}
 _GAIN, _LOSS, _NOISE = "#2f7d4f", "#b5483a", "#8a8f98"
 
 
