@@ -39,7 +39,7 @@ def test_copies_give_themselves(values: list[float], count: int) -> None:
     part = np.asarray(values, np.float32)
     np.testing.assert_array_equal(merge.rounded(merge.mean([part] * count), part.dtype), part)
     wide = np.asarray(values, np.float64) / 3
-    np.testing.assert_array_equal(merge.mean_of_doubles([wide] * count), wide)
+    np.testing.assert_array_equal(merge.mean([wide] * count), wide)
 
 
 @settings(max_examples=300)

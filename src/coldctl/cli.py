@@ -237,7 +237,43 @@ def fuse(
     contributions: Annotated[list[str], typer.Argument(metavar="CHECKPOINT_OR_FOLDER...", help="What to fuse.")],
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="What the contributions started from.")],
     output: Annotated[Path, typer.Option("--output", help="Directory of the fused model.")],
-    method: Annotated[str | None, typer.Option("--method", help="mean. [dim]default: mean[/]")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            help="mean, task-arithmetic, ties, dare, model-stock, slerp, median, trimmed-mean, multi-krum, "
+            "geometric-median or fisher. [dim]default: mean[/]",
+        ),
+    ] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option("--scale", metavar="λ", help="Length of the step: a number, auto, 1.5*auto. [dim]default: 1[/]"),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option("--weights", help="equal, examples, or a file of name = weight. [dim]default: equal[/]"),
+    ] = None,
+    max_share: Annotated[
+        float | None,
+        typer.Option(help="Largest weight of one contribution. [dim]default: with examples two equal shares[/]"),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share that ties (0.2) or dare (0.5) keeps of an update.")
+    ] = None,
+    trim: Annotated[
+        float | None, typer.Option(help="Share cut from each end by trimmed-mean. [dim]default: 0.2[/]")
+    ] = None,
+    byzantine: Annotated[
+        int | None, typer.Option(help="Attackers that multi-krum must bear. [dim]default: 1[/]")
+    ] = None,
+    position: Annotated[
+        float | None, typer.Option(help="Share of the second model in slerp. [dim]default: 0.5[/]")
+    ] = None,
+    outer_optimizer: Annotated[
+        str | None, typer.Option(help="none, sgd, nesterov or adam on the pseudo-gradient. [dim]default: none[/]")
+    ] = None,
+    outer_lr: Annotated[float | None, typer.Option(help="Its learning rate. [dim]default: 0.7[/]")] = None,
+    outer_momentum: Annotated[float | None, typer.Option(help="Its momentum. [dim]default: 0.9[/]")] = None,
     screen_: Annotated[
         str | None, typer.Option("--screen", help="report, reject or off. [dim]default: report[/]")
     ] = None,
@@ -249,10 +285,28 @@ def fuse(
     allow_other_base: Annotated[
         bool | None, typer.Option("--allow-other-base", help="Take contributions of another base.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the fused model. [dim]default: the base's[/]")] = None,
+    allow_pickle: Annotated[
+        bool | None, typer.Option("--allow-pickle", help="Read .bin files, by torch's weights-only unpickler.")
+    ] = None,
+    common_rows: Annotated[
+        bool | None,
+        typer.Option("--common-rows", help="Of another vocabulary take the rows it shares with the base's."),
+    ] = None,
+    leave_one_out: Annotated[
+        bool | None,
+        typer.Option("--leave-one-out", help="Also write the fused models that lack one contribution each."),
+    ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option("--without", metavar="NAME", help="Withdraw a contribution from the fused model given first."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16, bfloat16 or float64. [dim]default: the base's[/]")
+    ] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Larger weights are sharded. [dim]default: 5GB[/]")] = None,
     revision: Revision = None,
     config: Config = None,
+    seed: Seed = None,
     as_json: Json = False,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
@@ -262,15 +316,27 @@ def fuse(
         from coldctl.core import reference
         from coldctl.stages import fuse as stage
 
+        file = read(config)
+        if scale is not None and outer_lr is not None:
+            raise ConfigError("--scale and --outer-lr exclude each other: give one of them")
         flags = {
-            "method": method, "screen": screen_, "min_contributions": min_contributions, "strict": strict,
-            "verify": False if no_verify else None, "allow_other_base": allow_other_base, "dtype": dtype,
+            "method": method, "scale": scale, "weights": weights, "max_share": max_share, "density": density, "trim": trim,
+            "byzantine": byzantine, "position": position, "outer_optimizer": outer_optimizer, "outer_lr": outer_lr,
+            "outer_momentum": outer_momentum, "seed": seed, "screen": screen_, "min_contributions": min_contributions,
+            "strict": strict, "verify": False if no_verify else None, "allow_other_base": allow_other_base,
+            "allow_pickle": allow_pickle, "common_rows": common_rows, "leave_one_out": leave_one_out, "dtype": dtype,
             "max_shard_size": max_shard_size,
         }  # fmt: skip
-        settings = resolve(FuseConfig, read(config), flags)
+        settings = resolve(FuseConfig, file, flags)
         model = reference.resolve(base, revision)
         with screen.progress() as progress:
-            done = stage.fuse(contributions, model, output, settings, overwrite=overwrite, progress=progress)
+            if without is not None:
+                fused = reference.resolve(contributions[0])
+                done = stage.withdraw(
+                    fused, without, contributions[1:], model, output, settings, overwrite=overwrite, progress=progress
+                )
+            else:
+                done = stage.fuse(contributions, model, output, settings, overwrite=overwrite, progress=progress)
         if done.unchanged:
             screen.say(f"{output}: complete already, left alone")
         else:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, digest_prelude
 
 MEMORY = 48 << 20  # bytes of buffers, over both sets
-_LARGEST = 1 << 20  # elements per block: more gains nothing
+_LARGEST = 1 << 18  # elements per block: what still fits the processor's shared cache
+_WIDEST = 8  # bytes of the widest dtype
 _THREADS = 2
 
 
@@ -35,6 +36,7 @@ class Block:
     stop: int
     base: NDArray[Any]
     contributions: Sequence[NDArray[Any]]
+    companions: Sequence[NDArray[Any]] = ()  # what is read along: Fisher information, the outer optimiser's state
 
 
 class Digester:
@@ -89,7 +91,7 @@ class Digester:
 
 def block_length(inputs: int) -> int:
     """Elements per block for that many bodies at once, whatever their dtypes: a share of the constant memory."""
-    return max(1, min(_LARGEST, MEMORY // (2 * 8 * (inputs + 1))))
+    return max(1, min(_LARGEST, MEMORY // (2 * _WIDEST * (inputs + 1))))
 
 
 def read_blocks(
@@ -98,21 +100,25 @@ def read_blocks(
     names: Sequence[str],
     digesters: Sequence[Digester | None] | None = None,
     length: int | None = None,
+    companions: Sequence[Checkpoint] = (),
 ) -> Iterator[Block]:
     """Yield the blocks of the tensors `names`, in that order, of the base and of all contributions.
 
     `names` are floating body tensors of the base. A contribution that lacks one (a pooler) gives the base's
-    elements. `digesters` (of the base and of each contribution) are fed with everything read. Raises CheckpointError.
+    elements, and one that has fewer rows gives the base's behind them; a companion that lacks one gives zeros.
+    `digesters` (of the base and of each contribution) are fed with everything read. Raises CheckpointError.
     """
-    length = length or block_length(len(contributions))
-    inputs = [base, *contributions]
-    takers = digesters or [None] * len(inputs)
+    inputs = [base, *contributions, *companions]
+    length = length or block_length(len(inputs) - 1)
+    takers = [*(digesters or [None] * (1 + len(contributions))), *([None] * len(companions))]
     plan = [
         (name, start, min(start + length, base.body[name].size))
         for name in names
         for start in range(0, max(1, base.body[name].size), length)
     ]
-    sets = [[bytearray(length * 8) for _ in inputs] for _ in range(2)]
+    longest = min(length, max((base.body[name].size for name in names), default=0))
+    sets = [[bytearray(longest * _widest(checkpoint)) for checkpoint in inputs] for _ in range(2)]
+    last = 1 + len(contributions)
     with _Workers(min(_THREADS, len(inputs))) as workers:
 
         def request(number: int) -> list[Future[NDArray[Any] | None]]:
@@ -129,7 +135,27 @@ def read_blocks(
             waiting = request(number + 1) if number + 1 < len(plan) else []
             first = arrays[0]
             assert first is not None
-            yield Block(name, start, stop, first, [first if array is None else array for array in arrays[1:]])
+            yield Block(
+                name,
+                start,
+                stop,
+                first,
+                [_completed(array, first) for array in arrays[1:last]],
+                [np.zeros(stop - start) if array is None else array for array in arrays[last:]],
+            )
+
+
+def _completed(part: NDArray[Any] | None, base: NDArray[Any]) -> NDArray[Any]:
+    """What a contribution lacks of a block (a pooler, the last rows of a smaller vocabulary) is the base's."""
+    if part is None:
+        return base
+    if part.size == base.size:
+        return part
+    return np.concatenate([part.astype(np.float64), base[part.size :].astype(np.float64)])
+
+
+def _widest(checkpoint: Checkpoint) -> int:
+    return max((DTYPES[tensor.dtype].itemsize for tensor in checkpoint.body.values()), default=_WIDEST)
 
 
 def _fill(
@@ -139,6 +165,9 @@ def _fill(
     if tensor is None:
         return None
     dtype = DTYPES[tensor.dtype]
+    stop = min(stop, tensor.size)
+    if stop < start:
+        return None
     part = memoryview(buffer)[: (stop - start) * dtype.itemsize]
     checkpoint.read_into(tensor, start, part)
     if digester is not None:

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 
 from coldctl.core import layout
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.core.encodings import open_adapter, open_pickled
 from coldctl.core.errors import ColdctlError, ModelError
 from coldctl.core.progress import Progress
 from coldctl.core.reference import resolve
-from coldctl.core.storage import open_folder, subfolders
+from coldctl.core.storage import Folder, open_folder, subfolders
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Candidate:
     verified: bool = False
     update_norm: float | None = None
     cosine_to_mean: float | None = None
+    update_share: dict[str, float] | None = None  # of the squared norm, per group of layers
 
     @property
     def stated_digest(self) -> str | None:
@@ -31,14 +33,17 @@ class Candidate:
         return self.checkpoint.manifest["body_digest"] if self.checkpoint and self.checkpoint.manifest else None
 
 
-def gather(references: Sequence[str], progress: Progress) -> list[Candidate]:
-    """Open checkpoints, and the checkpoints directly inside folders.
+def gather(
+    references: Sequence[str], progress: Progress, base: Checkpoint | None = None, *, allow_pickle: bool = False
+) -> list[Candidate]:
+    """Open checkpoints, and the checkpoints directly inside folders. Adapters need `base` to be decoded.
 
     The order is that of the digests that the manifests state, of the names where there is none, whatever the
     order of the arguments. A checkpoint that cannot be opened is a candidate with a problem. Raises ModelError
     for an argument that holds none.
     """
-    candidates = [item for reference in references for item in _found_at(reference, progress)]
+    places = [place for reference in references for place in _found_at(reference, progress)]
+    candidates = [_open(name, place, base, allow_pickle=allow_pickle) for name, place in places]
     names = [item.name for item in candidates]
     for item in candidates:
         if names.count(item.name) > 1 and item.checkpoint is not None and item.stated_digest is None:
@@ -52,10 +57,11 @@ def gather(references: Sequence[str], progress: Progress) -> list[Candidate]:
     return candidates
 
 
-def _found_at(reference: str, progress: Progress) -> list[Candidate]:
+def _found_at(reference: str, progress: Progress) -> list[tuple[str, str]]:
+    """Names and places of the checkpoints that one argument means."""
     model = resolve(reference)
     if _is_checkpoint(model.place):
-        return [_open(model.name, model.place)]
+        return [(model.name, model.place)]
     found = []
     for child in map(str, subfolders(model.place)):
         name = child.rstrip("/").rsplit("/", 1)[-1]
@@ -64,7 +70,7 @@ def _found_at(reference: str, progress: Progress) -> list[Candidate]:
         elif not _is_checkpoint(child):
             progress.note(f"skipped {name}: not a checkpoint")
         else:
-            found.append(_open(name, child))
+            found.append((name, child))
     if not found:
         raise ModelError(f"{reference} holds no checkpoint and no folder that does: give contributions")
     return found
@@ -72,14 +78,25 @@ def _found_at(reference: str, progress: Progress) -> list[Candidate]:
 
 def _is_checkpoint(place: str) -> bool:
     folder = open_folder(place)
-    return folder.has(layout.MANIFEST) or folder.has(layout.MODEL_CONFIG)
+    return any(folder.has(name) for name in (layout.MANIFEST, layout.MODEL_CONFIG, layout.ADAPTER_CONFIG))
 
 
-def _open(name: str, place: str) -> Candidate:
+def _open(name: str, place: str, base: Checkpoint | None, *, allow_pickle: bool) -> Candidate:
     try:
-        checkpoint = open_checkpoint(open_folder(place), name)
+        checkpoint = _decoded(open_folder(place), name, base, allow_pickle=allow_pickle)
     except ColdctlError as error:
         return Candidate(name, place, None, problems=[error.message])
     if checkpoint.manifest is not None:
         name = checkpoint.manifest["name"]
     return Candidate(name, place, checkpoint)
+
+
+def _decoded(folder: Folder, name: str, base: Checkpoint | None, *, allow_pickle: bool) -> Checkpoint:
+    weights = folder.has(layout.WEIGHTS) or folder.has(layout.WEIGHTS_INDEX)
+    if folder.has(layout.ADAPTER_CONFIG) and not weights:
+        if base is None:
+            raise ModelError("it is an adapter, which only its base can decode: give --base")
+        return open_adapter(folder, name, base)
+    if allow_pickle and not weights:
+        return open_pickled(folder, name)
+    return open_checkpoint(folder, name)

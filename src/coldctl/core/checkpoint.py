@@ -9,7 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
@@ -83,12 +83,18 @@ class Checkpoint:
     prefix: str  # what stands before the body's names in the files, "" for a bare encoder
     files: dict[str, int]  # weight files and their sizes in bytes
     manifest: Manifest | None = None
+    original: "Checkpoint | None" = None  # what this is a part of, where rows were left out: digests are of that
     _readers: dict[str, Reader] = field(default_factory=dict, repr=False)
 
     @property
     def label(self) -> str:
         """How messages name it: its place."""
         return self.folder.label
+
+    @property
+    def digested_as_read(self) -> bool:
+        """Whether reading the body tensors in name order gives what the body digest is over."""
+        return self.original is None
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
         """Read elements of `tensor` from index `start` (row-major) into `buffer` (bytes). Raises CheckpointError."""
@@ -140,6 +146,54 @@ def open_checkpoint(folder: Folder, name: str) -> Checkpoint:
     return Checkpoint(folder, name, config, dict(sorted(body.items())), tuple(heads), prefix, files, manifest)
 
 
+def open_companion(checkpoint: Checkpoint, file: str) -> Checkpoint:
+    """Another safetensors file of a checkpoint's folder, with tensors named and shaped as its body's.
+
+    Raises CheckpointError.
+    """
+    where = f"{checkpoint.label}/{file}"
+    if not checkpoint.folder.has(file):
+        raise CheckpointError(f"{where} is missing")
+    reader = checkpoint.folder.open(file)
+    try:
+        tensors = read_header(reader, file, where)
+    finally:
+        reader.close()
+    for name, tensor in checkpoint.body.items():
+        if tensor.floating and (name in tensors or not is_pooler(name)):
+            found = tensors.get(name)
+            if found is None or found.shape != tensor.shape or not found.floating:
+                raise CheckpointError(f"{where} has no tensor {name} of the body's shape: make it again")
+    return Checkpoint(
+        checkpoint.folder, checkpoint.name, {}, dict(sorted(tensors.items())), (), "", {file: reader.size}
+    )
+
+
+def with_common_rows(base: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """`other` cut to the rows that its vocabulary shares with the base's: the first ones of both."""
+    body = dict(other.body)
+    cut = False
+    for name, tensor in other.body.items():
+        known = base.body.get(name)
+        if (
+            known is not None
+            and is_vocabulary(name)
+            and tensor.shape[1:] == known.shape[1:]
+            and tensor.shape != known.shape
+        ):
+            rows = min(tensor.shape[0], known.shape[0])
+            body[name] = replace(tensor, shape=(rows, *tensor.shape[1:]))
+            cut = True
+    return replace(other, body=body, original=other, _readers={}) if cut else other
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether an unprefixed body tensor has one row per token of the vocabulary."""
+    return name.endswith(("word_embeddings.weight", "tok_embeddings.weight", "embeddings.weight")) and (
+        "position" not in name and "token_type" not in name
+    )
+
+
 def read_model_config(folder: Folder) -> dict[str, Any]:
     """`config.json` as a dict. Raises ModelError if it is missing or describes something that is no encoder."""
     if not folder.has(layout.MODEL_CONFIG):
@@ -178,8 +232,9 @@ def read_tensors(folder: Folder) -> tuple[dict[str, Tensor], dict[str, int]]:
     else:
         pickled = [name for name in folder.names() if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if pickled:
+            remedy = "convert them to safetensors, or fuse with --allow-pickle"
             raise CheckpointError(
-                f"{folder.label} has only pickled weights ({pickled[0]}), which can execute code: convert them to safetensors"
+                f"{folder.label} has only pickled weights ({pickled[0]}), which can run code: {remedy}"
             )
         raise CheckpointError(f"{folder.label} has no {layout.WEIGHTS}: it holds no weights")
     tensors: dict[str, Tensor] = {}
@@ -273,13 +328,13 @@ def digest_prelude(name: str, tensor: Tensor) -> bytes:
 
 
 def body_digest(checkpoint: Checkpoint) -> str:
-    """The body digest of a checkpoint, computed from its files.
+    """The body digest of a checkpoint, computed from its files (from the decoded body, where it is encoded).
 
     sha256 over the floating body tensors sorted by unprefixed name, each as its prelude and its little-endian
     bytes: equal for equal bodies whatever layout, sharding, prefix or head.
     """
     hasher = hashlib.sha256()
-    for piece in _digested(checkpoint):
+    for piece in _digested(checkpoint.original or checkpoint):
         hasher.update(piece)
     return "sha256:" + hasher.hexdigest()
 

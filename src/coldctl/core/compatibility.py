@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from coldctl.core.checkpoint import Checkpoint, is_pooler
+from coldctl.core.checkpoint import Checkpoint, is_pooler, is_vocabulary
 
 _LISTED = 3  # names that one finding spells out
 
@@ -29,6 +29,8 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
         return verdict
     _compare_tensors(base, other, verdict)
     _compare_base(other, base_digest, verdict, allow_other_base=allow_other_base)
+    if other.original is not None:
+        verdict.notes.append("has another vocabulary: only the common rows are taken")
     if other.manifest is None:
         verdict.notes.append("has no manifest: unverified")
     if "auto_map" in other.config:
@@ -51,8 +53,11 @@ def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> N
         known = base.body.get(name)
         if known is None or not known.floating:
             continue
-        if tensor.shape != known.shape:
-            what = "another vocabulary" if _is_vocabulary(name, known.shape, tensor.shape) else "another shape"
+        if tensor.shape != known.shape and not (other.original and is_vocabulary(name)):
+            what = "another shape"
+            if is_vocabulary(name) and tensor.shape[1:] == known.shape[1:]:
+                rows = min(tensor.shape[0], known.shape[0])
+                what = f"another vocabulary, --common-rows takes the {rows} rows they share"
             verdict.problems.append(f"{name} is {_shape(tensor.shape)}, the base's is {_shape(known.shape)}: {what}")
         elif not tensor.floating:
             verdict.problems.append(
@@ -79,14 +84,6 @@ def _compare_base(other: Checkpoint, base_digest: str | None, verdict: Verdict, 
         verdict.notes.append(finding)
     else:
         verdict.problems.append(f"{finding}: give that base as --base, or --allow-other-base to fuse it all the same")
-
-
-def _is_vocabulary(name: str, known: tuple[int, ...], found: tuple[int, ...]) -> bool:
-    return (
-        "word_embeddings" in name
-        or "tok_embeddings" in name
-        or (len(known) == 2 and known[1:] == found[1:] and known[0] > 1000)
-    )
 
 
 def _some(names: list[str]) -> str:

@@ -23,6 +23,19 @@ CONFIG_LIMIT = 4 << 20  # bytes of a TOML file
 
 Metric = Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman"]
 Protocol = Literal["linear-probe", "finetune", "few-shot", "multitask"]
+Method = Literal[
+    "mean",
+    "task-arithmetic",
+    "ties",
+    "dare",
+    "model-stock",
+    "slerp",
+    "median",
+    "trimmed-mean",
+    "multi-krum",
+    "geometric-median",
+    "fisher",
+]
 Columns = str | tuple[str, ...]
 
 
@@ -60,7 +73,21 @@ class FinetuneConfig:
 class FuseConfig:
     """`[fuse]`: how contributions become a fused model. The defaults are the paper's plain mean."""
 
-    method: Literal["mean"] = "mean"
+    method: Method = "mean"
+    scale: str = "1"
+    weights: str = "equal"
+    max_share: float = 0.0
+    density: float = 0.0
+    trim: float = 0.2
+    byzantine: int = 1
+    position: float = 0.5
+    outer_optimizer: Literal["none", "sgd", "nesterov", "adam"] = "none"
+    outer_lr: float = 0.7
+    outer_momentum: float = 0.9
+    seed: int = 0
+    leave_one_out: bool = False
+    common_rows: bool = False
+    allow_pickle: bool = False
     screen: Literal["report", "reject", "off"] = "report"
     min_contributions: int = 0
     strict: bool = False
@@ -282,6 +309,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         if items and not (arguments[0] is str and isinstance(value, str)):
             return tuple(_checked(item, arguments[0], where) for item in items)
+    elif hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # scale = 2.5 in a file
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

@@ -14,6 +14,8 @@ REPORT = "report.md"
 REPORT_HTML = "report.html"
 GAIN_CHART = "gain.png"
 FUSE_CHART = "fuse.png"
+FISHER = "fisher.safetensors"
+LEAVE_ONE_OUT = "leave-one-out"
 CARD = "README.md"
 
 # What a tokenizer may consist of, over all the encoders and versions of transformers that people have.
@@ -75,6 +77,11 @@ def enclosing_run(path: Path) -> Path | None:
         if (parent / RUN).is_file():
             return parent
     return None
+
+
+def outer_state(kind: str) -> str:
+    """The file that holds one state of the outer optimiser, beside the fused model."""
+    return f"outer_{kind}.safetensors"
 
 
 def is_complete(path: Path) -> bool:

@@ -57,6 +57,8 @@ class ContributionRecord(TypedDict, total=False):
     signer: str | None
     update_norm: float | None
     cosine_to_mean: float | None
+    update_share: dict[str, float] | None
+    notes: list[str]
 
 
 class Manifest(TypedDict, total=False):
@@ -140,13 +142,13 @@ def write(folder: Path, manifest: Manifest, known: Mapping[str, str] | None = No
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != layout.MANIFEST and not path.name.startswith(".")
+        if path.is_file() and path != folder / layout.MANIFEST and not path.name.startswith(".")
     )
     whole: Manifest = {
+        **manifest,
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "coldctl_version": __version__,
-        **manifest,
         "files": {name: known.get(name) or digest_of_file(folder / name) for name in names},
     }
     whole.pop("manifest_digest", None)

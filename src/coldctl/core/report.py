@@ -1,6 +1,6 @@
 """What a person reads of an evaluation: the table in Markdown and the chart of gains."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,34 @@ def interval(entry: dict[str, Any]) -> str:
 def rows_of(entries: Sequence[dict[str, Any]], model: str, protocol: str) -> list[dict[str, Any]]:
     """The entries of one model under one protocol, in order."""
     return [entry for entry in entries if entry["model"] == model and entry["protocol"] == protocol]
+
+
+def fuse_chart(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """`fuse.png`: per fused contribution the norm of its update and its cosine to the mean update, as columns."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fused = [record for record in records if record["status"] == "fused"]
+    places = range(len(fused))
+    figure, axes = plt.subplots(
+        2, 1, sharex=True, figsize=(min(24.0, max(5.0, 0.5 * len(fused) + 2)), 4.8), layout="constrained"
+    )
+    columns = (("update_norm", "norm of the update"), ("cosine_to_mean", "cosine to the mean update"))
+    for axis, (key, title) in zip(axes, columns, strict=True):
+        colours = [_LOSS if any(note.startswith("outlier") for note in record["notes"]) else _GAIN for record in fused]
+        axis.bar(places, [record[key] or 0.0 for record in fused], color=colours, width=0.7)
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.axhline(0, color="#333333", linewidth=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+    names = [record["name"][:24].replace("$", r"\$") for record in fused]
+    every = max(1, len(fused) // 60)  # more names than that cannot be read
+    axes[1].set_xticks(list(places)[::every], names[::every], rotation=45, ha="right", fontsize=8)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
 
 
 def gain_chart(results: dict[str, Any], path: Path) -> None:

@@ -44,9 +44,13 @@ def file_order(layouts: Sequence[Layout]) -> list[Layout]:
 class WeightsWriter:
     """Writes tensors in `file_order` into `folder`; `digests` holds the sha256 of each file once closed."""
 
-    def __init__(self, folder: Path, layouts: Sequence[Layout], max_shard_size: int) -> None:
+    def __init__(
+        self, folder: Path, layouts: Sequence[Layout], max_shard_size: int, *, single: str | None = None
+    ) -> None:
+        """`single` names a file that takes all tensors instead of the model's weights."""
         self._folder = folder
-        self._shards = _shards(file_order(layouts), max_shard_size)
+        self._single = single
+        self._shards = [file_order(layouts)] if single else _shards(file_order(layouts), max_shard_size)
         self._pending = list(self._names_and_shards())
         self._file: IO[bytes] | None = None
         self._hasher = hashlib.sha256()
@@ -93,7 +97,7 @@ class WeightsWriter:
     def _names_and_shards(self) -> list[tuple[str, list[Layout]]]:
         count = len(self._shards)
         if count == 1:
-            return [(layout.WEIGHTS, self._shards[0])]
+            return [(self._single or layout.WEIGHTS, self._shards[0])]
         return [
             (f"model-{number:05d}-of-{count:05d}.safetensors", shard) for number, shard in enumerate(self._shards, 1)
         ]

@@ -51,7 +51,7 @@ def check(references: Sequence[str], base: Model | None, *, deep: bool, progress
         base_digest = base_checkpoint.manifest["body_digest"] if base_checkpoint.manifest else None
         if base_digest is None and deep:
             base_digest = body_digest(base_checkpoint)
-    candidates = gather(references, progress)
+    candidates = gather(references, progress, base_checkpoint)
     progress.begin("check", len(candidates), "checkpoints")
     checked = []
     for item in candidates:

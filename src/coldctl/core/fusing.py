@@ -1,0 +1,450 @@
+"""One fuse as a whole: what is offered, what is accepted of it, the passes over it, and what is said of it.
+
+The stage decides where inputs come from and where the result goes; the passes read and write. Here stands what
+lies between: verdicts, weights, the length of the step, the manifest.
+"""
+
+import json
+import math
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coldctl.core import layout, manifest, merge
+from coldctl.core.candidates import Candidate
+from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, open_companion, with_common_rows
+from coldctl.core.compatibility import compare
+from coldctl.core.config import FuseConfig, as_record, identity
+from coldctl.core.describe import bare_config
+from coldctl.core.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
+from coldctl.core.manifest import ContributionRecord, Manifest
+from coldctl.core.merge import Array
+from coldctl.core.passes import (
+    DTYPE_NAMES,
+    Inputs,
+    Proof,
+    Prover,
+    Without,
+    Written,
+    distance,
+    output_dtype,
+    survey,
+    tensor_weights,
+    thresholds,
+    write,
+)
+from coldctl.core.progress import Progress
+from coldctl.core.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
+from coldctl.core.reference import Model
+from coldctl.core.report import fuse_chart
+from coldctl.core.statistics import UpdateStatistics, names_of, outliers
+from coldctl.core.storage import LocalFolder
+
+_SCALE = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\*)?auto|(?P<fixed>[0-9.eE+-]+)")
+_EXAMPLES_SHARE = 2.0  # with --weights examples nobody counts for more than this many equal shares
+
+
+@dataclass(frozen=True)
+class Scale:
+    """λ, fixed or as a multiple of the automatic one."""
+
+    value: float
+    automatic: bool
+
+
+def check_config(config: FuseConfig) -> Scale:
+    """Settings that do not go together are refused before anything is read. Raises ConfigError."""
+    match = _SCALE.fullmatch(config.scale)
+    try:
+        scale = (
+            Scale(float((match["factor"] or 1) if match["fixed"] is None else match["fixed"]), match["fixed"] is None)
+            if match
+            else None
+        )
+    except ValueError:
+        scale = None
+    if scale is None or not math.isfinite(scale.value):
+        raise ConfigError(f"--scale {config.scale}: give a number, auto, or a multiple such as 1.5*auto")
+    plain = scale == Scale(1.0, automatic=False)
+    if config.outer_optimizer != "none" and not plain:
+        raise ConfigError("--scale and --outer-optimizer exclude each other: --outer-lr is the length of the step")
+    if scale.automatic and config.method in PER_TENSOR:
+        raise ConfigError(f"--scale auto does not go with {config.method}, which finds its own length: give a number")
+    if config.weights != "equal" and config.method in UNWEIGHTED:
+        raise ConfigError(f"{config.method} takes no --weights: leave them out, or take --method mean")
+    if config.leave_one_out and (
+        config.method not in ("mean", "task-arithmetic") or scale.automatic or config.outer_optimizer != "none"
+    ):
+        raise ConfigError(
+            "--leave-one-out goes with linear methods only: --method mean or task-arithmetic, a fixed --scale"
+        )
+    if config.density > 1:
+        raise ConfigError(f"--density {config.density}: it is a share, give at most 1")
+    if config.dtype is not None and config.dtype not in DTYPE_NAMES:
+        raise ConfigError(f"--dtype {config.dtype}: choose one of {', '.join(DTYPE_NAMES)}")
+    if not 0 <= config.position <= 1:
+        raise ConfigError(f"--position {config.position}: it lies between 0 (the first model) and 1 (the second)")
+    return scale
+
+
+def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: FuseConfig) -> None:
+    """Judge a candidate by its headers, after leaving out rows where that is asked for."""
+    if item.checkpoint is None:
+        return
+    if config.common_rows:
+        item.checkpoint = with_common_rows(base, item.checkpoint)
+    verdict = compare(base, item.checkpoint, base_digest, allow_other_base=config.allow_other_base)
+    item.problems += verdict.problems
+    item.notes += verdict.notes
+    if config.method == "fisher":
+        try:
+            open_companion(item.checkpoint, layout.FISHER)
+        except ColdctlError as error:
+            item.problems.append(f"{error.message}: --method fisher needs it")
+
+
+def stated_digest(checkpoint: Checkpoint) -> str | None:
+    """The body digest that a checkpoint's manifest states, None without one."""
+    return checkpoint.manifest["body_digest"] if checkpoint.manifest else None
+
+
+@dataclass
+class Fusion:
+    """One fuse: what is offered, what is accepted of it, and the passes over it."""
+
+    base: Model
+    base_checkpoint: Checkpoint
+    candidates: list[Candidate]
+    config: FuseConfig
+    scale: Scale
+    destination: Path
+    progress: Progress
+
+    def run(self, partial: Path) -> Manifest:
+        """Accept, survey if something must be known first, write, prove, describe."""
+        config = self.config
+        accepted = self._accepted()
+        whole = self._in_name_order()
+        statistics: UpdateStatistics | None = None
+        proof: Proof | None = None
+        gram = config.method in ("multi-krum", "geometric-median")
+        if config.screen == "reject" or gram or (self.scale.automatic and config.method in WEIGHTED):
+            prover = Prover(self._inputs(accepted), verify=config.verify, whole=True)
+            statistics = survey(
+                self._inputs(accepted), self._weights(accepted), prover, gram=gram, progress=self.progress
+            )
+            proof = prover.prove()
+            self._learn(accepted, proof)
+            if config.screen == "reject":
+                for index, reason in outliers(statistics).items():
+                    accepted[index].problems.append(f"outlier: {reason}")
+            kept = self._accepted()
+            if len(kept) < len(accepted):
+                accepted = kept
+                again = Prover(self._inputs(accepted), verify=False, whole=False)
+                statistics = survey(
+                    self._inputs(accepted), self._weights(accepted), again, gram=gram, progress=self.progress
+                )
+        inputs = self._inputs(accepted)
+        recipe = self._recipe(accepted, inputs, statistics)
+        writing_prover = Prover(inputs, verify=config.verify, whole=whole) if proof is None else None
+        fresh = UpdateStatistics(len(accepted)) if statistics is None and config.screen != "off" else None
+        without = self._without(partial, accepted)
+        states = self._states()
+        written, lacking = write(
+            inputs,
+            recipe,
+            partial,
+            prover=writing_prover,
+            statistics=fresh,
+            states=states,
+            without=without,
+            progress=self.progress,
+        )
+        if writing_prover is not None:
+            proof = writing_prover.prove()
+            self._learn(accepted, proof)
+            self._accepted()
+        assert proof is not None
+        statistics = statistics or fresh
+        if statistics is not None:
+            self._note_statistics(accepted, statistics)
+        self._write_config(partial)
+        if not written.body_digest:  # mixed dtypes are not written in name order
+            written = replace(written, body_digest=body_digest(open_checkpoint(LocalFolder(partial), "fused")))
+        for item in without:
+            rest = [candidate for index, candidate in enumerate(accepted) if index != item.index]
+            weights = np.delete(recipe.weights, item.index)
+            self._describe(
+                item.folder, lacking[item.index], rest, weights / weights.sum(), recipe.scale, proof.base_digest
+            )
+        return self._describe(
+            partial, written, accepted, self._reported_weights(recipe), recipe.scale, proof.base_digest
+        )
+
+    def _accepted(self) -> list[Candidate]:
+        """The candidates without problems. Raises if a problem must stop everything."""
+        config, candidates = self.config, self.candidates
+        good = [item for item in candidates if not item.problems]
+        details = [f"{item.name}: {problem}" for item in candidates for problem in item.problems]
+        if not details:
+            return good
+        bad, total = len(candidates) - len(good), len(candidates)
+        if config.strict:
+            raise DeclinedError(f"{bad} of {total} contributions would be dropped, and --strict forbids that", details)
+        if config.screen != "reject":
+            remedy = "mend or remove them, or drop them with --screen reject"
+            raise CheckpointError(f"{bad} of {total} contributions cannot be fused: {remedy}", details)
+        least = config.min_contributions or total // 2 + 1
+        if len(good) < least:
+            remedy = "mend the others, or lower --min-contributions"
+            raise CheckpointError(
+                f"only {len(good)} of {total} contributions can be fused, {least} are needed: {remedy}", details
+            )
+        return good
+
+    def _in_name_order(self) -> bool:
+        dtypes = {output_dtype(tensor, self.config) for tensor in self.base_checkpoint.body.values() if tensor.floating}
+        return len(dtypes) == 1
+
+    def _inputs(self, accepted: Sequence[Candidate]) -> Inputs:
+        checkpoints = [item.checkpoint for item in accepted if item.checkpoint is not None]
+        fisher = [open_companion(item, layout.FISHER) for item in checkpoints] if self.config.method == "fisher" else []
+        return Inputs(self.base_checkpoint, checkpoints, fisher)
+
+    def _weights(self, accepted: Sequence[Candidate]) -> Array:
+        """The nominal weights, normalised. Raises ConfigError."""
+        config, count = self.config, len(accepted)
+        if config.weights == "equal":
+            return np.full(count, 1 / count)
+        if config.weights == "examples":
+            shares = [_examples(item) for item in accepted]
+            cap = config.max_share or min(1.0, _EXAMPLES_SHARE / count)
+            return merge.normalised(shares, max(cap, 1 / count))
+        table = _weights_file(Path(config.weights))
+        if missing := [item.name for item in accepted if item.name not in table]:
+            raise ConfigError(f"{config.weights} gives no weight for {missing[0]!r}: add it (0 leaves it out)")
+        return merge.normalised([table[item.name] for item in accepted], config.max_share or None)
+
+    def _recipe(self, accepted: Sequence[Candidate], inputs: Inputs, statistics: UpdateStatistics | None) -> Recipe:
+        """Find the method's parameters, reading the inputs again where it must."""
+        config = self.config
+        weights = self._weights(accepted)
+        gram = statistics.gram if statistics is not None else None
+        if config.method == "multi-krum" and gram is not None:
+            weights = merge.krum_weights(gram, config.byzantine)
+        elif config.method == "geometric-median" and gram is not None:
+            weights = merge.geometric_median_weights(gram, weights)
+        elif config.method == "slerp" and len(accepted) != 2:
+            raise ConfigError(f"slerp takes two contributions, there are {len(accepted)}: take --method mean")
+        elif config.method == "trimmed-mean":
+            merge.trimmed_mean([np.zeros(1)] * len(accepted), config.trim)  # refuses a trim that leaves nothing
+        keys = [item.digest or item.stated_digest or item.name for item in accepted]
+        recipe = Recipe(config, weights, keys)
+        if config.method in PER_TENSOR:
+            recipe.tensor_weights = tensor_weights(inputs, config, self.progress)
+        elif config.method == "ties":
+            recipe.thresholds = thresholds(inputs, recipe.density, self.progress)
+        recipe.scale = self.scale.value
+        if self.scale.automatic:
+            recipe.scale *= self._automatic_scale(recipe, inputs, statistics)
+            self.progress.note(f"scale {config.scale}: {recipe.scale:.4g}")
+        return recipe
+
+    def _automatic_scale(self, recipe: Recipe, inputs: Inputs, statistics: UpdateStatistics | None) -> float:
+        """λ = Σ wᵢ‖dᵢ‖ / ‖merged − base‖: the fused update gets the contributions' mean norm; 1 where it is zero."""
+        if statistics is None:
+            statistics = survey(
+                inputs, recipe.weights, Prover(inputs, verify=False, whole=False), gram=False, progress=self.progress
+            )
+        wanted = float(recipe.weights @ statistics.norms)
+        if recipe.config.method in ("mean", "task-arithmetic"):
+            length = statistics.mean_norm
+        elif statistics.gram is not None:
+            length = float(np.sqrt(abs(float(recipe.weights @ statistics.gram @ recipe.weights))))
+        else:
+            length = distance(inputs, recipe, self.progress)
+        return wanted / length if length > 0 else 1.0
+
+    def _learn(self, accepted: Sequence[Candidate], proof: Proof) -> None:
+        """What a pass has proved becomes the candidates' digests and problems. Raises CheckpointError for the base."""
+        label = self.base_checkpoint.label
+        if tensors := names_of(proof.findings, -1):
+            raise CheckpointError(f"{label}: {tensors[0]} holds a not-a-number or infinity: take a sound base model")
+        if proof.base_problems:
+            raise CheckpointError(f"{label}: {proof.base_problems[0]}: make or fetch the base model again")
+        for index, item in enumerate(accepted):
+            item.digest = proof.digests[index] or None
+            item.problems += proof.problems[index]
+            has_manifest = item.checkpoint is not None and item.checkpoint.manifest is not None
+            item.verified = self.config.verify and has_manifest and not item.problems
+            if tensors := names_of(proof.findings, index):
+                more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
+                item.problems.append(f"{tensors[0]}{more} holds a not-a-number or infinity")
+
+    def _note_statistics(self, accepted: Sequence[Candidate], statistics: UpdateStatistics) -> None:
+        norms, cosines = statistics.norms, statistics.cosines
+        found = outliers(statistics) if self.config.screen == "report" else {}
+        for index, item in enumerate(accepted):
+            item.update_norm, item.cosine_to_mean = float(norms[index]), float(cosines[index])
+            item.update_share = statistics.shares(index)
+            if index in found:
+                item.notes.append(f"outlier: {found[index]}")
+                self.progress.note(f"{item.name} stands out: {found[index]}; --screen reject would drop it")
+
+    def _without(self, partial: Path, accepted: Sequence[Candidate]) -> list[Without]:
+        if not self.config.leave_one_out:
+            return []
+        if len(accepted) < 2:
+            raise ConfigError("--leave-one-out needs two contributions or more")
+        made = []
+        for index, item in enumerate(accepted):
+            folder = partial / layout.LEAVE_ONE_OUT / re.sub(r"[/\\]", "-", item.name)
+            folder.mkdir(parents=True)
+            self._write_config(folder)
+            made.append(Without(index, folder))
+        return made
+
+    def _states(self) -> list[Checkpoint | None]:
+        """The outer optimiser's states beside the base, None where it has none yet. Raises CheckpointError."""
+        kinds = OUTER_STATES.get(self.config.outer_optimizer, ())
+        folder = self.base_checkpoint.folder
+        return [
+            open_companion(self.base_checkpoint, layout.outer_state(kind))
+            if folder.has(layout.outer_state(kind))
+            else None
+            for kind in kinds
+        ]
+
+    def _reported_weights(self, recipe: Recipe) -> Array:
+        """The effective weights; for weights per tensor their mean over all elements."""
+        if not recipe.tensor_weights:
+            return recipe.weights
+        body = self.base_checkpoint.body
+        sizes = np.asarray([body[name].size for name in recipe.tensor_weights], np.float64)
+        rows = np.stack([item.contributions for item in recipe.tensor_weights.values()])
+        return np.asarray(sizes @ rows / sizes.sum())
+
+    def _write_config(self, folder: Path) -> None:
+        names = {name: key for key, name in DTYPE_NAMES.items()}
+        first = next((tensor.dtype for tensor in self.base_checkpoint.body.values() if tensor.floating), "F32")
+        document = bare_config(self.base_checkpoint.config, self.config.dtype or names.get(first))
+        text = json.dumps(document, indent=2, sort_keys=True) + "\n"
+        (folder / layout.MODEL_CONFIG).write_text(text, encoding="utf-8")
+
+    def _describe(
+        self, folder: Path, written: Written, fused: Sequence[Candidate], weights: Array, scale: float, base_digest: str
+    ) -> Manifest:
+        """Copy the base's tokenizer, draw the chart and write the manifest: the last file."""
+        main = folder.parent.name != layout.LEAVE_ONE_OUT
+        name = model_name(self.destination) if main else f"{model_name(self.destination)}-without-{folder.name}"
+        shares = {id(item): float(weight) for item, weight in zip(fused, weights, strict=True)}
+        offered = self.candidates if main else fused
+        records = [_record(item, shares.get(id(item))) for item in offered]
+        source = self.base_checkpoint.folder
+        for file in layout.TOKENIZER_FILES:
+            if source.has(file):
+                (folder / file).write_bytes(source.read(file))
+        if main and self.config.screen != "off":
+            fuse_chart(records, folder / layout.FUSE_CHART)
+        before = self.base_checkpoint.manifest
+        ancestor = (
+            manifest.shortened(before)
+            if before
+            else {"kind": "pretrained", "name": self.base.name, "body_digest": base_digest}
+        )
+        document: Manifest = {
+            "kind": "fused",
+            "name": name,
+            "iteration": ((before.get("iteration") or 0) if before else 0) + 1,
+            "encoding": "full",
+            "identity": fuse_identity(self.config, base_digest, self.candidates),
+            "body_digest": written.body_digest or body_digest(open_checkpoint(LocalFolder(folder), name)),
+            "base": {"name": ancestor["name"], "body_digest": base_digest},
+            "config": {**_public_record(self.config), "effective_scale": scale},
+            "environment": manifest.environment(["numpy", "ml-dtypes"]),
+            "license": before.get("license") if before else None,
+            "contributions": records,
+            "ancestors": [*(before.get("ancestors", []) if before else []), ancestor],
+        }
+        return manifest.write(folder, document, written.digests)
+
+
+def model_name(destination: Path) -> str:
+    """The directory's own name, or its iteration's inside a RUN."""
+    whole = destination.resolve()
+    return whole.parent.name if whole.name == "fused" and whole.parent.name.startswith("iteration-") else whole.name
+
+
+def _record(item: Candidate, weight: float | None) -> ContributionRecord:
+    source = item.checkpoint.manifest if item.checkpoint else None
+    data = source.get("dataset", {}) if source else {}
+    fused = weight is not None
+    return {
+        "name": item.name,
+        "dataset": data.get("name"),
+        "num_train": data.get("num_train"),
+        "license": source.get("license") if source else None,
+        "body_digest": item.digest or item.stated_digest or "",
+        "weight": weight or 0.0,
+        "status": "fused" if fused else "rejected",
+        "reason": "; ".join(item.problems) or None,
+        "verified": item.verified,
+        "age": 0,
+        "signer": None,
+        "update_norm": item.update_norm if fused else None,
+        "cosine_to_mean": item.cosine_to_mean if fused else None,
+        "update_share": item.update_share if fused else None,
+        "notes": item.notes,
+    }
+
+
+def _examples(item: Candidate) -> float:
+    source = item.checkpoint.manifest if item.checkpoint else None
+    count = source.get("dataset", {}).get("num_train") if source else None
+    if not isinstance(count, int) or count <= 0:
+        raise ConfigError(
+            f"--weights examples: {item.name} does not say how many training examples it had: give a FILE"
+        )
+    return float(count)
+
+
+def _weights_file(path: Path) -> dict[str, float]:
+    """Names and weights from a JSON or TOML file. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"--weights {path}: give equal, examples, or a file that exists") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--weights {path} cannot be read: {error}") from None
+    numbers = isinstance(table, dict) and all(type(value) in (int, float) for value in table.values())
+    if not numbers:
+        raise ConfigError(f"--weights {path}: write one `name = weight` per contribution (JSON or TOML)")
+    return {str(key): float(value) for key, value in table.items()}
+
+
+def _public_record(config: FuseConfig) -> dict[str, Any]:
+    """The config as the manifest stores it; a file of weights is named, its place is not told."""
+    record = as_record(config)
+    if config.weights not in ("equal", "examples"):
+        record["weights"] = Path(config.weights).name
+    return record
+
+
+def fuse_identity(config: FuseConfig, base_digest: str, candidates: Sequence[Candidate]) -> str:
+    """The config and the digests of all that was offered, whether it was then fused or not."""
+    digests: list[Any] = []
+    for item in candidates:
+        if item.checkpoint is None:
+            digests.append([item.name, *item.problems])
+        else:
+            digests.append(item.stated_digest or item.digest or body_digest(item.checkpoint))
+    table = _weights_file(Path(config.weights)) if config.weights not in ("equal", "examples") else None
+    settings = replace(config, weights="file") if table is not None else config
+    return identity("fuse", settings, base=base_digest, contributions=digests, weights=table)
