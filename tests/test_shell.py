@@ -104,3 +104,12 @@ def test_prefixes_are_those_of_transformers() -> None:
     for kind, prefix in BODY_PREFIXES.items():
         if kind in names:  # older versions know fewer
             assert getattr(transformers, names[kind]).base_model_prefix == prefix, kind
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_flags_of_every_command(command: str, coldctl: Callable[..., Ran]) -> None:
+    """One set of flags for all commands: what is missing is an argument, never an unknown option."""
+    flags = ("--config", "none.toml", "--seed", 1, "--jobs", 1, "--engine", "local", "--json", "--quiet", "--overwrite")
+    ran = coldctl(command, *flags)
+    assert ran.code == 2
+    assert "No such option" not in ran.stderr

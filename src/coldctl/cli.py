@@ -49,6 +49,13 @@ Engine = Annotated[str, typer.Option("--engine", metavar="local", help="Where jo
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no prose, only errors.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that was made from something else.")]
+# These commands draw nothing and run no jobs. They accept what every command accepts, so that a script can pass
+# one set of flags to all of them.
+NoSeed = Annotated[int | None, typer.Option("--seed", hidden=True)]
+NoJobs = Annotated[int, typer.Option("--jobs", hidden=True)]
+NoEngine = Annotated[str, typer.Option("--engine", hidden=True)]
+NoConfig = Annotated[Path | None, typer.Option("--config", hidden=True)]
+NoOverwrite = Annotated[bool, typer.Option("--overwrite", hidden=True)]
 Revision = Annotated[str | None, typer.Option("--revision", help="Revision of a Hub model.")]
 
 
@@ -310,6 +317,8 @@ def fuse(
     as_json: Json = False,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
+    _jobs: NoJobs = 0,
+    _engine: NoEngine = "local",
 ) -> None:
     """Average the bodies of contributions into a better base model."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
@@ -442,6 +451,9 @@ def publish(
     as_json: Json = False,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
+    _seed: NoSeed = None,
+    _jobs: NoJobs = 0,
+    _engine: NoEngine = "local",
 ) -> None:
     """Turn a fused model into a directory that anyone can load, with a model card."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
@@ -468,6 +480,11 @@ def check(
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    _seed: NoSeed = None,
+    _jobs: NoJobs = 0,
+    _engine: NoEngine = "local",
+    _config: NoConfig = None,
+    _overwrite: NoOverwrite = False,
 ) -> None:
     """Say whether checkpoints would fuse, from their headers alone, in milliseconds."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
@@ -490,6 +507,11 @@ def lineage(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A fused or published model, or a contribution.")],
     as_json: Json = False,
     quiet: Quiet = False,
+    _seed: NoSeed = None,
+    _jobs: NoJobs = 0,
+    _engine: NoEngine = "local",
+    _config: NoConfig = None,
+    _overwrite: NoOverwrite = False,
 ) -> None:
     """Show where a model came from: pretrained model, iterations, contributions accepted and refused."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
@@ -513,6 +535,11 @@ def status(
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
+    _seed: NoSeed = None,
+    _jobs: NoJobs = 0,
+    _engine: NoEngine = "local",
+    _config: NoConfig = None,
+    _overwrite: NoOverwrite = False,
 ) -> None:
     """Show a run's iterations: what is complete, missing, running."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
@@ -541,6 +568,9 @@ def plan(
     seed: Seed = None,
     as_json: Json = False,
     quiet: Quiet = False,
+    _jobs: NoJobs = 0,
+    _engine: NoEngine = "local",
+    _overwrite: NoOverwrite = False,
 ) -> None:
     """Start or extend a run, and print the numbers of the iterations still to be made."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
@@ -560,6 +590,11 @@ def promote(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
     as_json: Json = False,
     quiet: Quiet = False,
+    _seed: NoSeed = None,
+    _jobs: NoJobs = 0,
+    _engine: NoEngine = "local",
+    _config: NoConfig = None,
+    _overwrite: NoOverwrite = False,
 ) -> None:
     """Decide about the newest fused model of a run: it becomes the base, unless the gate says no."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:

@@ -78,7 +78,9 @@ def _found_at(reference: str, progress: Progress) -> list[tuple[str, str]]:
 
 def _is_checkpoint(place: str) -> bool:
     folder = open_folder(place)
-    return any(folder.has(name) for name in (layout.MANIFEST, layout.MODEL_CONFIG, layout.ADAPTER_CONFIG))
+    if folder.has(layout.MODEL_CONFIG) or folder.has(layout.ADAPTER_CONFIG):
+        return True
+    return folder.has(layout.MANIFEST) and not folder.has(layout.RESULTS)  # an evaluation has a manifest, too
 
 
 def _open(name: str, place: str, base: Checkpoint | None, *, allow_pickle: bool) -> Candidate:

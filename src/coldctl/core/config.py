@@ -22,7 +22,7 @@ from coldctl.core.errors import ConfigError
 CONFIG_LIMIT = 4 << 20  # bytes of a TOML file
 
 Metric = Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman"]
-Protocol = Literal["linear-probe", "finetune", "few-shot", "multitask"]
+Protocol = Literal["linear-probe", "finetune", "few-shot"]
 Method = Literal[
     "mean",
     "task-arithmetic",

@@ -107,7 +107,9 @@ def load(config: DatasetConfig, limits: Limits, seed: int) -> Dataset:
 def single(reference: str, columns: DatasetConfig) -> DatasetConfig:
     """The dataset that DATA on a command line means; its name is the file's or folder's own."""
     path = reference if _is_hub(reference) else str(Path(reference).expanduser())
-    name = columns.name or re.sub(r"\W+", "-", Path(path.removeprefix("hf:")).stem).strip("-") or "dataset"
+    file = Path(path.removeprefix("hf:"))
+    last = file.stem if file.suffix in FORMATS else file.resolve().name
+    name = columns.name or re.sub(r"[^\w.-]+", "-", last).strip("-.") or "dataset"
     return DatasetConfig(**{**vars(columns), "name": name, "path": path})
 
 

@@ -366,6 +366,7 @@ def _results(
         "schema": SCHEMA,
         "baseline": {"name": baseline.name, "body_digest": baseline.body_digest},
         "models": [{"name": item.name, "body_digest": item.body_digest} for item in others],
+        "fingerprints": {dataset.name: loaded[dataset.name].fingerprint for dataset in datasets},
         "results": results,
         "averages": averages,
     }
