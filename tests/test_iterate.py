@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -219,3 +220,23 @@ def test_side_by_side_gives_what_one_after_the_other_gives(place: Path, coldctl:
         documents = [json.loads((place / side / name / "coldctl.json").read_text()) for side in ("alone", "together")]
         if documents[0]["environment"]["threads"] == documents[1]["environment"]["threads"]:
             assert documents[0]["body_digest"] == documents[1]["body_digest"]
+
+
+def test_workers_die_with_their_parent(place: Path, base: Path, coldctl: Run) -> None:
+    """A killed command leaves nobody behind who would hold its outputs, and its repetition goes on."""
+    config = place / "suite.toml"
+    long = config.read_text().replace("epochs = 1", "epochs = 4000\npatience = 1000000")
+    (place / "long.toml").write_text(long)
+    command = [sys.executable, "-m", "coldctl", "finetune", "--suite", place / "long.toml", "--base", base]
+    process = subprocess.Popen(
+        [*map(str, command), "--output", str(place / "c"), "--jobs", "2"], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while len(list((place / "c").glob(".*.partial"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    time.sleep(2)
+    again = ("finetune", "--suite", config, "--base", base, "--output", place / "c", "--jobs", 1, "--overwrite")
+    ran = coldctl(*again)
+    assert ran.code == 0, ran.stderr
