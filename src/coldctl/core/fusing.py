@@ -6,10 +6,13 @@ lies between: verdicts, weights, the length of the step, the manifest.
 
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ from coldctl.core.passes import (
 from coldctl.core.progress import Progress
 from coldctl.core.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
 from coldctl.core.reference import Model
-from coldctl.core.report import fuse_chart
+from coldctl.core.report import fuse_chart, prepare_charts
 from coldctl.core.statistics import UpdateStatistics, names_of, outliers
 from coldctl.core.storage import LocalFolder
 
@@ -129,6 +132,8 @@ class Fusion:
         """Accept, survey if something must be known first, write, prove, describe."""
         config = self.config
         accepted = self._accepted()
+        if config.screen != "off":
+            prepare_charts()
         whole = self._in_name_order()
         statistics: UpdateStatistics | None = None
         proof: Proof | None = None
@@ -437,14 +442,20 @@ def _public_record(config: FuseConfig) -> dict[str, Any]:
     return record
 
 
+def _offered(item: Candidate, *, verify: bool) -> Any:
+    """What stands for one candidate in the identity: its body's digest, if that may cost reading it."""
+    if item.checkpoint is None:
+        return [item.name, *item.problems]
+    known = item.stated_digest or item.digest
+    if known or verify:
+        return known or body_digest(item.checkpoint)
+    return [item.name, item.checkpoint.files]
+
+
 def fuse_identity(config: FuseConfig, base_digest: str, candidates: Sequence[Candidate]) -> str:
     """The config and the digests of all that was offered, whether it was then fused or not."""
-    digests: list[Any] = []
-    for item in candidates:
-        if item.checkpoint is None:
-            digests.append([item.name, *item.problems])
-        else:
-            digests.append(item.stated_digest or item.digest or body_digest(item.checkpoint))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = list(pool.map(partial(_offered, verify=config.verify), candidates))
     table = _weights_file(Path(config.weights)) if config.weights not in ("equal", "examples") else None
     settings = replace(config, weights="file") if table is not None else config
     return identity("fuse", settings, base=base_digest, contributions=digests, weights=table)

@@ -1,5 +1,6 @@
 """What a person reads of an evaluation: the table in Markdown and the chart of gains."""
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,18 @@ def interval(entry: dict[str, Any]) -> str:
 def rows_of(entries: Sequence[dict[str, Any]], model: str, protocol: str) -> list[dict[str, Any]]:
     """The entries of one model under one protocol, in order."""
     return [entry for entry in entries if entry["model"] == model and entry["protocol"] == protocol]
+
+
+def prepare_charts() -> None:
+    """Import the plotting library in the background, while the caller waits for disks and digests."""
+
+    def load() -> None:
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        import matplotlib.pyplot  # noqa: F401
+
+    threading.Thread(target=load, daemon=True).start()
 
 
 def fuse_chart(records: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -57,7 +57,7 @@ def fuse(
         base_digest = body_digest(base_checkpoint)
     for item in candidates:
         judge(item, base_checkpoint, base_digest, config)
-    if layout.is_complete(destination):
+    if layout.is_complete(destination) and not overwrite:
         key = fuse_identity(config, base_digest or body_digest(base_checkpoint), candidates)
         if output.is_done(destination, key, overwrite=overwrite):
             return Fused(destination, manifest.read(destination), unchanged=True)
