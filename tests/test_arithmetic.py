@@ -88,7 +88,7 @@ def test_blocks_cover_everything_whatever_their_length(length: int, base: Path, 
     inputs = [open_checkpoint(LocalFolder(child), child.name) for child in sorted(contributions.iterdir())]
     start = open_checkpoint(LocalFolder(base), "base")
     names = sorted(name for name, tensor in start.body.items() if tensor.floating)
-    digesters = [None, *(Digester(checkpoint, files=True) for checkpoint in inputs)]
+    digesters = [None, *(Digester() for _ in inputs)]
     collected: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
     for block in read_blocks(start, inputs, names, digesters, length):
         collected[block.name].append(block.contributions[1].copy())
@@ -97,8 +97,6 @@ def test_blocks_cover_everything_whatever_their_length(length: int, base: Path, 
     for checkpoint, digester in zip(inputs, digesters[1:], strict=True):
         assert digester is not None
         assert digester.body_digest() == body_digest(checkpoint)
-        data = (Path(checkpoint.label) / "model.safetensors").read_bytes()
-        assert digester.file_digests()["model.safetensors"] == "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 def test_memory_of_blocks_does_not_grow() -> None:

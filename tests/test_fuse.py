@@ -254,3 +254,21 @@ def test_check_sees_what_fuse_refuses(tmp_path: Path, base: Path, contributions:
     ran = coldctl("check", bad, "--base", base, "--deep")
     assert ran.code == 3
     assert "infinity" in ran.stderr
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path, base: Path, contributions: Path, coldctl: Run) -> None:
+    """One bit anywhere in the weights: header, head or body, at its ends and at seeded places between."""
+    folder = tmp_path / "folder"
+    shutil.copytree(contributions, folder)
+    path = folder / "two" / "model.safetensors"
+    data = path.read_bytes()
+    places = [0, 8, 9, len(data) - 1, *np.random.default_rng(0).integers(0, len(data), 40).tolist()]
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= 1 << (place % 8)
+        path.write_bytes(bytes(changed))
+        ran = coldctl("fuse", folder, "--base", base, "--output", tmp_path / "fused", "--screen", "off")
+        assert ran.code == 2, place
+        assert not (tmp_path / "fused").exists()
+    path.write_bytes(data)
+    fuse(coldctl, tmp_path / "fused", base, folder)

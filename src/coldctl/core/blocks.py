@@ -40,53 +40,20 @@ class Block:
 
 
 class Digester:
-    """Takes a checkpoint's body digest, and on request its files' sha256, from pieces as they are read.
+    """Takes a checkpoint's body digest from pieces as they are read, in name order."""
 
-    The pieces come in name order. Where that is also the file's order, as it is for what torch writes, one
-    read serves both; bytes between (header, head) are read here. Other files are read again at the end.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, *, files: bool) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self) -> None:
         self._body = hashlib.sha256()
-        self._files = {name: hashlib.sha256() for name in checkpoint.files} if files else {}
-        self._cursors = dict.fromkeys(self._files, 0)
 
     def feed(self, name: str, tensor: Tensor, start: int, data: memoryview) -> None:
         """Take in `data`, the elements of `tensor` from `start` on."""
         if start == 0:
             self._body.update(digest_prelude(name, tensor))
         self._body.update(data)
-        if tensor.file in self._files:
-            offset = tensor.offset + start * DTYPES[tensor.dtype].itemsize
-            cursor = self._cursors[tensor.file]
-            if 0 <= cursor <= offset:
-                self._skip_to(tensor.file, offset)
-                self._files[tensor.file].update(data)
-                self._cursors[tensor.file] = offset + len(data)
-            else:
-                self._cursors[tensor.file] = -1  # out of order: hashed again as a whole at the end
 
     def body_digest(self) -> str:
         """The body digest, once all floating body tensors were fed."""
         return "sha256:" + self._body.hexdigest()
-
-    def file_digests(self) -> dict[str, str]:
-        """The sha256 of every weight file, with what was not fed read now."""
-        for name, cursor in self._cursors.items():
-            if cursor < 0:
-                self._files[name] = hashlib.sha256()
-                self._cursors[name] = 0
-            self._skip_to(name, self._checkpoint.files[name])
-        return {name: "sha256:" + hasher.hexdigest() for name, hasher in self._files.items()}
-
-    def _skip_to(self, name: str, offset: int) -> None:
-        buffer = memoryview(bytearray(min(1 << 20, max(0, offset - self._cursors[name]))))
-        while self._cursors[name] < offset:
-            part = buffer[: min(len(buffer), offset - self._cursors[name])]
-            self._checkpoint.read_file(name, self._cursors[name], part)
-            self._files[name].update(part)
-            self._cursors[name] += len(part)
 
 
 def block_length(inputs: int) -> int:

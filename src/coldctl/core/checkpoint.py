@@ -339,6 +339,35 @@ def body_digest(checkpoint: Checkpoint) -> str:
     return "sha256:" + hasher.hexdigest()
 
 
+def outside_body_digest(checkpoint: Checkpoint, file: str) -> str:
+    """sha256 over the bytes of a weight file that belong to no floating body tensor: header, heads, buffers.
+
+    With the body digest it covers the whole file.
+    """
+    checkpoint = checkpoint.original or checkpoint
+    spans = sorted(
+        (tensor.offset, tensor.offset + tensor.nbytes)
+        for tensor in checkpoint.body.values()
+        if tensor.floating and tensor.file == file
+    )
+    hasher = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    position = 0
+    for begin, end in [*spans, (checkpoint.files[file], checkpoint.files[file])]:
+        while position < begin:
+            part = buffer[: min(_CHUNK, begin - position)]
+            checkpoint.read_file(file, position, part)
+            hasher.update(part)
+            position += len(part)
+        position = max(position, end)
+    return "sha256:" + hasher.hexdigest()
+
+
+def outside_body(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a manifest says of each weight file beyond the body."""
+    return {file: outside_body_digest(checkpoint, file) for file in checkpoint.files}
+
+
 def _digested(checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
     buffer = memoryview(bytearray(_CHUNK))
     for name, tensor in checkpoint.body.items():

@@ -20,7 +20,14 @@ import numpy as np
 
 from coldctl.core import layout, manifest, merge
 from coldctl.core.candidates import Candidate
-from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, open_companion, with_common_rows
+from coldctl.core.checkpoint import (
+    Checkpoint,
+    body_digest,
+    open_checkpoint,
+    open_companion,
+    outside_body,
+    with_common_rows,
+)
 from coldctl.core.compatibility import compare
 from coldctl.core.config import FuseConfig, as_record, identity
 from coldctl.core.describe import bare_config
@@ -370,6 +377,7 @@ class Fusion:
             "encoding": "full",
             "identity": fuse_identity(self.config, base_digest, self.candidates),
             "body_digest": written.body_digest or body_digest(open_checkpoint(LocalFolder(folder), name)),
+            "outside_body": outside_body(open_checkpoint(LocalFolder(folder), name)),
             "base": {"name": ancestor["name"], "body_digest": base_digest},
             "config": {**_public_record(self.config), "effective_scale": scale},
             "environment": manifest.environment(["numpy", "ml-dtypes"]),

@@ -75,6 +75,7 @@ class Manifest(TypedDict, total=False):
     body_digest: str
     base: BaseReference
     files: dict[str, str]
+    outside_body: dict[str, str]
     manifest_digest: str
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -234,6 +235,7 @@ def _check_types(document: dict[str, Any], where: str) -> None:
         "dataset": dict,
         "metrics": dict,
         "contributions": list,
+        "outside_body": dict,
         "ancestors": list,
         "iteration": (int, type(None)),
         "license": (str, type(None)),

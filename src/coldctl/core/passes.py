@@ -15,7 +15,15 @@ import numpy as np
 
 from coldctl.core import layout, manifest, merge
 from coldctl.core.blocks import Block, Digester, read_blocks
-from coldctl.core.checkpoint import DTYPES, FLOATING, Checkpoint, Tensor, body_digest, digest_prelude
+from coldctl.core.checkpoint import (
+    DTYPES,
+    FLOATING,
+    Checkpoint,
+    Tensor,
+    body_digest,
+    digest_prelude,
+    outside_body_digest,
+)
 from coldctl.core.config import FuseConfig, size_in_bytes
 from coldctl.core.merge import Array
 from coldctl.core.progress import Progress
@@ -61,9 +69,7 @@ class Prover:
         self._verify = verify
         takes = [True, *([verify] * len(inputs.contributions))]
         self.digesters = [
-            Digester(checkpoint, files=verify and checkpoint.manifest is not None)
-            if whole and take and checkpoint.digested_as_read
-            else None
+            Digester() if whole and take and checkpoint.digested_as_read else None
             for checkpoint, take in zip(self._checkpoints, takes, strict=True)
         ]
         self.findings: list[NotFinite] = []
@@ -85,24 +91,31 @@ class Prover:
         if index and not self._verify:
             return checkpoint.manifest["body_digest"] if checkpoint.manifest else "", []
         actual = digester.body_digest() if digester else body_digest(checkpoint)
-        return actual, differences(checkpoint, actual, digester) if self._verify else []
+        return actual, differences(checkpoint, actual) if self._verify else []
 
 
-def differences(checkpoint: Checkpoint, actual: str, digester: Digester | None) -> list[str]:
-    """What a checkpoint's manifest states otherwise than its files say; nothing where it has none."""
+def differences(checkpoint: Checkpoint, actual: str) -> list[str]:
+    """What a checkpoint's manifest states otherwise than its files say; nothing where it has none.
+
+    `actual` is its body digest. Where the manifest also has a digest of what a weight file holds outside the body,
+    the two together cover every byte of the file, and no byte is hashed twice.
+    """
     document = checkpoint.manifest
     if document is None:
         return []
     problems = []
     if document["body_digest"] != actual:
         problems.append(f"its body is {actual[:19]}…, its manifest says {document['body_digest'][:19]}…")
-    weights = digester.file_digests() if digester else {}
+    outside = document.get("outside_body", {})
     for name, stated in sorted(document["files"].items()):
         if "/" in name:
             continue  # models beside the model, such as the leave-one-out ones, have manifests of their own
         if not checkpoint.folder.has(name):
             problems.append(f"{name} is missing")
-        elif (weights.get(name) or manifest.digest_of_reader(checkpoint.folder.open(name))) != stated:
+        elif name in outside and name in checkpoint.files:
+            if outside_body_digest(checkpoint, name) != outside[name]:
+                problems.append(f"{name} was changed after it was written")
+        elif manifest.digest_of_reader(checkpoint.folder.open(name)) != stated:
             problems.append(f"{name} was changed after it was written")
     return problems
 

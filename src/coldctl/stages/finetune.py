@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from coldctl.core import data, layout, manifest, output, run, scoring
-from coldctl.core.checkpoint import body_digest, open_checkpoint
+from coldctl.core.checkpoint import body_digest, open_checkpoint, outside_body
 from coldctl.core.config import DatasetConfig, FinetuneConfig, as_record, derived_seed, identity
 from coldctl.core.errors import ConfigError
 from coldctl.core.manifest import Manifest
@@ -83,6 +83,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
         for name in layout.TOKENIZER_FILES:
             if source.folder.has(name):
                 (partial / name).write_bytes(source.folder.read(name))
+        written = open_checkpoint(LocalFolder(partial), job.name)
         before = source.manifest
         ancestor: dict[str, Any] = (
             manifest.shortened(before)
@@ -95,7 +96,8 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             "iteration": number,
             "encoding": "full",
             "identity": key,
-            "body_digest": body_digest(open_checkpoint(LocalFolder(partial), job.name)),
+            "body_digest": body_digest(written),
+            "outside_body": outside_body(written),
             "base": {"name": ancestor["name"], "body_digest": base_digest},
             "config": as_record(config),
             "environment": manifest.environment(_PACKAGES, device=trained["device"], threads=threads),

@@ -13,7 +13,7 @@ import numpy as np
 
 from coldctl.core import layout, manifest, output
 from coldctl.core.candidates import gather
-from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint
+from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import FuseConfig, identity
 from coldctl.core.errors import CheckpointError, ManifestError
 from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, stated_digest
@@ -168,6 +168,7 @@ def _subtract(
         document["name"] = model_name(destination)
         document["identity"] = key
         document["body_digest"] = written.body_digest or body_digest(open_checkpoint(LocalFolder(partial), "fused"))
+        document["outside_body"] = outside_body(open_checkpoint(LocalFolder(partial), "fused"))
         document["contributions"] = records
         document["config"] = {**source.manifest["config"], "withdrawn": record["name"], "relative_error_bound": bound}
         document = manifest.write(partial, document, written.digests)
