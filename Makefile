@@ -2,7 +2,7 @@
 # make test      set up what is missing, then run the tests
 .POSIX:
 .SUFFIXES:
-.PHONY: iterate publish test lint format bench assets setup clean help
+.PHONY: iterate publish test test-peers lint format bench assets setup clean help
 
 PYTHON = python3
 ITERATIONS = 1
@@ -16,6 +16,8 @@ GATE =
 # Where `make publish` writes, and what it publishes.
 TO = runs/published
 MODEL = $(RUN)
+# Its licence, if CONFIG's [publish] names none.
+LICENSE =
 
 venv = .venv
 bin = $(venv)/bin
@@ -27,8 +29,9 @@ iterate: $(ready) $(demo)
 		SAMPLE="$(SAMPLE)" GATE="$(GATE)" sh scripts/iterate.sh
 
 publish: $(ready)
-	$(bin)/coldctl publish "$(MODEL)" --config "$(CONFIG)" --to "$(TO)" \
-		--evaluation "$$($(bin)/coldctl status "$(RUN)" --evaluation)"
+	@evaluation=$$($(bin)/coldctl status "$(RUN)" --evaluation) && \
+	$(bin)/coldctl publish "$(MODEL)" --config "$(CONFIG)" --to "$(TO)" --evaluation "$$evaluation" \
+		$(if $(LICENSE),--license "$(LICENSE)")
 
 test: $(ready)
 	$(bin)/python -m pytest
@@ -44,7 +47,17 @@ format: $(ready)
 	$(bin)/ruff format .
 
 bench: $(ready)
-	$(bin)/python benchmarks/fuse.py
+	$(bin)/python benchmarks/fuse.py $(BENCH)
+
+# What other tools compute on the same inputs, in an environment of its own: they want other versions than we do.
+test-peers: .venv-peers/ready
+	.venv-peers/bin/python -m pytest tests/peers
+
+.venv-peers/ready: pyproject.toml constraints-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt \
+		--editable . mergekit flwr pytest hypothesis
+	@touch $@
 
 assets: $(demo)
 

@@ -133,7 +133,7 @@ def test_configs(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> Non
     attempt("[finetune]\nlearning_rate = nan\n", "out of range")
     attempt("[finetune\n", "not valid TOML")
     attempt('[[dataset]]\nname = "a"\n', "'path' is missing")
-    attempt('[[dataset]]\nname = "a/b"\npath = "x"\n', "name is a file name")
+    attempt('[[dataset]]\nname = "a/b"\npath = "x"\n', "cannot name a directory")
     attempt('[[dataset]]\nname = "a"\npath = "x"\n' * 2, "two datasets are called 'a'")
     attempt('[[dataset]]\nname = "a"\npath = "x"\nmetric = "acc"\n', "choose one of accuracy")
     attempt("[dataset]\n", "[[dataset]]")
@@ -174,7 +174,9 @@ def test_fuse_and_others(tmp_path: Path, base: Path, contributions: Path, suite:
     (foreign / "precious.txt").write_text("mine")
     ran = coldctl("fuse", contributions, "--base", base, "--output", foreign)
     assert ran.code == 2
-    assert "files that are not ours" in ran.stderr
+    assert "files that coldctl did not write" in ran.stderr
+    assert (foreign / "precious.txt").read_text() == "mine"
+    assert coldctl("fuse", contributions, "--base", base, "--output", foreign, "--overwrite").code == 2
     assert (foreign / "precious.txt").read_text() == "mine"
     (tmp_path / "file").write_text("mine")
     ran = coldctl("fuse", contributions, "--base", base, "--output", tmp_path / "file")
@@ -260,3 +262,80 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_call_does(tmp_path: Path, base: P
     assert process.returncode == 130
     assert "run the same command again" in error
     assert not (tmp_path / "c" / "green" / "coldctl.json").exists()
+
+
+def test_no_output_ever_replaces_an_input(
+    tmp_path: Path, base: Path, dataset: Path, contributions: Path, coldctl: Run
+) -> None:
+    data = Path(shutil.copytree(dataset, tmp_path / "data"))
+    start = Path(shutil.copytree(base, tmp_path / "base"))
+    gifts = Path(shutil.copytree(contributions, tmp_path / "gifts"))
+    commands: list[tuple[object, ...]] = [
+        ("finetune", data, "--base", start, "--output", data),
+        ("finetune", data, "--base", start, "--output", data / "inside"),
+        ("finetune", data / "train.jsonl", "--base", start, "--output", data),
+        ("finetune", data, "--base", start, "--output", start),
+        ("fuse", gifts, "--base", start, "--output", gifts / "one"),
+        ("fuse", gifts / "one", "--base", start, "--output", gifts),
+        ("fuse", gifts, "--base", start, "--output", start),
+        ("publish", gifts / "one", "--to", gifts / "one", "--license", "mit"),
+    ]
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    for command in commands:
+        ran = coldctl(*command, "--overwrite")
+        assert ran.code == 2, command
+        assert "overwrite its own input" in ran.stderr
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_all_findings_are_listed_at_once_by_place(
+    tmp_path: Path, base: Path, contributions: Path, coldctl: Run
+) -> None:
+    from test_fuse import poison
+
+    folder = Path(shutil.copytree(contributions, tmp_path / "folder"))
+    (folder / "one" / "coldctl.json").write_text("{")
+    data = bytearray((folder / "two" / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / "two" / "model.safetensors").write_bytes(bytes(data))
+    poison(base, folder / "four", float("nan"))
+    ran = coldctl("fuse", folder, "--base", base, "--output", tmp_path / "out", "--json")
+    assert ran.code == 2
+    for name in ("one", "two", "four"):
+        assert any(line.startswith(f"{folder / name}: ") for line in ran.json["details"]), ran.json
+    ran = coldctl(
+        "fuse", folder, "--base", base, "--output", tmp_path / "out", "--screen", "reject", "--min-contributions", 1
+    )  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    manifest = (tmp_path / "out" / "coldctl.json").read_text()
+    assert str(tmp_path) not in manifest
+    assert manifest.count('"rejected"') == 3
+
+
+def test_names_stay_inside_their_folder(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    for name in ("../x", "a/b", ".hidden", ""):
+        ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--name", name, *FAST)
+        refused(ran, tmp_path / "out", "cannot name a directory") if name else None
+
+
+def test_a_mistake_is_blamed_where_it_was_made(tmp_path: Path, base: Path, suite: Path, coldctl: Run) -> None:
+    ran = coldctl(
+        "evaluate", base, "--baseline", base, "--suite", suite, "--output", tmp_path / "o", "--protocol", "probe"
+    )
+    refused(ran, tmp_path / "o", "on the command line", "linear-probe")
+
+
+def test_one_directory_counts_once(tmp_path: Path, base: Path, contributions: Path, coldctl: Run) -> None:
+    ran = coldctl("fuse", contributions, contributions / "one", "--base", base, "--output", tmp_path / "f", "--json")
+    assert ran.code == 0
+    assert "counts once" in ran.stderr
+    assert len(ran.json["contributions"]) == 3
+
+
+def test_usage_errors_are_one_line_and_json(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "coldctl", "fuse", "--nonsense", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "coldctl fuse --help" in done.stderr
+    assert json.loads(done.stdout)["exit_code"] == 2

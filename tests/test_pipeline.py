@@ -152,3 +152,32 @@ def test_regression(tmp_path: Path, base: Path, coldctl: Callable[..., Ran]) -> 
     assert ran.code == 0, ran.stderr
     assert {entry["metric"] for entry in ran.json["results"]} == {"spearman"}
     assert [entry["verdict"] for entry in ran.json["results"] if entry["protocol"] == "finetune"] == [None]
+
+
+def test_a_card_tells_of_its_own_model_only(
+    tmp_path: Path, base: Path, contributions: Path, suite: Path, coldctl: Callable[..., Ran]
+) -> None:
+    for name, part in (("a", contributions), ("b", contributions / "one")):
+        assert coldctl("fuse", part, "--base", base, "--output", tmp_path / name).code == 0
+    ran = coldctl(
+        "evaluate",
+        tmp_path / "a",
+        tmp_path / "b",
+        "--baseline",
+        base,
+        "--suite",
+        suite,
+        "--output",
+        tmp_path / "e",
+        "--jobs",
+        1,
+    )
+    assert ran.code == 0, ran.stderr
+    ran = coldctl("publish", tmp_path / "a", "--to", tmp_path / "p", "--evaluation", tmp_path / "e", "--license", "mit")
+    assert ran.code == 0, ran.stderr
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert card.count("name: accuracy (linear-probe)") == 3
+    assert card.count("| red |") == 1
+    ran = coldctl("publish", contributions / "one", "--to", tmp_path / "q", "--license", "mit")
+    assert ran.code == 0, ran.stderr
+    assert "Nothing was fused into it yet" in (tmp_path / "q" / "README.md").read_text()

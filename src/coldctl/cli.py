@@ -4,7 +4,7 @@ Stages are imported when they are called, so that `--help` loads neither torch n
 one line and an exit code here and nowhere else.
 """
 
-import os
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -65,7 +65,7 @@ def main() -> None:
         code = app(standalone_mode=False)
     except Exception as error:  # click's own: usage
         _usage(error)
-    if code == INTERRUPTED:  # before or after a stage; within one the boundary has answered
+    if code == INTERRUPTED:  # click's own answer to Ctrl-C, before or after a stage: within one the boundary answers
         _interrupted()
     sys.exit(code)
 
@@ -76,15 +76,26 @@ def _usage(error: Exception) -> NoReturn:
     show = getattr(error, "show", None)
     if code is None:
         raise error
+    if "--json" in sys.argv[1:]:
+        sys.stdout.write(json.dumps({"error": _one_line(error), "details": [], "exit_code": code}) + "\n")
     if callable(show):
-        show()
+        sys.stderr.write(f"error: {_one_line(error)}\n")
     sys.exit(code)
+
+
+def _one_line(error: Exception) -> str:
+    """Click's usage errors in our form: what, and which help tells more."""
+    message = " ".join(str(getattr(error, "message", error)).split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    format_message = getattr(error, "format_message", None)
+    if callable(format_message):
+        message = " ".join(format_message().split()).rstrip(".")
+    return f"{message}: see {context.command_path if context else 'coldctl'} --help"
 
 
 def _interrupted() -> NoReturn:
     sys.stderr.write("interrupted: run the same command again to go on; what was complete is not repeated\n")
-    sys.stderr.flush()
-    os._exit(INTERRUPTED)  # worker threads of torch must not delay the answer
+    sys.exit(INTERRUPTED)
 
 
 @contextmanager
@@ -115,7 +126,9 @@ def _suite(suite: Path | None, config: Path | None) -> tuple[tuple[DatasetConfig
     file = read(suite)
     if not file.datasets:
         raise ConfigError(f"{suite} has no [[dataset]]: add the datasets of the suite")
-    return file.datasets, read(config) if config is not None else file
+    return file.datasets, read(
+        config
+    ) if config is not None else file  # the suite's own settings, unless told otherwise
 
 
 def _local_engine(engine: str) -> None:
@@ -211,10 +224,10 @@ def finetune(
             dataset = datasets.single(data, columns)
             work = [stage.single_job(dataset, model, output, settings, name=name, overwrite=overwrite)]
         with screen.progress() as progress:
-            outcomes = stage.finetune_all(work, local.workers(jobs, len(work)), progress)
+            outcomes = stage.finetune_all(
+                work, local.workers(jobs, len(work)), progress, lambda item: progress.note(_finetuned_line(item))
+            )
         done = [outcome.result for outcome in outcomes if outcome.result is not None]
-        for item in done:
-            screen.say(_finetuned_line(item))
         failed = [(work[outcome.index].name, outcome.error) for outcome in outcomes if outcome.error is not None]
         if failed and len(work) == 1:
             raise failed[0][1]
@@ -222,7 +235,8 @@ def finetune(
         if failed:
             names = ",".join(name for name, _ in failed)
             screen.as_json = False  # its document is out already
-            raise DeclinedError(
+            outputs_only = all(isinstance(error, OutputError) for _, error in failed)
+            raise (OutputError if outputs_only else DeclinedError)(
                 f"{len(failed)} of {len(work)} contributions failed: mend the cause and repeat just these with --only {names}",
                 [f"{name}: {error.message}" for name, error in failed],
             )
@@ -353,7 +367,8 @@ def fuse(
 
             records: Sequence[Any] = done.manifest["contributions"]
             screen.show(fuse_table(records))
-            screen.say(f"fused {sum(item['status'] == 'fused' for item in records)} contributions: {output}")
+            count = sum(item["status"] == "fused" for item in records)
+            screen.say(f"fused {count} contribution{'s' if count != 1 else ''}: {output}")
         screen.result(done.manifest)
 
 

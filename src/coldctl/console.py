@@ -21,6 +21,7 @@ from coldctl.core.progress import SILENT, Progress
 from coldctl.core.report import group_name
 
 _VERDICT_STYLE = {"better": "green", "worse": "red"}
+_LOG_WIDTH = 120  # columns of tables in logs, where nothing says how wide the reader is
 _SHORT_VERDICT = {"better": "better", "worse": "worse", "indistinguishable": "within noise", None: "one seed"}
 
 
@@ -31,6 +32,8 @@ class Screen:
         self.as_json = as_json
         self._silent = silent
         self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        if not self._errors.is_terminal:
+            self._errors.width = _LOG_WIDTH
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:

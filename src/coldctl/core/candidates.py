@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from coldctl.core import layout
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
@@ -9,7 +10,7 @@ from coldctl.core.encodings import open_adapter, open_pickled
 from coldctl.core.errors import ColdctlError, ModelError
 from coldctl.core.progress import Progress
 from coldctl.core.reference import resolve
-from coldctl.core.storage import Folder, open_folder, subfolders
+from coldctl.core.storage import Folder, is_url, open_folder, subfolders
 
 
 @dataclass
@@ -43,6 +44,7 @@ def gather(
     for an argument that holds none.
     """
     places = [place for reference in references for place in _found_at(reference, progress)]
+    places = _once(places, progress)
     candidates = [_open(name, place, base, allow_pickle=allow_pickle) for name, place in places]
     names = [item.name for item in candidates]
     for item in candidates:
@@ -55,6 +57,20 @@ def gather(
         if seen[item.name] > 1:
             item.name = f"{item.name}-{seen[item.name]}"
     return candidates
+
+
+def _once(places: Sequence[tuple[str, str]], progress: Progress) -> list[tuple[str, str]]:
+    """Each place one time: a checkpoint that two arguments mean must not count twice."""
+    seen: set[str] = set()
+    kept = []
+    for name, place in places:
+        real = place if is_url(place) else str(Path(place).resolve())
+        if real in seen:
+            progress.note(f"{place} was given twice: it counts once")
+        else:
+            kept.append((name, place))
+        seen.add(real)
+    return kept
 
 
 def _found_at(reference: str, progress: Progress) -> list[tuple[str, str]]:

@@ -15,8 +15,7 @@ _TEMPLATE = """---
 # {{ name }}
 
 A text encoder made by [coldctl](https://pypi.org/project/coldctl/) with ColD Fusion ([arXiv 2212.01378]({{ paper }})):
-a base model for finetuning, and a source of features for linear probing. It started from `{{ pretrained }}` and went
-through {{ iterations }} iteration{{ "s" if iterations != 1 else "" }} of finetuning and fusing.
+a base model for finetuning, and a source of features for linear probing. {{ origin }}
 
 ## How it works
 
@@ -96,12 +95,20 @@ def card(
         name=escaped(name),
         reference=reference,
         paper=PAPER,
-        pretrained=pretrained.replace("`", ""),
-        iterations=document.get("iteration") or 0,
+        origin=_origin(document, pretrained),
         history=_history(document),
         results=_results(results),
     )
     return str(text)
+
+
+def _origin(document: Manifest, pretrained: str) -> str:
+    """One sentence on how far the model has come."""
+    count = sum(bool(item.get("contributions")) for item in (*document.get("ancestors", []), document))
+    if not count:
+        return "Nothing was fused into it yet."
+    many = f"{count} iterations" if count > 1 else "one iteration"
+    return f"It started from `{pretrained.replace('`', '')}` and went through {many} of finetuning and fusing."
 
 
 def _pretrained(document: Manifest) -> str:

@@ -49,6 +49,7 @@ def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> N
         verdict.problems.append(f"has {_some(odd)}, which the base lacks: take contributions finetuned from this base")
     elif extra:
         verdict.notes.append("has a pooler that the base lacks: it is left out")
+    shapes: list[str] = []
     for name, tensor in other.body.items():
         known = base.body.get(name)
         if known is None or not known.floating:
@@ -58,11 +59,14 @@ def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> N
             if is_vocabulary(name) and tensor.shape[1:] == known.shape[1:]:
                 rows = min(tensor.shape[0], known.shape[0])
                 what = f"another vocabulary, --common-rows takes the {rows} rows they share"
-            verdict.problems.append(f"{name} is {_shape(tensor.shape)}, the base's is {_shape(known.shape)}: {what}")
+            shapes.append(f"{name} is {_shape(tensor.shape)}, the base's is {_shape(known.shape)}: {what}")
         elif not tensor.floating:
             verdict.problems.append(
                 f"{name} is stored as {tensor.dtype}, the base's as {known.dtype}: save it in a floating dtype"
             )
+    if shapes:
+        more = f" (and {len(shapes) - 1} more tensors)" if len(shapes) > 1 else ""
+        verdict.problems.append(shapes[0] + more)
     if dtypes := {tensor.dtype for tensor in other.body.values() if tensor.floating} - {
         tensor.dtype for tensor in base.body.values() if tensor.floating
     }:

@@ -199,6 +199,7 @@ def resolve(kind: type[C], file: ConfigFile, flags: Mapping[str, Any]) -> C:
     """One section's config: the flags that were given (not None), else the file's values, else the defaults."""
     name = next(section for section, known in SECTIONS.items() if known is kind)
     given = {key: value for key, value in flags.items() if value is not None}
+    _build(kind, given, "on the command line", complete=False)  # so that each mistake is blamed where it was made
     merged = {**file.sections.get(name, {}), **given}
     return _build(kind, merged, f"{file.path}: [{name}]" if file.path else "flags")
 
@@ -219,6 +220,12 @@ def derived_seed(seed: int, *parts: object) -> int:
     """A seed for one piece of work, stable across machines: 31 bits of sha256 over the seed and the piece's names."""
     text = "\x1f".join([str(seed), *map(str, parts)])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def check_name(name: str, where: str) -> None:
+    """A name becomes a directory. Raises ConfigError if it cannot be one, or would lead elsewhere."""
+    if not name or name.startswith(".") or set(name) & set('/\\\0\n\r\t"'):
+        raise ConfigError(f"{where}: {name!r} cannot name a directory: no slashes, no leading dot")
 
 
 def size_in_bytes(text: str) -> int:
@@ -245,8 +252,7 @@ def _datasets(tables: Any, path: Path) -> tuple[DatasetConfig, ...]:
         if not isinstance(table, dict):
             raise ConfigError(f"{where} must be a table")
         dataset = _build(DatasetConfig, table, where)
-        if not dataset.name or dataset.name.startswith(".") or set(dataset.name) & set('/\\\0\n\r\t"'):
-            raise ConfigError(f"{where}: a name is a file name: no slashes, no leading dot")
+        check_name(dataset.name, where)
         datasets.append(dataclasses.replace(dataset, path=_located(dataset.path, path.parent)))
     names = [dataset.name for dataset in datasets]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
@@ -263,12 +269,12 @@ def _located(reference: str, folder: Path) -> str:
     return str(path) if looks_like_path or path.exists() else reference
 
 
-def _build(kind: type[C], table: Mapping[str, Any], where: str) -> C:
+def _build(kind: type[C], table: Mapping[str, Any], where: str, *, complete: bool = True) -> C:
     """Make a config dataclass from plain values. Raises ConfigError for unknown keys and wrong types."""
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     _refuse_unknown(table, [f.name for f in fields], where)
-    if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in table]:
+    if complete and (missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in table]):
         raise ConfigError(f"{where}: {missing[0]!r} is missing: add it")
     values = {key: _checked(value, hints[key], f"{where}: {key}") for key, value in table.items()}
     for key, value in values.items():

@@ -7,6 +7,7 @@ missing is cut from train, stratified and seeded, never from test.
 import csv
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,7 +107,7 @@ def load(config: DatasetConfig, limits: Limits, seed: int) -> Dataset:
 
 def single(reference: str, columns: DatasetConfig) -> DatasetConfig:
     """The dataset that DATA on a command line means; its name is the file's or folder's own."""
-    path = reference if _is_hub(reference) else str(Path(reference).expanduser())
+    path = reference if is_hub(reference) else str(Path(reference).expanduser())
     file = Path(path.removeprefix("hf:"))
     last = file.stem if file.suffix in FORMATS else file.resolve().name
     name = columns.name or re.sub(r"[^\w.-]+", "-", last).strip("-.") or "dataset"
@@ -178,14 +179,15 @@ def _fingerprint(labels: Sequence[str], *splits: Split) -> str:
 # Reading ------------------------------------------------------------------------------------------------------
 
 
-def _is_hub(reference: str) -> bool:
+def is_hub(reference: str) -> bool:
+    """Whether a DATA reference names a Hub dataset, `hf:[ORG/]NAME[:CONFIG]`."""
     return reference.startswith("hf:") and not reference.startswith("hf://")
 
 
 def _read_splits(config: DatasetConfig) -> tuple[dict[str, list[Row]], list[str] | None]:
     """The rows of train and, where there are any, test and validation, and class names if the source names them."""
     wanted = {"train": config.train, "validation": config.validation, "test": config.test}
-    source = _HubSource(config) if _is_hub(config.path) else _FileSource(config)
+    source = _HubSource(config) if is_hub(config.path) else _FileSource(config)
     there = source.splits()
     chosen: dict[str, tuple[str, ...]] = {}
     for split in SPLITS:
@@ -315,6 +317,7 @@ class _HubSource:
         except ImportError:
             raise DataError(f"{config.path} needs the datasets library: pip install 'coldctl[data]'") from None
         datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints each of its retries
         name, _, subset = config.path.removeprefix("hf:").partition(":")
         self.label = config.path
         self._label_column = config.label
@@ -322,7 +325,8 @@ class _HubSource:
             self._data = datasets.load_dataset(name, subset or None, revision=config.revision)
         except Exception as error:  # network, missing names, formats: the library has no common exception
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise DataError(f"{config.name}: cannot load {config.path} from the Hub: {reason}") from None
+            remedy = "check the name and the network, or give local files"
+            raise DataError(f"{config.name}: cannot load {config.path} from the Hub: {reason}: {remedy}") from None
 
     def splits(self) -> list[str]:
         return list(self._data)

@@ -138,14 +138,18 @@ class Fusion:
     def run(self, partial: Path) -> Manifest:
         """Accept, survey if something must be known first, write, prove, describe."""
         config = self.config
-        accepted = self._accepted()
+        accepted = [item for item in self.candidates if not item.problems]
+        suspicious = len(accepted) < len(self.candidates)
+        if not accepted:
+            self._accepted()
         if config.screen != "off":
             prepare_charts()
         whole = self._in_name_order()
         statistics: UpdateStatistics | None = None
         proof: Proof | None = None
         gram = config.method in ("multi-krum", "geometric-median")
-        if config.screen == "reject" or gram or (self.scale.automatic and config.method in WEIGHTED):
+        # Where one is refused already, the others are looked at, too, so that all findings are listed at once.
+        if suspicious or config.screen == "reject" or gram or (self.scale.automatic and config.method in WEIGHTED):
             prover = Prover(self._inputs(accepted), verify=config.verify, whole=True)
             statistics = survey(
                 self._inputs(accepted), self._weights(accepted), prover, gram=gram, progress=self.progress
@@ -203,7 +207,7 @@ class Fusion:
         """The candidates without problems. Raises if a problem must stop everything."""
         config, candidates = self.config, self.candidates
         good = [item for item in candidates if not item.problems]
-        details = [f"{item.name}: {problem}" for item in candidates for problem in item.problems]
+        details = [f"{item.place}: {problem}" for item in candidates for problem in item.problems]
         if not details:
             return good
         bad, total = len(candidates) - len(good), len(candidates)
@@ -406,15 +410,20 @@ def _record(item: Candidate, weight: float | None) -> ContributionRecord:
         "body_digest": item.digest or item.stated_digest or "",
         "weight": weight or 0.0,
         "status": "fused" if fused else "rejected",
-        "reason": "; ".join(item.problems) or None,
+        "reason": _without_place("; ".join(item.problems), item) or None,
         "verified": item.verified,
         "age": 0,
         "signer": None,
         "update_norm": item.update_norm if fused else None,
         "cosine_to_mean": item.cosine_to_mean if fused else None,
         "update_share": item.update_share if fused else None,
-        "notes": item.notes,
+        "notes": [_without_place(note, item) for note in item.notes],
     }
+
+
+def _without_place(text: str, item: Candidate) -> str:
+    """What is published must not tell where on this machine something lay."""
+    return text.replace(f"{item.place}/", "").replace(item.place, item.name)
 
 
 def _examples(item: Candidate) -> float:

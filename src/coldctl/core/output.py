@@ -8,12 +8,13 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from coldctl.core import layout, manifest
 from coldctl.core.errors import OutputError
+from coldctl.core.storage import is_url
 
 IDENTITY = ".identity"  # in the partial directory: which config and inputs the unfinished work belongs to
 
@@ -35,9 +36,22 @@ def is_done(path: Path, identity: str, *, overwrite: bool) -> bool:
                 f"{path} is complete but was made from other inputs or another config: "
                 "give --overwrite to replace it, or another --output"
             )
-    elif any(path.iterdir()) and not overwrite:
-        raise OutputError(f"{path} holds files that are not ours: give --overwrite to replace it, or another --output")
+    elif any(path.iterdir()):  # never deleted, whatever the flags
+        raise OutputError(
+            f"{path} holds files that coldctl did not write: give another --output, or remove them yourself"
+        )
     return False
+
+
+def refuse_overlap(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Refuse an output that is one of its own inputs, lies in one, or holds one. Raises OutputError."""
+    place = path.resolve()
+    for item in inputs:
+        if is_url(str(item)):
+            continue
+        other = Path(item).expanduser().resolve()
+        if place == other or place.is_relative_to(other) or other.is_relative_to(place):
+            raise OutputError(f"{path} would overwrite its own input {item}: give another --output")
 
 
 @contextmanager

@@ -126,11 +126,16 @@ def fuse_chart(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
-    names = [record["name"][:24].replace("$", r"\$") for record in fused]
+    names = [_plain(record["name"])[:24] for record in fused]
     every = max(1, len(fused) // 60)  # more names than that cannot be read
     axes[1].set_xticks(list(places)[::every], names[::every], rotation=45, ha="right", fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def _plain(name: str) -> str:
+    """A stranger's name as text in a chart: no control codes, no formulas."""
+    return "".join(character for character in name if character.isprintable()).replace("$", r"\$")
 
 
 def gain_chart(results: dict[str, Any], path: Path) -> None:
@@ -158,12 +163,10 @@ def gain_chart(results: dict[str, Any], path: Path) -> None:
         axis.barh(range(len(bars)), gains, color=colours, height=0.65)
         axis.errorbar(gains, range(len(bars)), xerr=reach, fmt="none", ecolor="#333333", elinewidth=1, capsize=2.5)
         names = [f"{entry['dataset']} ({entry['role']})" if "role" in entry else entry["dataset"] for entry in bars]
-        axis.set_yticks(range(len(bars)), [name.replace("$", r"\$") for name in names])
+        axis.set_yticks(range(len(bars)), [_plain(name) for name in names])
         axis.axvline(0, color="#333333", linewidth=0.8)
         axis.set_xlabel("gain in points (bar) and 95 % interval (line)")
-        axis.set_title(
-            f"{model} against {results['baseline']['name']}, {protocol}".replace("$", r"\$"), loc="left", fontsize=10
-        )
+        axis.set_title(_plain(f"{model} against {results['baseline']['name']}, {protocol}"), loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)

@@ -5,6 +5,7 @@ base model is the last promoted one, else the pretrained model.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,17 @@ def is_run(path: Path) -> bool:
     return (path / layout.RUN).is_file()
 
 
+def _begun(folder: Path, number: int, own: Collection[str]) -> list[Path]:
+    """What an iteration has made itself so far, unfinished work included."""
+    contributions = layout.contributions(folder, number)
+    pieces = [
+        *(contributions / name for name in sorted(own)),
+        layout.fused(folder, number),
+        layout.evaluation(folder, number),
+    ]
+    return [place for piece in pieces for place in (piece, layout.partial(piece)) if place.exists()]
+
+
 def read(folder: Path) -> Run:
     """Read `folder/run.json`. Raises ManifestError."""
     path = folder / layout.RUN
@@ -105,10 +117,11 @@ def write(run: Run) -> None:
     output.write_text(run.folder / layout.RUN, json.dumps(document, indent=2) + "\n")
 
 
-def extended(run: Run, planned: Run, iterations: int) -> Run:
+def extended(run: Run, planned: Run, iterations: int, own: Collection[str]) -> Run:
     """An existing run, asked for `iterations` new ones under the settings of `planned`.
 
     A target that is not met yet is kept, so that an interrupted call is finished and none is added.
+    `own` are the names of the suite's datasets: contributions that others have dropped begin no iteration.
     Raises ConfigError if the base changed, or the settings changed in the middle of an iteration.
     """
     if planned.pretrained != run.pretrained or planned.revision != run.revision:
@@ -116,12 +129,12 @@ def extended(run: Run, planned: Run, iterations: int) -> Run:
             f"{run.folder} started from {run.base}, the config now says {planned.base}: give a new RUN, or restore `base`"
         )
     number = run.decided + 1
-    begun = layout.iteration(run.folder, number)
+    begun = _begun(run.folder, number, own)
     settings = (planned.config_digest, planned.sample, planned.seed)
-    if settings != (run.config_digest, run.sample, run.seed) and begun.exists():
+    if settings != (run.config_digest, run.sample, run.seed) and begun:
         raise ConfigError(
             f"the config changed in the middle of iteration {number} of {run.folder}: "
-            f"restore it to finish that iteration, or delete {begun} to start the iteration again"
+            f"restore it to finish that iteration, or remove {', '.join(map(str, begun))} to start it again"
         )
     target = run.target if run.decided < run.target else run.decided + iterations
     return replace(planned, iterations=run.iterations, target=target)

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from coldctl.core import data, layout, manifest, output, run, scoring
 from coldctl.core.checkpoint import body_digest, open_checkpoint, outside_body
-from coldctl.core.config import DatasetConfig, FinetuneConfig, as_record, derived_seed, identity
+from coldctl.core.config import DatasetConfig, FinetuneConfig, as_record, check_name, derived_seed, identity
 from coldctl.core.errors import ConfigError
 from coldctl.core.manifest import Manifest
 from coldctl.core.progress import Progress
@@ -56,6 +56,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
     started = time.perf_counter()
     destination = Path(job.destination)
     config = job.config
+    output.refuse_overlap(destination, [job.base.place, *([] if data.is_hub(job.dataset.path) else [job.dataset.path])])
     limits = data.Limits(
         config.max_train_examples, config.max_validation_examples, config.max_test_examples, config.shots
     )
@@ -73,6 +74,8 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
         progress.note(
             f"{job.name}: {dataset.leaked} of {len(dataset.test)} test examples also stand in train or validation"
         )
+    if dataset.regression and job.dataset.metric not in data.REGRESSION_METRICS:
+        progress.note(f"{job.name}: the labels are numbers with fractions, so this is a regression, scored by spearman")
     if dataset.unlabelled:
         progress.note(f"{job.name}: {dataset.unlabelled} examples without a label are left out")
     with (
@@ -159,6 +162,7 @@ def single_job(
 ) -> Job:
     """The job of one contribution; in a RUN it goes where the next iteration looks for it."""
     called = name or dataset.name
+    check_name(called, "--name")
     if run.is_run(destination):
         number = run.read(destination).decided + 1
         return Job(
@@ -167,9 +171,18 @@ def single_job(
     return Job(dataset, base, str(destination), called, config, None, overwrite)
 
 
-def finetune_all(jobs: Sequence[Job], count: int, progress: Progress) -> list[local.Outcome[Finetuned]]:
-    """Run the jobs, `count` side by side; the outcomes are in the order of the jobs. One failure stops no other."""
-    outcomes = list(local.run(finetune, jobs, count, progress))
+def finetune_all(
+    jobs: Sequence[Job], count: int, progress: Progress, announce: Callable[[Finetuned], None]
+) -> list[local.Outcome[Finetuned]]:
+    """Run the jobs, `count` side by side, and `announce` each contribution as it is done.
+
+    The outcomes are in the order of the jobs. One failure stops no other.
+    """
+    outcomes = []
+    for outcome in local.run(finetune, jobs, count, progress):
+        outcomes.append(outcome)
+        if outcome.result is not None:
+            announce(outcome.result)
     return sorted(outcomes, key=lambda outcome: outcome.index)
 
 

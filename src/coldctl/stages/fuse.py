@@ -50,11 +50,13 @@ def fuse(
     OutputError.
     """
     scale = check_config(config)
+    output.refuse_overlap(destination, [base.place])
     base_checkpoint = open_checkpoint(base.folder, base.name)
     candidates = gather(references, progress, base_checkpoint, allow_pickle=config.allow_pickle)
     base_digest = stated_digest(base_checkpoint)
     if base_digest is None and any(item.stated_digest for item in candidates):
         base_digest = body_digest(base_checkpoint)
+    output.refuse_overlap(destination, [item.place for item in candidates])
     for item in candidates:
         judge(item, base_checkpoint, base_digest, config)
     if layout.is_complete(destination) and not overwrite:

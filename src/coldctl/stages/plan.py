@@ -29,7 +29,7 @@ def plan(folder: Path, file: ConfigFile, config: RunConfig, *, iterations: int, 
         base = base if base.startswith(".") else f"./{base}"
     planned = Run(folder, base, config.revision, file.digest, config.sample, seed, gate, target=iterations)
     if run.is_run(folder):
-        planned = run.extended(run.read(folder), planned, iterations)
+        planned = run.extended(run.read(folder), planned, iterations, {dataset.name for dataset in file.datasets})
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} holds files but no {layout.RUN}: give a new directory as RUN")
     run.write(planned)

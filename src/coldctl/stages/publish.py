@@ -45,6 +45,7 @@ def publish(
     Raises ConfigError without a licence, ManifestError for an evaluation of another model, CheckpointError if the
     written model does not give the source model's features.
     """
+    output.refuse_overlap(destination, [model.place, *([evaluation] if evaluation else [])])
     source = open_checkpoint(model.folder, model.name)
     stated = source.manifest
     digest = body_digest(source)
@@ -94,11 +95,19 @@ def _evaluation(folder: Path, digest: str) -> dict[str, Any]:
     manifest.read(folder)
     results: dict[str, Any] = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
     measured = [item["body_digest"] for item in results["models"]]
-    if digest not in measured:
+    if digest in measured:  # the card is about this model alone
+        name = results["models"][measured.index(digest)]["name"]
+        return {
+            **results,
+            "models": [item for item in results["models"] if item["name"] == name],
+            "results": [entry for entry in results["results"] if entry["model"] == name],
+            "averages": [entry for entry in results["averages"] if entry["model"] == name],
+        }
+    if measured:
         raise ManifestError(
             f"{folder} evaluates {measured[-1][:19]}…, not this model's body {digest[:19]}…: give the evaluation of this model"
         )
-    return results
+    raise ManifestError(f"{folder} evaluates no model: give the evaluation of this model")
 
 
 def _copy_body(source: Checkpoint, partial: Path, config: PublishConfig, progress: Progress) -> dict[str, str]:
