@@ -1,6 +1,5 @@
 # make iterate   set up what is missing, then run full rounds: finetune, fuse, evaluate
 # make test      set up what is missing, then run the tests
-.POSIX:
 .SUFFIXES:
 .PHONY: iterate publish test test-peers lint format bench assets setup clean help
 
@@ -24,7 +23,8 @@ bin = $(venv)/bin
 ready = $(venv)/ready
 demo = assets/demo/assets.json
 
-iterate: $(ready) $(demo)
+# The demo's assets are fetched only for the configs that use them.
+iterate: $(ready) $(if $(filter configs/demo.toml configs/smoke.toml,$(CONFIG)),$(demo))
 	@PATH="$(CURDIR)/$(bin):$$PATH" RUN="$(RUN)" CONFIG="$(CONFIG)" ITERATIONS="$(ITERATIONS)" JOBS="$(JOBS)" \
 		SAMPLE="$(SAMPLE)" GATE="$(GATE)" sh scripts/iterate.sh
 

@@ -123,12 +123,13 @@ def make_family(base: Path, contributions: Path, size: Size, count: int) -> None
 def sign(base: Path, contributions: Path, target: Path) -> None:
     """Link the contributions into `target` and give each a manifest that names its files' and its body's digests."""
     from coldctl.core import manifest
-    from coldctl.core.checkpoint import body_digest, open_checkpoint
+    from coldctl.core.checkpoint import body_digest, open_checkpoint, outside_body
     from coldctl.core.storage import LocalFolder
 
     base_digest = body_digest(open_checkpoint(LocalFolder(base), base.name))
     for number, source in enumerate(sorted(contributions.iterdir())):
         folder = linked(source, target / source.name)
+        checkpoint = open_checkpoint(LocalFolder(folder), folder.name)
         manifest.write(
             folder,
             {
@@ -136,7 +137,8 @@ def sign(base: Path, contributions: Path, target: Path) -> None:
                 "name": folder.name,
                 "iteration": 1,
                 "encoding": "full",
-                "body_digest": body_digest(open_checkpoint(LocalFolder(folder), folder.name)),
+                "body_digest": body_digest(checkpoint),
+                "outside_body": outside_body(checkpoint),
                 "base": {"name": base.name, "body_digest": base_digest},
                 "config": {},
                 "dataset": {"name": folder.name, "num_train": 1000 + number, "num_validation": 100},

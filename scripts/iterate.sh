@@ -3,6 +3,7 @@
 # Stop it at any moment: the same call goes on and repeats nothing that was complete.
 set -eu
 
+[ "$GATE" = 0 ] && GATE=
 plan="${SAMPLE:+--sample $SAMPLE} ${GATE:+--gate}"
 # shellcheck disable=SC2086 # flags without spaces
 iterations=$(coldctl plan "$RUN" --config "$CONFIG" --iterations "$ITERATIONS" $plan)

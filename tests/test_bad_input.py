@@ -262,10 +262,16 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_call_does(tmp_path: Path, base: P
     assert process.returncode == 130
     assert "run the same command again" in error
     assert not (tmp_path / "c" / "green" / "coldctl.json").exists()
+    suite.write_text(suite_text("base"))
+    again = subprocess.run(
+        [*map(str, command), "--jobs", "1", "--overwrite"], capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "c" / "green" / "coldctl.json").exists()
 
 
 def test_no_output_ever_replaces_an_input(
-    tmp_path: Path, base: Path, dataset: Path, contributions: Path, coldctl: Run
+    tmp_path: Path, base: Path, dataset: Path, contributions: Path, suite: Path, coldctl: Run
 ) -> None:
     data = Path(shutil.copytree(dataset, tmp_path / "data"))
     start = Path(shutil.copytree(base, tmp_path / "base"))
@@ -279,6 +285,8 @@ def test_no_output_ever_replaces_an_input(
         ("fuse", gifts / "one", "--base", start, "--output", gifts),
         ("fuse", gifts, "--base", start, "--output", start),
         ("publish", gifts / "one", "--to", gifts / "one", "--license", "mit"),
+        ("evaluate", start, "--baseline", gifts / "one", "--suite", suite, "--output", start),
+        ("evaluate", start, "--baseline", gifts / "one", "--suite", suite, "--output", gifts / "one"),
     ]
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     for command in commands:
@@ -313,9 +321,9 @@ def test_all_findings_are_listed_at_once_by_place(
 
 
 def test_names_stay_inside_their_folder(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
-    for name in ("../x", "a/b", ".hidden", ""):
+    for name in ("../x", "a/b", ".hidden"):
         ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--name", name, *FAST)
-        refused(ran, tmp_path / "out", "cannot name a directory") if name else None
+        refused(ran, tmp_path / "out", "cannot name a directory")
 
 
 def test_a_mistake_is_blamed_where_it_was_made(tmp_path: Path, base: Path, suite: Path, coldctl: Run) -> None:
@@ -339,3 +347,63 @@ def test_usage_errors_are_one_line_and_json(tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
     assert "coldctl fuse --help" in done.stderr
     assert json.loads(done.stdout)["exit_code"] == 2
+
+
+def test_unicode_and_line_ends_in_data(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    rows = "".join(f'"{"ab"[i % 2]}","one line\u2028still the same {i}"\n' for i in range(20))
+    (tmp_path / "data.csv").write_text("label,text\n" + rows)
+    ran = coldctl("finetune", tmp_path / "data.csv", "--base", base, "--output", tmp_path / "out", *FAST, "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.json["manifest"]["dataset"]["labels"] == ["a", "b"]
+    write_rows(tmp_path / "half", train=[*GOOD, {"text": "cut \ud83d", "label": "a"}])
+    ran = coldctl("finetune", tmp_path / "half", "--base", base, "--output", tmp_path / "x", *FAST)
+    refused(ran, tmp_path / "x", "half a surrogate pair")
+
+
+def test_a_diverged_training_is_no_contribution(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    flags = ("--learning-rate", 1e30, "--epochs", 3, "--batch-size", 8)
+    ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", *flags)
+    assert ran.code == 3
+    assert "diverged" in ran.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_strangers_manifests(tmp_path: Path, base: Path, contributions: Path, coldctl: Run) -> None:
+    from coldctl.core import manifest
+
+    fused = tmp_path / "fused"
+    assert coldctl("fuse", contributions, "--base", base, "--output", fused).code == 0
+    changes: list[dict[str, object]] = [
+        {"kind": "\x1b[2J"}, {"name": "a/b"}, {"name": ".."}, {"ancestors": ["x"]}, {"contributions": ["x"]},
+        {"contributions": [{"name": 3}]}, {"ancestors": [{"contributions": 3}]}, {"files": {"../x": "y"}},
+    ]  # fmt: skip
+    for change in changes:
+        document = {**json.loads((fused / "coldctl.json").read_text()), **change}
+        document.pop("manifest_digest")
+        document["manifest_digest"] = manifest.digest_of(document)
+        evil = tmp_path / "evil"
+        shutil.rmtree(evil, ignore_errors=True)
+        shutil.copytree(fused, evil)
+        (evil / "coldctl.json").write_text(json.dumps(document))
+        for command in (("lineage", evil), ("publish", evil, "--to", tmp_path / "p", "--license", "mit")):
+            ran = coldctl(*command)
+            assert ran.code == 2, (change, command)
+            assert "Traceback" not in ran.stderr
+        assert coldctl("check", evil, "--base", base).code == 3
+
+
+def test_an_adapter_beside_a_model_is_not_loaded(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    both = Path(shutil.copytree(base, tmp_path / "both"))
+    (both / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    ran = coldctl("finetune", dataset, "--base", both, "--output", tmp_path / "out", *FAST)
+    refused(ran, tmp_path / "out", "an adapter beside the model")
+
+
+def test_flags_that_would_be_ignored_are_refused(
+    tmp_path: Path, base: Path, suite: Path, dataset: Path, coldctl: Run
+) -> None:
+    out = tmp_path / "out"
+    refused(
+        coldctl("finetune", "--suite", suite, "--base", base, "--output", out, "--license", "mit"), out, "go with DATA"
+    )
+    refused(coldctl("finetune", dataset, "--base", base, "--output", out, "--only", "red"), out, "go with --suite")

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 import tiny
+from coldctl.core import manifest
+from coldctl.core.config import FinetuneConfig, read
+from coldctl.core.reference import resolve
+from coldctl.stages.finetune import jobs_of_suite
 from conftest import Ran, suite_text
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +157,21 @@ def test_contributors_are_sampled_by_seed_and_iteration(place: Path, coldctl: Ru
         drawn.append([item["name"] for item in ran.json["contributions"]])
     assert len(drawn[0]) == 2
     assert drawn[0] == drawn[1]
+    others = []
+    for seed in range(1, 6):
+        run = place / f"seed-{seed}"
+        coldctl("plan", run, "--config", config, "--sample", 2, "--seed", seed)
+        stage_jobs = jobs_of_suite(
+            read(config).datasets,
+            resolve(str(place / "base")),
+            run,
+            FinetuneConfig(),
+            sample=None,
+            only=(),
+            overwrite=False,
+        )
+        others.append([job.name for job in stage_jobs])
+    assert any(other != drawn[0] for other in others)
 
 
 def test_the_gate_keeps_the_last_good_base(place: Path, coldctl: Run) -> None:
@@ -186,6 +205,10 @@ def test_the_gate_keeps_the_last_good_base(place: Path, coldctl: Run) -> None:
     for entry in document["averages"]:
         entry |= {"gain": -5.0, "gain_interval": [-7.0, -3.0], "verdict": "worse"}
     results.write_text(json.dumps(document))
+    ran = coldctl("promote", run)
+    assert ran.code == 2
+    assert "results.json was changed" in ran.stderr
+    manifest.write(folder / "gate", manifest.read(folder / "gate"))
     ran = coldctl("promote", run)
     assert ran.code == 0
     assert "not promoted" in ran.stderr

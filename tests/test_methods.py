@@ -509,3 +509,62 @@ def test_copies_stay_themselves_under_every_method(
     flags = ("--density", 1) if method == "ties" else ()
     found = fused(coldctl, tmp_path / "out", base, copies, "--method", method, *flags)
     np.testing.assert_allclose(flat(found), flat(body(models[0])), rtol=2e-7, atol=1e-12)
+
+
+def test_a_base_without_the_pooler_that_contributions_have(
+    tmp_path: Path, base: Path, dataset: Path, coldctl: Run
+) -> None:
+    bare = Path(shutil.copytree(base, tmp_path / "bare"))
+    tensors, metadata = tiny.read_tensors(bare / "model.safetensors")
+    rest = [(name, tensor) for name, tensor in tensors.items() if not name.startswith("pooler.")]
+    tiny.write_tensors(bare / "model.safetensors", rest, metadata)
+    flags = ("--epochs", 1, "--batch-size", 16)
+    assert coldctl("finetune", dataset, "--base", bare, "--output", tmp_path / "one", *flags).code == 0
+    ran = coldctl("fuse", tmp_path / "one", "--base", bare, "--output", tmp_path / "fused", "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.json["contributions"][0]["verified"] is True
+
+
+def test_a_refused_contribution_hides_no_outlier(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
+    long = tiny.perturb(base, tmp_path / "long", seed=50, scale=10.0)
+    bad = poison(models[0], tmp_path / "bad", float("nan"))
+    ran = coldctl(
+        "fuse", *models, long, bad, "--base", base, "--output", tmp_path / "f", "--screen", "reject", "--json"
+    )
+    assert ran.code == 0, ran.stderr
+    assert {item["name"] for item in ran.json["contributions"] if item["status"] == "rejected"} == {"long", "bad"}
+    for method in ("mean", "dare"):
+        fused(coldctl, tmp_path / f"{method}-reject", base, [*models, bad], "--method", method, "--screen", "reject")
+        fused(coldctl, tmp_path / f"{method}-clean", base, models, "--method", method)
+        assert digest(tmp_path / f"{method}-reject") == digest(tmp_path / f"{method}-clean")
+
+
+def test_a_light_weight_is_no_outlier(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
+    table = {model.name: 0.1 if index == 0 else 1.0 for index, model in enumerate(models)}
+    (tmp_path / "w.json").write_text(json.dumps(table))
+    flags = ("--weights", tmp_path / "w.json", "--screen", "reject")
+    ran = coldctl("fuse", *models, "--base", base, "--output", tmp_path / "f", *flags, "--json")
+    assert {item["status"] for item in ran.json["contributions"]} == {"fused"}
+
+
+def test_withdrawing_is_refused_where_subtraction_would_be_wrong(
+    tmp_path: Path, base: Path, models: list[Path], coldctl: Run
+) -> None:
+    fused(coldctl, tmp_path / "outer", base, models[:3], "--outer-optimizer", "sgd")
+    withdraw = ("--without", models[0].name, "--base", base, "--output", tmp_path / "x")
+    ran = coldctl("fuse", tmp_path / "outer", models[0], *withdraw)
+    assert ran.code == 2
+    assert "nor can it be subtracted" in ran.stderr
+    (tmp_path / "w.json").write_text(json.dumps({model.name: float(i + 1) for i, model in enumerate(models[:3])}))
+    weights = ("--weights", tmp_path / "w.json")
+    fused(coldctl, tmp_path / "weighted", base, models[:3], *weights)
+    ran = coldctl("fuse", tmp_path / "weighted", *models[:3], *withdraw)
+    assert "give that file with --weights" in ran.stderr
+    assert coldctl("fuse", tmp_path / "weighted", *models[:3], *withdraw, *weights).code == 0
+    fused(coldctl, tmp_path / "expected", base, models[1:3], *weights)
+    assert digest(tmp_path / "x") == digest(tmp_path / "expected")
+
+
+def test_deep_check_of_a_model_with_leave_one_out(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
+    fused(coldctl, tmp_path / "all", base, models[:3], "--leave-one-out")
+    assert coldctl("check", tmp_path / "all", "--base", base, "--deep").code == 0

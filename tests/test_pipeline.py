@@ -181,3 +181,18 @@ def test_a_card_tells_of_its_own_model_only(
     ran = coldctl("publish", contributions / "one", "--to", tmp_path / "q", "--license", "mit")
     assert ran.code == 0, ran.stderr
     assert "Nothing was fused into it yet" in (tmp_path / "q" / "README.md").read_text()
+
+
+def test_the_same_weights_under_another_config_are_another_model(
+    tmp_path: Path, base: Path, suite: Path, coldctl: Callable[..., Ran]
+) -> None:
+    import shutil
+
+    other = Path(shutil.copytree(base, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "hidden_act": "relu", "layer_norm_eps": 10.0}))
+    ran = coldctl(
+        "evaluate", other, "--baseline", base, "--suite", suite, "--output", tmp_path / "e", "--jobs", 1, "--json"
+    )
+    assert ran.code == 0, ran.stderr
+    assert len(list((tmp_path / "e" / "cells").glob("*.json"))) == 6

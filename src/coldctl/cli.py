@@ -212,6 +212,12 @@ def finetune(
         }  # fmt: skip
         settings = resolve(FinetuneConfig, file, flags)
         model = reference.resolve(base, revision)
+        if data is None and any((name, license_, text, text_pair, label)):
+            raise ConfigError(
+                "--name, --license, --text, --text-pair and --label go with DATA: a suite's file has its own"
+            )
+        if data is not None and (sample is not None or only):
+            raise ConfigError("--sample and --only go with --suite: DATA is one dataset")
         if data is None:
             chosen = [part for part in only.split(",") if part]
             work = stage.jobs_of_suite(
@@ -562,8 +568,10 @@ def status(
         from coldctl.stages import status as stage
 
         found = stage.status(run)
-        if pretrained or evaluation:
-            sys.stdout.write(f"{found.pretrained if pretrained else found.evaluation or ''}\n")
+        if evaluation and found.evaluation is None:
+            raise ConfigError(f"{run} has no evaluation of a promoted model yet: run `make iterate` first")
+        if (pretrained or evaluation) and not as_json:
+            sys.stdout.write(f"{found.pretrained if pretrained else found.evaluation}\n")
             return
         screen.show(status_table(found))
         screen.result(found)

@@ -195,7 +195,9 @@ def check_table(report: Any) -> Table:
         if not item.problems:
             findings.insert(0, "[green]sound[/]")
         size = f"{item.bytes / 1e6:.1f} MB"
-        table.add_row(escape(printable(item.name)), item.kind, str(item.tensors), size, "\n".join(findings))
+        table.add_row(
+            escape(printable(item.name)), escape(printable(item.kind)), str(item.tensors), size, "\n".join(findings)
+        )
     return table
 
 

@@ -1,6 +1,7 @@
 """Finding the checkpoints that a list of arguments means, in an order that no caller can influence."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,12 +52,18 @@ def gather(
         if names.count(item.name) > 1 and item.checkpoint is not None and item.stated_digest is None:
             item.digest = body_digest(item.checkpoint)  # equal names do not order: their bodies do
     candidates.sort(key=lambda item: (item.stated_digest or item.name, item.digest or "", item.name))
-    seen: dict[str, int] = {}
+    taken: set[str] = set()
     for item in candidates:
-        seen[item.name] = seen.get(item.name, 0) + 1
-        if seen[item.name] > 1:
-            item.name = f"{item.name}-{seen[item.name]}"
+        item.name = next(name for name in free_names(item.name) if name not in taken)
+        taken.add(item.name)
     return candidates
+
+
+def free_names(name: str) -> Iterator[str]:
+    """A name, then the same with -2, -3 … behind it, for whoever comes later under the same name."""
+    yield name
+    for number in itertools.count(2):
+        yield f"{name}-{number}"
 
 
 def _once(places: Sequence[tuple[str, str]], progress: Progress) -> list[tuple[str, str]]:

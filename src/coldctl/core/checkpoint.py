@@ -91,11 +91,6 @@ class Checkpoint:
         """How messages name it: its place."""
         return self.folder.label
 
-    @property
-    def digested_as_read(self) -> bool:
-        """Whether reading the body tensors in name order gives what the body digest is over."""
-        return self.original is None
-
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
         """Read elements of `tensor` from index `start` (row-major) into `buffer` (bytes). Raises CheckpointError."""
         self.read_file(tensor.file, tensor.offset + start * DTYPES[tensor.dtype].itemsize, buffer)

@@ -6,6 +6,7 @@ missing is cut from train, stratified and seeded, never from test.
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import re
@@ -276,7 +277,7 @@ def _read_jsonl(text: str, path: Path) -> list[Row]:
 def _read_table(text: str, path: Path) -> list[Row]:
     tabs = path.suffix == ".tsv"
     reader = csv.DictReader(
-        text.splitlines(keepends=True),
+        io.StringIO(text, newline=""),  # the csv module knows line ends; str.splitlines knows too many
         delimiter="\t" if tabs else ",",
         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
     )
@@ -373,8 +374,18 @@ def _text(row: Row, columns: Columns, config: DatasetConfig, split: str, number:
             raise DataError(
                 f"{config.name}: column {column!r} in {split}, example {number}, is {type(value).__name__}, not text"
             )
+        _check_unicode(value, config, split, number)
         parts.append(value)
     return " ".join(parts)
+
+
+def _check_unicode(value: str, config: DatasetConfig, split: str, number: int) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{config.name}: {split}, example {number}, has half a surrogate pair, which is no text: mend or remove it"
+        ) from None
 
 
 def _value(row: Row, column: str, config: DatasetConfig, split: str, number: int) -> Any:
@@ -393,7 +404,10 @@ def _label(row: Row, config: DatasetConfig, split: str, number: int) -> str:
         raise DataError(
             f"{config.name}: {split}, example {number}, has no usable label ({value!r}): give it one or remove it"
         )
-    return value if isinstance(value, str) else str(int(value))
+    if isinstance(value, str):
+        _check_unicode(value, config, split, number)
+        return value
+    return str(int(value))
 
 
 def _number(row: Row, config: DatasetConfig, split: str, number: int) -> float:
@@ -411,7 +425,7 @@ def _is_regression(rows: Sequence[Row], column: str) -> bool:
     """Labels are numbers to be predicted if all are numbers and one has a fraction."""
     try:
         values = [float(row[column]) for row in rows]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return False
     return any(value != int(value) for value in values if np.isfinite(value))
 

@@ -24,6 +24,8 @@ from coldctl.core.storage import Folder
 
 _DECODED = "decoded:"  # stands for a file name in tensors that no file holds as they are
 _RANK_LIMIT = 4096
+_SIMPLE_PATTERN = re.compile(r"[\w.\\*|\[\]-]{1,200}")
+_MOST_STARS = 3
 _PEFT = "base_model.model."
 
 
@@ -97,7 +99,7 @@ def open_adapter(folder: Folder, name: str, base: Checkpoint) -> Checkpoint:
     deltas: dict[str, Delta] = {}
     replaced: dict[str, NDArray[Any]] = {}
     for raw, array in arrays.items():
-        path = modern_name(raw.removeprefix(_PEFT).removeprefix(prefix))
+        path = modern_name(raw.removeprefix(_PEFT).removeprefix(prefix).replace(".base_layer.", "."))
         if raw.endswith((".lora_B.weight", ".lora_embedding_B")):
             continue
         if raw.endswith((".lora_A.weight", ".lora_embedding_A")):
@@ -111,6 +113,10 @@ def open_adapter(folder: Folder, name: str, base: Checkpoint) -> Checkpoint:
                 )
             dtype = DTYPES[base.body[path].dtype]
             replaced[path] = merge.rounded(array.astype(np.float64), dtype)
+        elif raw.removeprefix(_PEFT).startswith(prefix):
+            raise CheckpointError(
+                f"{folder.label}: the base has no {path}, which {raw} belongs to: merge the adapter first"
+            )
     if not deltas and not replaced:
         raise CheckpointError(
             f"{folder.label}: no tensor of the adapter belongs to the base's body: give the base it was made from"
@@ -213,14 +219,25 @@ def _delta(
     name = module.removeprefix(_PEFT)
     alpha = settings.get("lora_alpha", 1)
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if name == pattern or name.endswith(f".{pattern}"):
+        if _matches(str(pattern), name, where):
             alpha = value
+            break
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise CheckpointError(f"{where}: lora_alpha is {alpha!r}, not a number: fetch the adapter again")
     scale = alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
     a, b = first.astype(np.float64), second.astype(np.float64)
     target = f"{name.removeprefix(prefix)}.weight"
     return target, Delta(a.T.copy(), b.T.copy(), scale) if embedding else Delta(b, a, scale)
+
+
+def _matches(pattern: str, name: str, where: str) -> bool:
+    """Whether PEFT would apply a pattern's value to a module: a regular expression for the end of its path."""
+    if not _SIMPLE_PATTERN.fullmatch(pattern) or pattern.count("*") > _MOST_STARS:  # none that takes for ever
+        raise CheckpointError(f"{where}: the pattern {pattern[:40]!r} is too intricate: merge the adapter first")
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error:
+        raise CheckpointError(f"{where}: {pattern!r} is no regular expression: fetch the adapter again") from None
 
 
 def _check_delta(target: str, delta: Delta, base: Checkpoint, where: str) -> None:

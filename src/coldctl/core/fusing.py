@@ -156,20 +156,19 @@ class Fusion:
             )
             proof = prover.prove()
             self._learn(accepted, proof)
+            sound = [item for item in accepted if not item.problems]
+            if len(sound) < len(accepted) and sound:  # what was refused must not hide who else stands out
+                statistics = self._survey_again(sound, gram=gram)
             if config.screen == "reject":
                 for index, reason in outliers(statistics).items():
-                    accepted[index].problems.append(f"outlier: {reason}")
-            kept = self._accepted()
-            if len(kept) < len(accepted):
-                accepted = kept
-                again = Prover(self._inputs(accepted), verify=False, whole=False)
-                statistics = survey(
-                    self._inputs(accepted), self._weights(accepted), again, gram=gram, progress=self.progress
-                )
+                    sound[index].problems.append(f"outlier: {reason}")
+            accepted = self._accepted()
+            if len(accepted) < len(sound):
+                statistics = self._survey_again(accepted, gram=gram)
         inputs = self._inputs(accepted)
         recipe = self._recipe(accepted, inputs, statistics)
         writing_prover = Prover(inputs, verify=config.verify, whole=whole) if proof is None else None
-        fresh = UpdateStatistics(len(accepted)) if statistics is None and config.screen != "off" else None
+        fresh = UpdateStatistics(recipe.weights) if statistics is None and config.screen != "off" else None
         without = self._without(partial, accepted)
         states = self._states()
         written, lacking = write(
@@ -202,6 +201,11 @@ class Fusion:
         return self._describe(
             partial, written, accepted, self._reported_weights(recipe), recipe.scale, proof.base_digest
         )
+
+    def _survey_again(self, accepted: Sequence[Candidate], *, gram: bool) -> UpdateStatistics:
+        inputs = self._inputs(accepted)
+        prover = Prover(inputs, verify=False, whole=False)
+        return survey(inputs, self._weights(accepted), prover, gram=gram, progress=self.progress)
 
     def _accepted(self) -> list[Candidate]:
         """The candidates without problems. Raises if a problem must stop everything."""
@@ -260,7 +264,11 @@ class Fusion:
             raise ConfigError(f"slerp takes two contributions, there are {len(accepted)}: take --method mean")
         elif config.method == "trimmed-mean":
             merge.trimmed_mean([np.zeros(1)] * len(accepted), config.trim)  # refuses a trim that leaves nothing
-        keys = [item.digest or item.stated_digest or item.name for item in accepted]
+        if config.method == "dare":  # draws belong to a body, whatever it is called and however it was looked at before
+            for item in accepted:
+                if item.checkpoint is not None and item.digest is None:
+                    item.digest = body_digest(item.checkpoint)
+        keys = [item.digest or item.name for item in accepted]
         recipe = Recipe(config, weights, keys)
         if config.method in PER_TENSOR:
             recipe.tensor_weights = tensor_weights(inputs, config, self.progress)

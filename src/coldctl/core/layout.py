@@ -1,5 +1,6 @@
 """Every file and folder name of the directory contract, in one place."""
 
+import re
 from pathlib import Path
 
 MANIFEST = "coldctl.json"
@@ -11,7 +12,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 RESULTS = "results.json"
 REPORT = "report.md"
-REPORT_HTML = "report.html"
 GAIN_CHART = "gain.png"
 FUSE_CHART = "fuse.png"
 FISHER = "fisher.safetensors"
@@ -54,6 +54,12 @@ def partial(path: Path) -> Path:
 def iteration(run: Path, number: int) -> Path:
     """`RUN/iteration-001`, and so on."""
     return run / f"iteration-{number:03d}"
+
+
+def iteration_numbers(run: Path) -> list[int]:
+    """The iterations that a RUN has folders of, ascending."""
+    found = (re.fullmatch(r"iteration-(\d{3,})", child.name) for child in run.iterdir() if child.is_dir())
+    return sorted(int(match[1]) for match in found if match)
 
 
 def contributions(run: Path, number: int) -> Path:

@@ -22,6 +22,7 @@ from coldctl.core.storage import Reader
 SCHEMA = 1
 MANIFEST_LIMIT = 64 << 20  # bytes; ancestors grow with iterations and contributors, but not to this
 _COPY = 1 << 20
+_KINDS = ("contribution", "fused", "published", "evaluation")
 
 
 class BaseReference(TypedDict):
@@ -128,11 +129,6 @@ def digest_of_reader(reader: Reader) -> str:
     return "sha256:" + hasher.hexdigest()
 
 
-def digest_of_bytes(data: bytes) -> str:
-    """`sha256:…` of bytes at hand."""
-    return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
 def write(folder: Path, manifest: Manifest, known: Mapping[str, str] | None = None) -> Manifest:
     """Complete `manifest` with digests and write it into `folder` as the last file, fsynced.
 
@@ -211,6 +207,14 @@ def changed_files(folder: Path, manifest: Manifest) -> list[str]:
     ]
 
 
+def read_unchanged(folder: Path) -> Manifest:
+    """Read a manifest and prove that every file it names is as it was written. Raises ManifestError."""
+    document = read(folder)
+    if changed := changed_files(folder, document):
+        raise ManifestError(f"{folder}: {changed[0]} was changed after it was written: make this stage again")
+    return document
+
+
 def shortened(manifest: Manifest) -> dict[str, Any]:
     """A manifest as its descendants carry it under `ancestors`: enough to draw the lineage, without files."""
     kept = ("kind", "name", "iteration", "created", "body_digest", "base", "license", "dataset", "metrics")
@@ -246,8 +250,35 @@ def _check_types(document: dict[str, Any], where: str) -> None:
             raise ManifestError(f"{where}: {key!r} has the wrong type: fetch or make this directory again")
         if key in required and key not in document:
             raise ManifestError(f"{where}: {key!r} is missing: fetch or make this directory again")
+    if document["kind"] not in _KINDS or not _is_name(document["name"]):
+        raise ManifestError(f"{where}: its kind or name is not usable: fetch or make this directory again")
+    generations = [*document.get("ancestors", []), document]
+    if not all(isinstance(item, dict) for item in generations):
+        raise ManifestError(
+            f"{where}: 'ancestors' holds something else than manifests: fetch or make this directory again"
+        )
+    for item in generations:
+        records = item.get("contributions", [])
+        if not isinstance(records, list) or not all(_is_record(record) for record in records):
+            raise ManifestError(
+                f"{where}: 'contributions' is not what it should be: fetch or make this directory again"
+            )
     names = document["files"]
     if any(
         name.startswith("/") or ".." in Path(name).parts or not isinstance(value, str) for name, value in names.items()
     ):
         raise ManifestError(f"{where}: 'files' names a path outside the directory: do not use this directory")
+
+
+def _is_name(name: object) -> bool:
+    """A name may become a file's: no slashes, no control characters, not the directory itself or its parent."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0\n\r")
+
+
+def _is_record(record: object) -> bool:
+    """One entry of `contributions`, as far as we rely on it."""
+    if not isinstance(record, dict) or not _is_name(record.get("name")):
+        return False
+    texts = (record.get(key) for key in ("dataset", "license", "body_digest", "status", "reason"))
+    weight = record.get("weight", 0.0)
+    return all(text is None or isinstance(text, str) for text in texts) and type(weight) in (int, float)

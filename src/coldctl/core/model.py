@@ -140,6 +140,10 @@ def device_of_choice() -> torch.device:
 def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
     quiet()
     read_model_config(LocalFolder(folder))  # refuses what is no encoder before its weights are read
+    if (folder / layout.ADAPTER_CONFIG).exists():  # transformers would load it on top, unasked
+        raise ModelError(
+            f"{folder} holds an adapter beside the model: merge the adapter, or take {layout.ADAPTER_CONFIG} away"
+        )
     state = torch.get_rng_state()
     try:
         model, report = kind.from_pretrained(

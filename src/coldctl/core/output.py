@@ -139,6 +139,7 @@ def _claim(partial: Path, path: Path, identity: str, *, overwrite: bool) -> None
     found = marker.read_text(encoding="utf-8") if marker.is_file() else None
     others = [child for child in partial.iterdir() if child != marker]
     if identity and found == identity:
+        (partial / layout.MANIFEST).unlink(missing_ok=True)  # of a call that was killed while it wrote it
         return
     if found is not None and others and not overwrite:
         raise OutputError(

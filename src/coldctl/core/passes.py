@@ -69,7 +69,7 @@ class Prover:
         self._verify = verify
         takes = [True, *([verify] * len(inputs.contributions))]
         self.digesters = [
-            Digester() if whole and take and checkpoint.digested_as_read else None
+            Digester() if whole and take and _reads_whole_body(checkpoint, inputs.names) else None
             for checkpoint, take in zip(self._checkpoints, takes, strict=True)
         ]
         self.findings: list[NotFinite] = []
@@ -92,6 +92,12 @@ class Prover:
             return checkpoint.manifest["body_digest"] if checkpoint.manifest else "", []
         actual = digester.body_digest() if digester else body_digest(checkpoint)
         return actual, differences(checkpoint, actual) if self._verify else []
+
+
+def _reads_whole_body(checkpoint: Checkpoint, names: Sequence[str]) -> bool:
+    """Whether reading the tensors `names` in order is what a checkpoint's body digest is over."""
+    own = [name for name, tensor in checkpoint.body.items() if tensor.floating]
+    return checkpoint.original is None and own == list(names)
 
 
 def differences(checkpoint: Checkpoint, actual: str) -> list[str]:
@@ -122,7 +128,7 @@ def differences(checkpoint: Checkpoint, actual: str) -> list[str]:
 
 def survey(inputs: Inputs, weights: Array, prover: Prover, *, gram: bool, progress: Progress) -> UpdateStatistics:
     """One pass that writes nothing: values, digests, the updates' norms, and on request their inner products."""
-    statistics = UpdateStatistics(len(inputs.contributions), gram=gram)
+    statistics = UpdateStatistics(weights, gram=gram)
     progress.begin("survey", _elements(inputs), "weights")
     for block in read_blocks(inputs.base, inputs.contributions, inputs.names, prover.digesters):
         averaged = merge.mean(block.contributions, weights)

@@ -56,7 +56,7 @@ def _local_name(path: Path) -> str:
     whole = path.resolve()
     if whole.name == "fused" and whole.parent.name.startswith("iteration-"):
         return whole.parent.name
-    return whole.name
+    return whole.name.encode("utf-8", "replace").decode()  # a name that is no text could not be written down
 
 
 def _from_hub(name: str, revision: str | None) -> str:

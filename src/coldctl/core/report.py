@@ -1,6 +1,7 @@
 """What a person reads of an evaluation: the table in Markdown and the chart of gains."""
 
 import threading
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,8 +130,7 @@ def fuse_chart(records: Sequence[Mapping[str, Any]], path: Path) -> None:
     names = [_plain(record["name"])[:24] for record in fused]
     every = max(1, len(fused) // 60)  # more names than that cannot be read
     axes[1].set_xticks(list(places)[::every], names[::every], rotation=45, ha="right", fontsize=8)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    _save(figure, path, 110)
 
 
 def _plain(name: str) -> str:
@@ -170,5 +170,14 @@ def gain_chart(results: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
-    figure.savefig(path, dpi=144, metadata={"Software": None})
+    _save(figure, path, 144)
+
+
+def _save(figure: Any, path: Path, dpi: int) -> None:
+    """Write a PNG without a date or version in it, so that the same chart has the same bytes."""
+    from matplotlib import pyplot as plt
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
+        figure.savefig(path, dpi=dpi, metadata={"Software": None})
     plt.close(figure)

@@ -32,7 +32,10 @@ class NotFinite:
 class UpdateStatistics:
     """Accumulates the updates' norms, their inner products with the mean update and, on request, with each other."""
 
-    def __init__(self, count: int, *, gram: bool = False) -> None:
+    def __init__(self, weights: NDArray[np.float64], *, gram: bool = False) -> None:
+        """`weights` are those of the mean that `add` is given."""
+        count = len(weights)
+        self._weights = weights
         self._squares = np.zeros(count)
         self._with_mean = np.zeros(count)
         self._mean_square = 0.0
@@ -79,15 +82,15 @@ class UpdateStatistics:
 
     @property
     def cosines_to_others(self) -> NDArray[np.float64]:
-        """The cosine of each update to the mean of all the others, for equal weights: float64 [N].
+        """The cosine of each update to the weighted mean of all the others: float64 [N].
 
         Unlike the cosine to the mean, a long update does not point at itself here.
         """
         count = len(self._squares)
         if count < 2:
             return np.ones(count)
-        with_others = count * self._with_mean - self._squares
-        others = count**2 * self._mean_square - 2 * count * self._with_mean + self._squares
+        with_others = self._with_mean - self._weights * self._squares
+        others = self._mean_square - 2 * self._weights * self._with_mean + self._weights**2 * self._squares
         return _ratio(with_others, np.sqrt(np.maximum(self._squares * others, 0.0)))
 
     def shares(self, index: int) -> dict[str, float]:

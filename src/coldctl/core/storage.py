@@ -8,9 +8,11 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from coldctl.core import layout
 from coldctl.core.errors import CheckpointError, ModelError
 
 SMALL_FILE_LIMIT = 256 << 20  # bytes; configs, tokenizers, manifests
@@ -51,6 +53,7 @@ class LocalReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._descriptor = -1
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -223,6 +226,8 @@ def download(url: str, folder: Path) -> Path:
     filesystem, root = _filesystem(url)
     folder.mkdir(parents=True, exist_ok=True)
     for name in RemoteFolder(url).names():
+        if not any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES):
+            continue  # never code, never pickles
         filesystem.get_file(f"{root}/{name}", str(folder / name))
     return folder
 

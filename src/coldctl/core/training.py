@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from coldctl.core.config import FinetuneConfig
+from coldctl.core.errors import DeclinedError
 from coldctl.core.model import Encoded, collate
 from coldctl.core.progress import Progress
 
@@ -89,6 +90,8 @@ def train(
             progress.advance(task, len(batch), f"loss {loss.item():.3f}" if step % 5 == 0 else "")
             if step % config.validate_every and step % per_epoch:
                 continue
+            if not math.isfinite(float(torch.stack(losses).mean())):
+                raise DeclinedError(f"{task}: the training diverged (its loss is not finite): lower --learning-rate")
             score = measure(predict(model, validation.encoded, padding, device))
             curve.append((step, float(torch.stack(losses).mean()), score))
             losses.clear()
@@ -129,7 +132,7 @@ def predict(
 def length_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> Iterator[list[int]]:
     """One epoch's batches of indices: shuffled, grouped by length within windows, in shuffled order.
 
-    The sequence depends on `seed` and `epoch` alone, so it is the same whether a training was resumed or not.
+    The sequence depends on `seed` and `epoch` alone.
     """
     generator = np.random.default_rng([seed, epoch])
     order = generator.permutation(len(lengths))

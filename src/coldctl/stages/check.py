@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coldctl.core import layout, manifest
+from coldctl.core import layout
 from coldctl.core.blocks import block_length
 from coldctl.core.candidates import Candidate, gather
 from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint
 from coldctl.core.compatibility import compare
+from coldctl.core.errors import ColdctlError
+from coldctl.core.passes import differences
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
 
@@ -60,7 +62,10 @@ def check(references: Sequence[str], base: Model | None, *, deep: bool, progress
             item.problems += verdict.problems
             item.notes += verdict.notes
         if item.checkpoint is not None and deep:
-            item.problems += _deep_problems(item.checkpoint)
+            try:
+                item.problems += _deep_problems(item.checkpoint)
+            except ColdctlError as error:  # one unreadable checkpoint hides no other's verdict
+                item.problems.append(error.message)
         checked.append(_checked(item))
         progress.advance("check", 1)
     progress.end("check")
@@ -86,13 +91,7 @@ def _deep_problems(checkpoint: Checkpoint) -> list[str]:
     document = checkpoint.manifest
     if document is None:
         return problems
-    if body_digest(checkpoint) != document["body_digest"]:
-        problems.append("its body is not the one its manifest names")
-    for name, stated in sorted(document["files"].items()):
-        if not checkpoint.folder.has(name):
-            problems.append(f"{name} is missing")
-        elif manifest.digest_of_reader(checkpoint.folder.open(name)) != stated:
-            problems.append(f"{name} was changed after it was written")
+    problems += differences(checkpoint, body_digest(checkpoint))
     problems += [
         f"{name} is not named in the manifest"
         for name in checkpoint.folder.names()

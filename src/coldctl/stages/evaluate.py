@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from coldctl.core import data, layout, manifest, output, run, scoring
+from coldctl.core.candidates import free_names
 from coldctl.core.checkpoint import body_digest, open_checkpoint
 from coldctl.core.config import DatasetConfig, EvaluateConfig, FinetuneConfig, as_record, derived_seed, identity
 from coldctl.core.errors import ConfigError, ModelError
@@ -34,6 +35,7 @@ class Contender:
     name: str
     model: Model
     body_digest: str
+    files_digest: str  # of config and tokenizer, which decide what the same weights compute
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,13 @@ def evaluate(
     """
     if not datasets:
         raise ConfigError("the suite has no dataset: add [[dataset]] tables to it")
+    places = [model.place for model in (baseline, *models)]
+    output.refuse_overlap(destination, [*places, *(item.path for item in datasets if not data.is_hub(item.path))])
     loaded = {dataset.name: _load(dataset, config) for dataset in datasets}
     contenders = _contenders([baseline, *models])
+    measured = [[item.name, item.body_digest, item.files_digest] for item in contenders]
     key = identity(
-        "evaluate", config, finetuning=as_record(finetuning), models=[[item.name, item.body_digest] for item in contenders],
+        "evaluate", config, finetuning=as_record(finetuning), models=measured,
         datasets=[[item.name, item.role, item.metric, loaded[item.name].fingerprint] for item in datasets],
     )  # fmt: skip
     if output.is_done(destination, key, overwrite=overwrite):
@@ -116,7 +121,7 @@ def models_of(reference: str, revision: str | None) -> list[Model]:
     path = Path(reference)
     if not (path.is_dir() and run.is_run(path)):
         return [resolve(reference, revision)]
-    numbers = sorted(int(child.name.removeprefix("iteration-")) for child in path.glob("iteration-[0-9]*"))
+    numbers = layout.iteration_numbers(path)
     found = [layout.fused(path, number) for number in numbers if layout.is_complete(layout.fused(path, number))]
     if not found:
         raise ModelError(f"{path} has no fused model yet: run `coldctl fuse` first, or `make iterate`")
@@ -159,12 +164,18 @@ def _digest(model: Model) -> str:
     return checkpoint.manifest["body_digest"] if checkpoint.manifest else body_digest(checkpoint)
 
 
+def _files_digest(model: Model) -> str:
+    folder = model.folder
+    names = [name for name in (layout.MODEL_CONFIG, *layout.TOKENIZER_FILES) if folder.has(name)]
+    return manifest.digest_of({name: manifest.digest_of_reader(folder.open(name)) for name in names})
+
+
 def _contenders(models: Sequence[Model]) -> list[Contender]:
     contenders: list[Contender] = []
     for model in models:
-        twins = sum(item.model.name == model.name for item in contenders)
-        name = f"{model.name}-{twins + 1}" if twins else model.name
-        contenders.append(Contender(name, model, _digest(model)))
+        taken = {item.name for item in contenders}
+        name = next(name for name in free_names(model.name) if name not in taken)
+        contenders.append(Contender(name, model, _digest(model), _files_digest(model)))
     return contenders
 
 
@@ -199,7 +210,8 @@ def _cells(
             for protocol in config.protocol:
                 for seed in _seeds(protocol, config):
                     depends = {
-                        "schema": SCHEMA, "model": contender.body_digest, "dataset": loaded[dataset.name].fingerprint,
+                        "schema": SCHEMA, "model": contender.body_digest, "files": contender.files_digest,
+                        "dataset": loaded[dataset.name].fingerprint,
                         "protocol": protocol, "seed": seed, "metric": dataset.metric,
                         "settings": _settings(protocol, config, finetuning),
                     }  # fmt: skip

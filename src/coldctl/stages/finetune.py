@@ -139,16 +139,16 @@ def jobs_of_suite(
         raise ConfigError('the suite has no seen dataset: mark those that contribute with role = "seen"')
     if unknown := sorted(set(only) - {dataset.name for dataset in seen}):
         raise ConfigError(f"no seen dataset is called {unknown[0]!r}: the suite has {', '.join(d.name for d in seen)}")
-    number = None
+    number, seed = None, config.seed
     folder = destination
     if run.is_run(destination):
         found = run.read(destination)
-        number = found.decided + 1
+        number, seed = found.decided + 1, found.seed
         sample = found.sample if sample is None else sample
         folder = layout.contributions(destination, number)
     chosen = seen
     if sample and sample < len(seen):
-        order = np.random.default_rng(derived_seed(config.seed, "contributors", number or 1)).permutation(len(seen))
+        order = np.random.default_rng(derived_seed(seed, "contributors", number or 1)).permutation(len(seen))
         chosen = [seen[index] for index in sorted(order[:sample].tolist())]
     if only:
         chosen = [dataset for dataset in seen if dataset.name in only]
@@ -165,6 +165,10 @@ def single_job(
     check_name(called, "--name")
     if run.is_run(destination):
         number = run.read(destination).decided + 1
+        if layout.is_complete(layout.fused(destination, number)):
+            raise ConfigError(
+                f"iteration {number} of {destination} is fused and not yet decided: come back when it is promoted"
+            )
         return Job(
             dataset, base, str(layout.contributions(destination, number) / called), called, config, number, overwrite
         )

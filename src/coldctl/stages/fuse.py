@@ -15,7 +15,7 @@ from coldctl.core import layout, manifest, output
 from coldctl.core.candidates import gather
 from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import FuseConfig, identity
-from coldctl.core.errors import CheckpointError, ManifestError
+from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, stated_digest
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.passes import Inputs, Prover, write
@@ -112,11 +112,17 @@ def withdraw(
         progress.note(f"{name} is withdrawn exactly: the other {len(kept)} contributions are fused again")
         return fuse(kept, base, destination, config, overwrite=overwrite, progress=progress)
     withdrawn = by_digest.get(used[name]["body_digest"])
+    plain = (
+        config.method == "mean" and config.scale == "1" and config.outer_optimizer == "none" and not config.common_rows
+    )
+    if withdrawn is not None and withdrawn.checkpoint is not None:
+        plain = plain and set(source.body) <= set(withdrawn.checkpoint.body) and used[name]["weight"] < 1
     missing = sorted(key for key, item in wanted.items() if item is None)
-    if withdrawn is None or withdrawn.checkpoint is None or config.method != "mean" or config.scale != "1":
+    if withdrawn is None or withdrawn.checkpoint is None or not plain:
+        why = "nor can it be subtracted from what this method gave" if not plain else f"nor is {name} to subtract"
         raise CheckpointError(
-            f"{name!r} cannot be withdrawn: {', '.join(missing)} are not at hand to fuse again"
-            f"{'' if withdrawn else f', nor is {name} to subtract'}: give the folder of the contributions"
+            f"{name!r} cannot be withdrawn: {', '.join(missing)} are not at hand to fuse again, {why}: "
+            "give the folder of the contributions"
         )
     return _subtract(
         source, used[name], withdrawn.checkpoint, destination, config, overwrite=overwrite, progress=progress
@@ -126,8 +132,21 @@ def withdraw(
 def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:
     """The settings that a fused model was made with; how it is checked is up to this call."""
     recorded = {key: value for key, value in document["config"].items() if key in FuseConfig.__dataclass_fields__}
-    kept = ("screen", "min_contributions", "strict", "verify", "allow_pickle", "allow_other_base", "leave_one_out")
-    return replace(FuseConfig(**recorded), **{key: getattr(config, key) for key in kept})
+    kept: tuple[str, ...] = (
+        "screen",
+        "min_contributions",
+        "strict",
+        "verify",
+        "allow_pickle",
+        "allow_other_base",
+        "leave_one_out",
+    )
+    before = FuseConfig(**recorded)
+    if before.weights not in ("equal", "examples"):  # the manifest names the file, not its place
+        if config.weights == "equal":
+            raise ConfigError(f"it was fused with the weights in {before.weights}: give that file with --weights")
+        kept = (*kept, "weights")
+    return replace(before, **{key: getattr(config, key) for key in kept})
 
 
 def _subtract(

@@ -56,6 +56,6 @@ def _gate_says_no(gate: Path) -> str | None:
     """Why the gate refuses, from its evaluation against the iteration's own base; None if it does not."""
     if not layout.is_complete(gate):
         raise ManifestError(f"{gate} is not complete: evaluate against the iteration's base first")
-    margin = manifest.read(gate)["config"]["evaluate"]["regression_margin"]
+    margin = manifest.read_unchanged(gate)["config"]["evaluate"]["regression_margin"]
     results = json.loads((gate / layout.RESULTS).read_text(encoding="utf-8"))
     return "; ".join(scoring.regressions(results, margin)) or None

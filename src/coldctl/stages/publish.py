@@ -92,7 +92,7 @@ def publish(
 
 
 def _evaluation(folder: Path, digest: str) -> dict[str, Any]:
-    manifest.read(folder)
+    manifest.read_unchanged(folder)
     results: dict[str, Any] = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
     measured = [item["body_digest"] for item in results["models"]]
     if digest in measured:  # the card is about this model alone

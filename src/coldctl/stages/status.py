@@ -36,15 +36,13 @@ def status(folder: Path) -> RunStatus:
     """Read a run off its folders. Raises ManifestError if `folder` is no run."""
     found = run.read(folder)
     decided = {item.number: item.promoted for item in found.iterations}
-    numbers = sorted(
-        {int(child.name.removeprefix("iteration-")) for child in folder.glob("iteration-[0-9]*")} | set(decided)
-    )
-    base_model = Path(found.base_model)
-    evaluation = base_model.parent / layout.evaluation(folder, 1).name
+    numbers = sorted({*layout.iteration_numbers(folder), *decided})
+    last = next((item.number for item in reversed(found.iterations) if item.promoted), None)
+    evaluation = None if last is None else layout.evaluation(folder, last)
     return RunStatus(
         found.pretrained,
         found.base_model,
-        str(evaluation) if layout.is_complete(evaluation) else None,
+        str(evaluation) if evaluation is not None and layout.is_complete(evaluation) else None,
         found.target,
         tuple(_iteration(folder, number, decided.get(number)) for number in numbers),
     )
