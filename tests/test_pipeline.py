@@ -107,9 +107,10 @@ def test_complete_output_is_left_alone(
         output = Path(str(command[command.index("--output") + 1]))
         assert coldctl(*command).code == 0
         before = (output / "coldctl.json").stat().st_mtime_ns
-        again = coldctl(*command)
-        assert again.code == 0
-        assert "left alone" in again.stderr
+        for flags in ((), ("--overwrite",)):
+            again = coldctl(*command, *flags)
+            assert again.code == 0
+            assert "left alone" in again.stderr
         assert (output / "coldctl.json").stat().st_mtime_ns == before
         other = coldctl(*command, *change)
         assert other.code == 2

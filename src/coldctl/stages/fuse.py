@@ -59,7 +59,8 @@ def fuse(
     output.refuse_overlap(destination, [item.place for item in candidates])
     for item in candidates:
         judge(item, base_checkpoint, base_digest, config)
-    if layout.is_complete(destination) and not overwrite:
+    cheap = all(item.stated_digest for item in candidates)  # without manifests an identity costs reading everything
+    if layout.is_complete(destination) and (cheap or not overwrite):
         key = fuse_identity(config, base_digest or body_digest(base_checkpoint), candidates)
         if output.is_done(destination, key, overwrite=overwrite):
             return Fused(destination, manifest.read(destination), unchanged=True)
