@@ -568,3 +568,15 @@ def test_withdrawing_is_refused_where_subtraction_would_be_wrong(
 def test_deep_check_of_a_model_with_leave_one_out(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
     fused(coldctl, tmp_path / "all", base, models[:3], "--leave-one-out")
     assert coldctl("check", tmp_path / "all", "--base", base, "--deep").code == 0
+
+
+def test_when_nothing_sound_is_left(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
+    bad = [poison(model, tmp_path / f"bad-{number}", float("nan")) for number, model in enumerate(models[:6])]
+    ran = coldctl("fuse", *bad, "--base", base, "--output", tmp_path / "x", "--screen", "reject")
+    assert ran.code == 2
+    assert "only 0 of 6" in ran.stderr
+    (tmp_path / "w.json").write_text(json.dumps({model.name: float(i == 0) for i, model in enumerate(models)}))
+    flags = ("--weights", tmp_path / "w.json", "--leave-one-out")
+    ran = coldctl("fuse", *models, "--base", base, "--output", tmp_path / "x", *flags)
+    assert ran.code == 2
+    assert "two contributions or more" in ran.stderr

@@ -159,7 +159,7 @@ class Fusion:
             sound = [item for item in accepted if not item.problems]
             if len(sound) < len(accepted) and sound:  # what was refused must not hide who else stands out
                 statistics = self._survey_again(sound, gram=gram)
-            if config.screen == "reject":
+            if config.screen == "reject" and sound:
                 for index, reason in outliers(statistics).items():
                     sound[index].problems.append(f"outlier: {reason}")
             accepted = self._accepted()
@@ -169,7 +169,7 @@ class Fusion:
         recipe = self._recipe(accepted, inputs, statistics)
         writing_prover = Prover(inputs, verify=config.verify, whole=whole) if proof is None else None
         fresh = UpdateStatistics(recipe.weights) if statistics is None and config.screen != "off" else None
-        without = self._without(partial, accepted)
+        without = self._without(partial, accepted, recipe.weights)
         states = self._states()
         written, lacking = write(
             inputs,
@@ -321,11 +321,11 @@ class Fusion:
                 item.notes.append(f"outlier: {found[index]}")
                 self.progress.note(f"{item.name} stands out: {found[index]}; --screen reject would drop it")
 
-    def _without(self, partial: Path, accepted: Sequence[Candidate]) -> list[Without]:
+    def _without(self, partial: Path, accepted: Sequence[Candidate], weights: Array) -> list[Without]:
         if not self.config.leave_one_out:
             return []
-        if len(accepted) < 2:
-            raise ConfigError("--leave-one-out needs two contributions or more")
+        if np.count_nonzero(weights) < 2:
+            raise ConfigError("--leave-one-out needs two contributions or more that have a weight")
         made = []
         for index, item in enumerate(accepted):
             folder = partial / layout.LEAVE_ONE_OUT / re.sub(r"[/\\]", "-", item.name)
