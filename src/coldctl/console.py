@@ -225,7 +225,9 @@ def _generation(generation: Any) -> str:
 def status_table(status: Any) -> Table:
     """A run's iterations: what is there, what is missing, what is running."""
     table = Table(
-        title=escape(printable(f"target {status.target} iterations, next base: {'/'.join(Path(status.base_model).parts[-2:])}")),
+        title=escape(
+            printable(f"target {status.target} iterations, next base: {'/'.join(Path(status.base_model).parts[-2:])}")
+        ),
         title_justify="left",
     )
     for column in ("iteration", "contributions", "running", "unfinished", "fused", "evaluated", "promoted"):
