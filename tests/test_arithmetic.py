@@ -113,7 +113,7 @@ def test_resampled_metrics_are_those_of_the_library(metric: str) -> None:
         assert 100 * scoring._fast_metric(metric)(truth, predictions) == pytest.approx(
             scoring.score(metric, truth, predictions)
         )
-    outcome = scoring.Outcome(metric, truth, predictions[None], np.roll(truth, 1)[None], True)
+    outcome = scoring.Outcome(metric, truth, predictions[None], np.roll(truth, 1)[None])
     gains = scoring.resampled_gains(outcome, 0)
     gain = scoring.score(metric, truth, predictions) - scoring.score(metric, truth, np.roll(truth, 1))
     judged = scoring.judged(gain, gains, certain=True)
@@ -129,7 +129,7 @@ def test_intervals_hold_what_they_promise() -> None:
     for trial in range(200):
         truth = np.ones(200, np.int64)
         hits = (generator.random((2, 1, 200)) < 0.7).astype(np.int64)
-        outcome = scoring.Outcome("accuracy", truth, hits[0], hits[1], True)
+        outcome = scoring.Outcome("accuracy", truth, hits[0], hits[1])
         gain = 100.0 * float(hits[0].mean() - hits[1].mean())
         misses += (
             scoring.judged(gain, scoring.resampled_gains(outcome, trial), certain=True).verdict != "indistinguishable"
@@ -145,7 +145,7 @@ def test_seeds_widen_the_interval() -> None:
     widths = []
     for predictions in (steady, shaky):
         low, high = np.percentile(
-            scoring.resampled_gains(scoring.Outcome("accuracy", truth, predictions, steady, False), 0), [2.5, 97.5]
+            scoring.resampled_gains(scoring.Outcome("accuracy", truth, predictions, steady), 0), [2.5, 97.5]
         )
         widths.append(high - low)
     assert widths[1] > widths[0] + 5

@@ -580,3 +580,16 @@ def test_when_nothing_sound_is_left(tmp_path: Path, base: Path, models: list[Pat
     ran = coldctl("fuse", *models, "--base", base, "--output", tmp_path / "x", *flags)
     assert ran.code == 2
     assert "two contributions or more" in ran.stderr
+
+
+def test_another_outer_optimizer_starts_anew(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
+    fused(coldctl, tmp_path / "one", base, models[:3], "--outer-optimizer", "nesterov")
+    ran = coldctl(
+        "fuse", *models[3:], "--base", tmp_path / "one", "--output", tmp_path / "two", "--outer-optimizer", "adam"
+    )
+    assert ran.code == 0, ran.stderr
+    assert "adam starts anew" in ran.stderr
+    (tmp_path / "two" / "outer_variance.safetensors").unlink()
+    ran = coldctl("fuse", *models, "--base", tmp_path / "two", "--output", tmp_path / "x", "--outer-optimizer", "adam")
+    assert ran.code == 2
+    assert "outer_variance.safetensors is missing" in ran.stderr

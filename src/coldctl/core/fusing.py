@@ -334,16 +334,19 @@ class Fusion:
             made.append(Without(index, folder))
         return made
 
-    def _states(self) -> list[Checkpoint | None]:
-        """The outer optimiser's states beside the base, None where it has none yet. Raises CheckpointError."""
+    def _states(self) -> list[Checkpoint]:
+        """The outer optimiser's states beside the base; none where it has none yet, or another optimiser's.
+
+        Raises CheckpointError if only some of them are there.
+        """
         kinds = OUTER_STATES.get(self.config.outer_optimizer, ())
-        folder = self.base_checkpoint.folder
-        return [
-            open_companion(self.base_checkpoint, layout.outer_state(kind))
-            if folder.has(layout.outer_state(kind))
-            else None
-            for kind in kinds
-        ]
+        before = self.base_checkpoint.manifest
+        earlier = before["config"].get("outer_optimizer", "none") if before and "config" in before else "none"
+        if not kinds or earlier != self.config.outer_optimizer:
+            if kinds and earlier != "none":
+                self.progress.note(f"the base was made with {earlier}: {self.config.outer_optimizer} starts anew")
+            return []
+        return [open_companion(self.base_checkpoint, layout.outer_state(kind)) for kind in kinds]
 
     def _reported_weights(self, recipe: Recipe) -> Array:
         """The effective weights; for weights per tensor their mean over all elements."""

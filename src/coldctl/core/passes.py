@@ -229,20 +229,19 @@ def write(
     *,
     prover: Prover | None,
     statistics: UpdateStatistics | None,
-    states: Sequence[Checkpoint | None] = (),
+    states: Sequence[Checkpoint] = (),
     without: Sequence[Without] = (),
     progress: Progress,
 ) -> tuple[Written, dict[int, Written]]:
     """The writing pass: read, fuse, round, write, front to back; with digests and statistics if no pass before took them.
 
-    `states` are the outer optimiser's states so far (None: zero), after the Fisher files among the companions.
+    `states` are the outer optimiser's states so far (none: zero), read along after the inputs' own companions.
     Returns what was written, and what was written without each contribution in `without`.
     """
     config = recipe.config
     sinks = [_Sink(folder, inputs.base, config), *(_Sink(item.folder, inputs.base, config) for item in without)]
     kinds = OUTER_STATES.get(config.outer_optimizer, ())
     outer = [_Sink(folder, inputs.base, config, state=kind) for kind in kinds]
-    known = [state for state in states if state is not None]
     progress.begin("fuse", _elements(inputs), "weights")
     try:
         reader = read_blocks(
@@ -250,7 +249,7 @@ def write(
             inputs.contributions,
             sinks[0].names,
             prover.digesters if prover else None,
-            companions=[*inputs.companions, *known],
+            companions=[*inputs.companions, *states],
         )
         for block in reader:
             merged = recipe.apply(block)

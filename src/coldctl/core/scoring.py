@@ -27,7 +27,6 @@ class Outcome:
     truth: Array  # [examples], class indices or numbers
     predictions: Array  # [seeds, examples]
     baseline: Array  # [seeds, examples]
-    deterministic: bool  # a linear probe: its one seed stands for all
 
 
 @dataclass(frozen=True)

@@ -366,9 +366,7 @@ def _results(
                 metric = (
                     "spearman" if loaded[dataset.name].regression and dataset.metric == "accuracy" else dataset.metric
                 )
-                outcome = scoring.Outcome(
-                    metric, np.asarray(loaded[dataset.name].test.labels), rows[0], rows[1], protocol == "linear-probe"
-                )
+                outcome = scoring.Outcome(metric, np.asarray(loaded[dataset.name].test.labels), rows[0], rows[1])
                 drawn = scoring.resampled_gains(outcome, derived_seed(config.seed, "bootstrap", dataset.name))
                 entries.append(_entry(contender, dataset, protocol, outcome, seeds, drawn, certain=certain))
                 resamples.append(drawn)
