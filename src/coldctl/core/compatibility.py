@@ -28,7 +28,12 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
         )
         return verdict
     _compare_tensors(base, other, verdict)
-    _compare_base(other, base_digest, verdict, allow_other_base=allow_other_base)
+    if finding := other_base(other, base_digest):
+        if allow_other_base:
+            verdict.notes.append(finding)
+        else:
+            remedy = "give that base as --base, or --allow-other-base to fuse it all the same"
+            verdict.problems.append(f"{finding}: {remedy}")
     if other.original is not None:
         verdict.notes.append("has another vocabulary: only the common rows are taken")
     if other.manifest is None:
@@ -73,21 +78,18 @@ def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> N
         verdict.notes.append(f"is stored as {', '.join(sorted(dtypes))}, unlike the base")
 
 
-def _compare_base(other: Checkpoint, base_digest: str | None, verdict: Verdict, *, allow_other_base: bool) -> None:
+def other_base(other: Checkpoint, base_digest: str | None) -> str | None:
+    """The finding that a checkpoint's manifest names another base than this one; None if it does not, or says nothing."""
     if other.manifest is None or base_digest is None or "base" not in other.manifest:
-        return
+        return None
     declared = other.manifest["base"].get("body_digest")
     if declared == base_digest:
-        return
+        return None
     number = other.manifest.get("iteration")
-    finding = (
+    return (
         f"was finetuned from another base: {_short(declared)}"
         f"{f' (iteration {number})' if number is not None else ''}, not {_short(base_digest)}"
     )
-    if allow_other_base:
-        verdict.notes.append(finding)
-    else:
-        verdict.problems.append(f"{finding}: give that base as --base, or --allow-other-base to fuse it all the same")
 
 
 def _some(names: list[str]) -> str:

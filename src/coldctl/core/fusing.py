@@ -28,7 +28,7 @@ from coldctl.core.checkpoint import (
     outside_body,
     with_common_rows,
 )
-from coldctl.core.compatibility import compare
+from coldctl.core.compatibility import compare, other_base
 from coldctl.core.config import FuseConfig, as_record, identity
 from coldctl.core.describe import bare_config
 from coldctl.core.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
@@ -121,6 +121,18 @@ def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: Fu
 def stated_digest(checkpoint: Checkpoint) -> str | None:
     """The body digest that a checkpoint's manifest states, None without one."""
     return checkpoint.manifest["body_digest"] if checkpoint.manifest else None
+
+
+def presumed_base(candidates: Sequence[Candidate], config: FuseConfig) -> str | None:
+    """The base that all manifests name alike, for a base that has no manifest itself.
+
+    Every other verdict can be given on it at once; that it is the base, the digest taken while reading proves.
+    """
+    if config.allow_other_base:
+        return None
+    manifests = [item.checkpoint.manifest for item in candidates if item.checkpoint and item.checkpoint.manifest]
+    named = {document.get("base", {}).get("body_digest") for document in manifests}
+    return named.pop() if len(named) == 1 else None
 
 
 @dataclass
@@ -303,6 +315,9 @@ class Fusion:
         if proof.base_problems:
             raise CheckpointError(f"{label}: {proof.base_problems[0]}: make or fetch the base model again")
         for index, item in enumerate(accepted):
+            if item.checkpoint is not None and not self.config.allow_other_base:
+                finding = other_base(item.checkpoint, proof.base_digest)  # until now the base was only presumed
+                item.problems += [f"{finding}: give that base as --base"] if finding else []
             item.digest = proof.digests[index] or None
             item.problems += proof.problems[index]
             has_manifest = item.checkpoint is not None and item.checkpoint.manifest is not None

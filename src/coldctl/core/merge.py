@@ -23,7 +23,7 @@ Array = NDArray[np.float64]
 Parts = Sequence[NDArray[Any]]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_PIECE = 1 << 14  # elements converted and added at a time: what stays in the core's own cache
+_PIECE = 1 << 16  # elements converted and added at a time: what stays in the core's own cache
 _NEARLY_COLINEAR = 0.9995  # slerp falls back to a straight line above this cosine
 _WEISZFELD_STEPS = 100
 _WEISZFELD_TOLERANCE = 1e-10

@@ -67,7 +67,7 @@ class Prover:
         """`whole` says that the pass reads all floating tensors in name order; otherwise digests are taken apart."""
         self._checkpoints = [inputs.base, *inputs.contributions]
         self._verify = verify
-        takes = [True, *([verify] * len(inputs.contributions))]
+        takes = [verify or inputs.base.manifest is None, *([verify] * len(inputs.contributions))]
         self.digesters = [
             Digester() if whole and take and _reads_whole_body(checkpoint, inputs.names) else None
             for checkpoint, take in zip(self._checkpoints, takes, strict=True)
@@ -88,7 +88,7 @@ class Prover:
 
     def _prove_one(self, index: int) -> tuple[str, list[str]]:
         checkpoint, digester = self._checkpoints[index], self.digesters[index]
-        if index and not self._verify:
+        if not self._verify and (index or checkpoint.manifest):
             return checkpoint.manifest["body_digest"] if checkpoint.manifest else "", []
         actual = digester.body_digest() if digester else body_digest(checkpoint)
         return actual, differences(checkpoint, actual) if self._verify else []

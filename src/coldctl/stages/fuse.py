@@ -16,7 +16,7 @@ from coldctl.core.candidates import gather
 from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import FuseConfig, identity
 from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
-from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, stated_digest
+from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.passes import Inputs, Prover, write
 from coldctl.core.progress import Progress
@@ -53,7 +53,7 @@ def fuse(
     output.refuse_overlap(destination, [base.place])
     base_checkpoint = open_checkpoint(base.folder, base.name)
     candidates = gather(references, progress, base_checkpoint, allow_pickle=config.allow_pickle)
-    base_digest = stated_digest(base_checkpoint)
+    base_digest = stated_digest(base_checkpoint) or presumed_base(candidates, config)
     if base_digest is None and any(item.stated_digest for item in candidates):
         base_digest = body_digest(base_checkpoint)
     output.refuse_overlap(destination, [item.place for item in candidates])
@@ -61,7 +61,7 @@ def fuse(
         judge(item, base_checkpoint, base_digest, config)
     cheap = all(item.stated_digest for item in candidates)  # without manifests an identity costs reading everything
     if layout.is_complete(destination) and (cheap or not overwrite):
-        key = fuse_identity(config, base_digest or body_digest(base_checkpoint), candidates)
+        key = fuse_identity(config, stated_digest(base_checkpoint) or body_digest(base_checkpoint), candidates)
         if output.is_done(destination, key, overwrite=overwrite):
             return Fused(destination, manifest.read(destination), unchanged=True)
     output.is_done(destination, "", overwrite=overwrite)
