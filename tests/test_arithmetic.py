@@ -100,8 +100,8 @@ def test_blocks_cover_everything_whatever_their_length(length: int, base: Path, 
 
 
 def test_memory_of_blocks_does_not_grow() -> None:
-    sizes = [block_length(count) * (count + 1) for count in (1, 8, 64, 512, 5000)]
-    assert max(sizes) * 16 <= 48 << 20
+    sizes = [block_length(width) * width for width in (8, 64, 512, 4096, 40000)]
+    assert max(sizes) * 2 <= 48 << 20
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "matthews"])

@@ -56,9 +56,9 @@ class Digester:
         return "sha256:" + self._body.hexdigest()
 
 
-def block_length(inputs: int) -> int:
-    """Elements per block for that many bodies at once, whatever their dtypes: a share of the constant memory."""
-    return max(1, min(_LARGEST, MEMORY // (2 * _WIDEST * (inputs + 1))))
+def block_length(width: int) -> int:
+    """Elements per block where one element of all bodies together has `width` bytes: two sets fit the memory."""
+    return max(1, min(_LARGEST, MEMORY // (2 * width)))
 
 
 def read_blocks(
@@ -76,7 +76,7 @@ def read_blocks(
     `digesters` (of the base and of each contribution) are fed with everything read. Raises CheckpointError.
     """
     inputs = [base, *contributions, *companions]
-    length = length or block_length(len(inputs) - 1)
+    length = length or block_length(sum(map(_widest, inputs)))
     takers = [*(digesters or [None] * (1 + len(contributions))), *([None] * len(companions))]
     plan = [
         (name, start, min(start + length, base.body[name].size))
@@ -86,20 +86,16 @@ def read_blocks(
     longest = min(length, max((base.body[name].size for name in names), default=0))
     sets = [[bytearray(longest * _widest(checkpoint)) for checkpoint in inputs] for _ in range(2)]
     last = 1 + len(contributions)
-    with _Workers(min(_THREADS, len(inputs))) as workers:
+    with _Workers(len(inputs)) as workers:
 
-        def request(number: int) -> list[Future[NDArray[Any] | None]]:
+        def fill(number: int, index: int) -> NDArray[Any] | None:
             name, start, stop = plan[number]
-            buffers = sets[number % 2]
-            return [
-                workers.submit(index, partial(_fill, inputs[index], name, start, stop, buffers[index], takers[index]))
-                for index in range(len(inputs))
-            ]
+            return _fill(inputs[index], name, start, stop, sets[number % 2][index], takers[index])
 
-        waiting = request(0) if plan else []
+        workers.begin(partial(fill, 0) if plan else None)
         for number, (name, start, stop) in enumerate(plan):
-            arrays = [future.result() for future in waiting]
-            waiting = request(number + 1) if number + 1 < len(plan) else []
+            arrays = workers.collect()
+            workers.begin(partial(fill, number + 1) if number + 1 < len(plan) else None)
             first = arrays[0]
             assert first is not None
             yield Block(
@@ -142,14 +138,32 @@ def _fill(
     return np.frombuffer(part, dtype)
 
 
+def _each(fill: Callable[[int], NDArray[Any] | None], share: range) -> list[NDArray[Any] | None]:
+    return [fill(index) for index in share]
+
+
 class _Workers:
     """Threads that each own some of the inputs, so that one input's pieces are read and hashed in order."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, inputs: int) -> None:
+        count = min(_THREADS, inputs)
+        self._shares = [range(worker, inputs, count) for worker in range(count)]
         self._pools = [ThreadPoolExecutor(1, thread_name_prefix="coldctl-read") for _ in range(count)]
+        self._waiting: list[Future[list[NDArray[Any] | None]]] = []
+        self._inputs = inputs
 
-    def submit(self, index: int, work: Callable[[], NDArray[Any] | None]) -> Future[NDArray[Any] | None]:
-        return self._pools[index % len(self._pools)].submit(work)
+    def begin(self, fill: Callable[[int], NDArray[Any] | None] | None) -> None:
+        """Have every input filled: one request per thread, not per input, for there may be hundreds."""
+        if fill is not None:
+            pairs = zip(self._pools, self._shares, strict=True)
+            self._waiting = [pool.submit(_each, fill, share) for pool, share in pairs]
+
+    def collect(self) -> list[NDArray[Any] | None]:
+        """What was filled, in the order of the inputs. Raises what filling raised."""
+        arrays: list[NDArray[Any] | None] = [None] * self._inputs
+        for future, share in zip(self._waiting, self._shares, strict=True):
+            arrays[share.start :: share.step] = future.result()
+        return arrays
 
     def __enter__(self) -> "_Workers":
         return self

@@ -101,7 +101,7 @@ def _deep_problems(checkpoint: Checkpoint) -> list[str]:
 
 
 def _not_finite(checkpoint: Checkpoint) -> list[str]:
-    length = block_length(1)
+    length = block_length(8)
     buffer = memoryview(bytearray(length * 8))
     found = []
     for name, tensor in checkpoint.body.items():
