@@ -1,7 +1,7 @@
 # make iterate   set up what is missing, then run full rounds: finetune, fuse, evaluate
 # make test      set up what is missing, then run the tests
 .SUFFIXES:
-.PHONY: iterate publish test test-peers lint format bench assets setup clean help
+.PHONY: iterate publish test test-peers lint format bench bench-finetune assets setup clean help
 
 PYTHON = python3
 ITERATIONS = 1
@@ -48,6 +48,9 @@ format: $(ready)
 
 bench: $(ready)
 	$(bin)/python benchmarks/fuse.py $(BENCH)
+
+bench-finetune: $(ready) $(demo)
+	$(bin)/python benchmarks/finetune.py $(BENCH)
 
 # What other tools compute on the same inputs, in an environment of its own: they want other versions than we do.
 test-peers: .venv-peers/ready

@@ -17,7 +17,6 @@ from coldctl.core.blocks import Digester, block_length, read_blocks
 from coldctl.core.checkpoint import body_digest, open_checkpoint
 from coldctl.core.data import stratified
 from coldctl.core.storage import LocalFolder
-from coldctl.core.training import length_batches
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
 
@@ -157,13 +156,3 @@ def test_stratified_draws(labels: list[int], count: int, seed: int) -> None:
     assert len(chosen) == min(count, len(labels)) == len(set(chosen))
     assert {labels[index] for index in chosen} == set(labels)
     assert chosen == stratified(labels, count, seed)
-
-
-def test_batches_cover_an_epoch_and_group_lengths() -> None:
-    lengths = np.random.default_rng(0).integers(3, 120, 1000).tolist()
-    batches = list(length_batches(lengths, 16, seed=3, epoch=1))
-    assert sorted(index for batch in batches for index in batch) == list(range(1000))
-    assert batches == list(length_batches(lengths, 16, seed=3, epoch=1))
-    assert batches != list(length_batches(lengths, 16, seed=3, epoch=2))
-    padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
-    assert padded < 1.1 * sum(lengths)

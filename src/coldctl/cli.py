@@ -99,11 +99,11 @@ def _interrupted() -> NoReturn:
 
 
 @contextmanager
-def _boundary(*, as_json: bool, quiet: bool) -> "Iterator[Screen]":
-    """The one error boundary."""
+def _boundary(*, as_json: bool, quiet: bool, mute: bool = False) -> "Iterator[Screen]":
+    """The one error boundary. A `mute` process leaves even its errors to the one that leads it."""
     from coldctl.console import Screen
 
-    screen = Screen(as_json=as_json, silent=quiet)
+    screen = Screen(as_json=as_json, silent=quiet, mute=mute)
     try:
         yield screen
     except KeyboardInterrupt:
@@ -183,9 +183,45 @@ def finetune(
         int | None, typer.Option(help="Drawn by seed, classes in proportion; 0: all.")
     ] = None,
     shots: Annotated[int | None, typer.Option(help="Training examples in all, stratified; 0: no limit.")] = None,
+    shots_per_class: Annotated[
+        bool | None, typer.Option("--shots-per-class", help="--shots counts in each class.")
+    ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Validations without improvement before stopping. [dim]default: 20[/]")
     ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Share of certainty taken off. [dim]default: 0[/]")
+    ] = None,
+    class_weights: Annotated[
+        str | None, typer.Option(metavar="none|balanced", help="balanced: rare classes count as much as frequent ones.")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Examples computed at once; gradients add up to the batch. [dim]default: all[/]")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="auto|float32|bfloat16", help="auto: bfloat16 on GPUs that have it.")
+    ] = None,
+    compile_: Annotated[bool | None, typer.Option("--compile", help="torch.compile; worth it on GPUs.")] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train low-rank adapters of this rank; the contribution is an adapter.")
+    ] = None,
+    freeze_embeddings: Annotated[
+        bool | None, typer.Option("--freeze-embeddings", help="Leave them as they are.")
+    ] = None,
+    freeze_layers: Annotated[
+        int | None, typer.Option(help="Leave the first N layers, and the embeddings, as they are.")
+    ] = None,
+    anchor: Annotated[
+        float | None, typer.Option(metavar="ALPHA", help="Pull towards the base model (FedProx). [dim]default: 0[/]")
+    ] = None,
+    fisher: Annotated[bool | None, typer.Option("--fisher", help="Also write what fuse --method fisher reads.")] = None,
+    log: Annotated[
+        str | None, typer.Option("--log", metavar="jsonl|tensorboard|wandb", help="Follow the training.")
+    ] = None,
+    log_folder: Annotated[Path, typer.Option("--log-folder", help="Where --log writes.")] = Path("coldctl-logs"),
+    checkpoint_seconds: Annotated[
+        float, typer.Option(min=0.0, help="How often a training is kept safe against interruptions.")
+    ] = 60.0,
     revision: Revision = None,
     config: Config = None,
     seed: Seed = None,
@@ -196,9 +232,13 @@ def finetune(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a contribution: train body and head on one dataset, or one contribution per seen dataset of a suite."""
-    with _boundary(as_json=as_json, quiet=quiet) as screen:
+    from coldctl.core import team
+
+    peers = team.find()
+    with _boundary(as_json=as_json and peers.leads, quiet=quiet or not peers.leads, mute=not peers.leads) as screen:
         from coldctl.core import data as datasets
         from coldctl.core import reference
+        from coldctl.core.training_log import check_kind
         from coldctl.engines import local
         from coldctl.stages import finetune as stage
 
@@ -208,9 +248,16 @@ def finetune(
         suite_datasets, file = _suite(suite, config)
         flags = {
             "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length,
-            "max_train_examples": max_train_examples, "shots": shots, "patience": patience, "seed": seed,
+            "max_train_examples": max_train_examples, "shots": shots, "shots_per_class": shots_per_class,
+            "patience": patience, "label_smoothing": label_smoothing, "class_weights": class_weights,
+            "micro_batch": micro_batch, "precision": precision, "compile": compile_, "lora_rank": lora_rank,
+            "freeze_embeddings": freeze_embeddings, "freeze_layers": freeze_layers, "anchor": anchor,
+            "fisher": fisher, "seed": seed,
         }  # fmt: skip
         settings = resolve(FinetuneConfig, file, flags)
+        if log is not None:
+            check_kind(log)
+        watching = stage.Watching(log, str(log_folder), checkpoint_seconds)
         model = reference.resolve(base, revision)
         if data is None and any((name, license_, text, text_pair, label)):
             raise ConfigError(
@@ -221,18 +268,25 @@ def finetune(
         if data is None:
             chosen = [part for part in only.split(",") if part]
             work = stage.jobs_of_suite(
-                suite_datasets, model, output, settings, sample=sample, only=chosen, overwrite=overwrite
+                suite_datasets,
+                model,
+                output,
+                settings,
+                sample=sample,
+                only=chosen,
+                overwrite=overwrite,
+                watching=watching,
             )
         else:
             columns = DatasetConfig(
                 "", data, text=text or "text", text_pair=text_pair, label=label or "label", license=license_
             )
             dataset = datasets.single(data, columns)
-            work = [stage.single_job(dataset, model, output, settings, name=name, overwrite=overwrite)]
+            job = stage.single_job(dataset, model, output, settings, name=name, overwrite=overwrite, watching=watching)
+            work = [job]
         with screen.progress() as progress:
-            outcomes = stage.finetune_all(
-                work, local.workers(jobs, len(work)), progress, lambda item: progress.note(_finetuned_line(item))
-            )
+            count = local.workers(jobs, len(work)) if peers.size == 1 else 1
+            outcomes = stage.finetune_all(work, count, progress, lambda item: progress.note(_finetuned_line(item)))
         done = [outcome.result for outcome in outcomes if outcome.result is not None]
         failed = [(work[outcome.index].name, outcome.error) for outcome in outcomes if outcome.error is not None]
         if failed and len(work) == 1:
@@ -255,8 +309,8 @@ def _finetuned_line(item: Any) -> str:
     )
     if item.unchanged:
         return f"{item.name}: complete already ({scores}), left alone: {item.path}"
-    speed = f"{item.train_examples_per_second:.0f} examples/s"
-    return f"{item.name}: {scores}; {item.stopped}; {speed}; {item.seconds:.0f} s: {item.path}"
+    speed = f" {item.train_examples_per_second:.0f} examples/s;" if item.train_examples_per_second else ""
+    return f"{item.name}: {scores}; {item.stopped};{speed} {item.seconds:.0f} s: {item.path}"
 
 
 @app.command(epilog="Example: coldctl fuse contributions/ --base roberta-base --output fused")

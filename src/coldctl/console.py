@@ -28,9 +28,10 @@ _SHORT_VERDICT = {"better": "better", "worse": "worse", "indistinguishable": "wi
 class Screen:
     """The one place that writes to the terminal."""
 
-    def __init__(self, *, as_json: bool = False, silent: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, silent: bool = False, mute: bool = False) -> None:
         self.as_json = as_json
         self._silent = silent
+        self._mute = mute
         self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
         if not self._errors.is_terminal:
             self._errors.width = _LOG_WIDTH
@@ -74,6 +75,8 @@ class Screen:
         """An error in one line, with the findings it lists below it."""
         if self.as_json:
             self.result({"error": error.message, "details": list(error.details), "exit_code": error.exit_code})
+        if self._mute:
+            return
         self._errors.print(f"[bold red]error:[/] {escape(printable(error.message))}")
         for detail in error.details:
             self._errors.print(f"  - {escape(printable(detail))}")

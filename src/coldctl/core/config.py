@@ -20,6 +20,7 @@ from coldctl.core import manifest
 from coldctl.core.errors import ConfigError
 
 CONFIG_LIMIT = 4 << 20  # bytes of a TOML file
+HIGHEST_RANK = 4096  # of a low-rank adapter
 
 Metric = Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman"]
 Protocol = Literal["linear-probe", "finetune", "few-shot"]
@@ -63,9 +64,20 @@ class FinetuneConfig:
     max_validation_examples: int = 0
     max_test_examples: int = 0
     shots: int = 0
+    shots_per_class: bool = False
     validate_every: int = 50
     patience: int = 20
     epsilon: float = 0.001
+    label_smoothing: float = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    micro_batch: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    freeze_embeddings: bool = False
+    freeze_layers: int = 0
+    lora_rank: int = 0
+    anchor: float = 0.0
+    fisher: bool = False
     seed: int = 0
 
 
@@ -158,6 +170,7 @@ SECTIONS: Mapping[str, type] = {
     "evaluate": EvaluateConfig,
     "publish": PublishConfig,
 }
+_AT_MOST_ONE = {"warmup", "label_smoothing"}
 _POSITIVE = {"epochs", "batch_size", "learning_rate", "max_length", "validate_every", "patience", "seeds"}
 
 C = TypeVar("C")
@@ -228,6 +241,24 @@ def check_name(name: str, where: str) -> None:
         raise ConfigError(f"{where}: {name!r} cannot name a directory: no slashes, no leading dot")
 
 
+def check_finetuning(config: FinetuneConfig) -> None:
+    """Refuse settings that contradict each other. Raises ConfigError."""
+    if config.lora_rank > HIGHEST_RANK:
+        raise ConfigError(f"--lora-rank {config.lora_rank} is out of range: at most {HIGHEST_RANK}")
+    if config.shots_per_class and not config.shots:
+        raise ConfigError("--shots-per-class says how --shots counts: give --shots, too")
+    for flag, given in (
+        ("--fisher", config.fisher),
+        ("--anchor", config.anchor),
+        ("--freeze-embeddings", config.freeze_embeddings),
+        ("--freeze-layers", config.freeze_layers),
+    ):
+        if given and config.lora_rank:
+            raise ConfigError(
+                f"{flag} is about the body's own weights, which --lora-rank leaves alone: give one of them"
+            )
+
+
 def size_in_bytes(text: str) -> int:
     """`"5GB"`, `"200MB"`, `"1000"` in bytes, with decimal units as transformers counts them. Raises ConfigError."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -284,6 +315,8 @@ def _build(kind: type[C], table: Mapping[str, Any], where: str, *, complete: boo
                 raise ConfigError(
                     f"{where}: {key} = {value} is out of range: it must be {'> 0' if key in _POSITIVE else '>= 0'}"
                 )
+            if key in _AT_MOST_ONE and value > 1:
+                raise ConfigError(f"{where}: {key} = {value} is out of range: it is a share, at most 1")
     return kind(**values)
 
 

@@ -1,53 +1,59 @@
 """Datasets: files or Hub datasets in, three labelled splits out, with a fingerprint and never a silent repair.
 
 The test split is only ever scored. Without one, validation is the test split; a validation split that is then
-missing is cut from train, stratified and seeded, never from test.
+missing is cut from train, stratified and seeded, never from test. Rows are read one at a time, and of each only
+its texts and its label are kept, so that a million of them cost little memory.
 """
 
-import csv
 import hashlib
-import io
 import json
-import logging
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coldctl.core.config import Columns, DatasetConfig, derived_seed
 from coldctl.core.errors import DataError
+from coldctl.core.ragged import Texts, TextSpool
+from coldctl.core.sources import FORMATS, FileSource, HubSource, Row
 
 SPLITS = ("train", "validation", "test")
-FORMATS = (".jsonl", ".csv", ".tsv", ".parquet")
 REGRESSION_METRICS = ("pearson", "spearman")
+MULTILABEL_METRICS = ("accuracy", "macro_f1")
 _HELD_OUT = 0.1
 _SHOWN = 5  # labels or columns that a message spells out
+_MOST_CLASSES = 1 << 16  # more of them mean that the column holds no classes
+_BATCH = 4096  # labels that become Python objects at a time
 
-Row = Mapping[str, Any]
+Labels = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Texts, their second texts where the dataset has pairs, and labels: class indices, or numbers."""
+    """Texts, their second texts where the dataset has pairs, and labels.
 
-    texts: list[str]
-    pairs: list[str] | None
-    labels: list[int] | list[float]
+    Labels are class indices int64 [n], numbers float64 [n] for regression, or uint8 [n, classes], 1 for each class
+    that an example has, for multi-label.
+    """
+
+    texts: Texts
+    pairs: Texts | None
+    labels: Labels
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, indices: Sequence[int]) -> "Split":
-        """The examples at `indices`, in that order."""
-        return Split(
-            [self.texts[index] for index in indices],
-            None if self.pairs is None else [self.pairs[index] for index in indices],
-            [self.labels[index] for index in indices],
-        )
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> "Split":
+        """The examples at `indices`, in that order. Texts are not copied."""
+        rows = np.asarray(indices, np.int64)
+        pairs = None if self.pairs is None else self.pairs.take(rows)
+        return Split(self.texts.take(rows), pairs, self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Dataset:
     test: Split
     fingerprint: str
     leaked: int  # test examples whose text (and pair) also stand in train or validation
+    repeated: int  # validation examples whose text (and pair) also stand in train
+    duplicated: int  # train examples that repeat the text (and pair) of an earlier one
     unlabelled: int  # rows left out because their source marks them as without a label
 
     @property
@@ -68,15 +76,24 @@ class Dataset:
         """Whether labels are numbers instead of classes."""
         return not self.labels
 
+    @property
+    def multilabel(self) -> bool:
+        """Whether an example may have several classes, or none."""
+        return self.train.labels.ndim == 2
+
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of a dataset is used. 0 means all; `shots` counts training examples in all, stratified."""
+    """How much of a dataset is used. 0 means all.
+
+    `shots` counts training examples: in all, stratified, or with `per_class` of each class.
+    """
 
     train: int = 0
     validation: int = 0
     test: int = 0
     shots: int = 0
+    per_class: bool = False
 
 
 def load(config: DatasetConfig, limits: Limits, seed: int) -> Dataset:
@@ -84,26 +101,40 @@ def load(config: DatasetConfig, limits: Limits, seed: int) -> Dataset:
 
     Raises DataError for anything that a person can have got wrong in it.
     """
-    rows, names = _read_splits(config)
-    unlabelled = _drop_unlabelled(rows, config) if names is not None else 0
-    regression = config.metric in REGRESSION_METRICS or _is_regression(rows["train"], config.label)
-    labels = () if regression else _class_names(rows, names, config)
-    splits = {split: _to_split(rows[split], labels, config, split, regression=regression) for split in rows}
+    splits, labels, unlabelled = _read_splits(config)
     train, validation, test = splits["train"], splits.get("validation"), splits.get("test")
     if test is None:  # nothing but train: the held-out tenth is the same whatever the seed, as a test file would be
         train, test = _cut(train, len(labels), derived_seed(0, config.name, "test"), config)
     if validation is None:
         train, validation = _cut(train, len(labels), derived_seed(seed, config.name, "validation"), config)
-    leaked = _leaked(test, train, validation)
-    train = _limited(train, limits.shots or limits.train, derived_seed(seed, config.name, "train"))
+    leaked, repeated, duplicated = _overlaps(train, validation, test)
+    train = _limited_train(train, limits, derived_seed(seed, config.name, "train"), config)
     validation = _limited(validation, limits.validation, derived_seed(seed, config.name, "validation cap"))
     test = _limited(test, limits.test, derived_seed(seed, config.name, "test cap"))
-    if not regression and len(set(train.labels)) < 2:
-        raise DataError(
-            f"{config.name}: the {len(train)} training examples left have one class only: allow more of them"
-        )
+    if labels and np.all(train.labels == train.labels[0]):
+        only = "one class" if train.labels.ndim == 1 else "the same classes"
+        raise DataError(f"{config.name}: the {len(train)} training examples left have {only} only: allow more of them")
     fingerprint = _fingerprint(labels, train, validation, test)
-    return Dataset(config.name, labels, train, validation, test, fingerprint, leaked, unlabelled)
+    dataset = Dataset(
+        config.name, labels, train, validation, test, fingerprint, leaked, repeated, duplicated, unlabelled
+    )
+    metric_of(config, dataset)  # a metric that cannot be computed is refused before anything is learned
+    return dataset
+
+
+def metric_of(config: DatasetConfig, dataset: Dataset) -> str:
+    """The metric that scores a dataset: the configured one, or spearman for numbers that are given another one.
+
+    Raises DataError for a metric that multi-label has no use for.
+    """
+    if dataset.regression:
+        return config.metric if config.metric in REGRESSION_METRICS else "spearman"
+    if dataset.multilabel and config.metric not in MULTILABEL_METRICS:
+        raise DataError(
+            f"{config.name}: its labels are lists of classes, which {config.metric} cannot score: set metric to "
+            "accuracy (an example counts if all its classes are right) or macro_f1"
+        )
+    return config.metric
 
 
 def single(reference: str, columns: DatasetConfig) -> DatasetConfig:
@@ -115,69 +146,36 @@ def single(reference: str, columns: DatasetConfig) -> DatasetConfig:
     return DatasetConfig(**{**vars(columns), "name": name, "path": path})
 
 
-def stratified(labels: Sequence[int] | Sequence[float], count: int, seed: int) -> list[int]:
+def stratified(labels: Sequence[int] | Sequence[float] | Labels, count: int, seed: int) -> list[int]:
     """Indices of `count` examples, each class in proportion (largest remainders), at least one each if they fit.
 
-    Numbers that are no classes (floats) are drawn without strata. The indices are ascending.
+    Numbers that are no classes (floats) and multi-label (rows of 0 and 1) are drawn without strata. The indices are
+    ascending.
     """
     generator = np.random.default_rng(seed)
-    if count >= len(labels):
-        return list(range(len(labels)))
-    if not all(isinstance(label, int) for label in labels):
-        return sorted(generator.permutation(len(labels))[:count].tolist())
     array = np.asarray(labels)
-    classes, sizes = np.unique(array, return_counts=True)
-    ideal = sizes * (count / len(labels))
+    if count >= len(array):
+        return list(range(len(array)))
+    if array.ndim == 2 or array.dtype.kind == "f":
+        return sorted(generator.permutation(len(array))[:count].tolist())
+    members = _members(array)
+    sizes = np.array([len(member) for member in members])
+    ideal = sizes * (count / len(array))
     shares = np.floor(ideal).astype(int)
-    if count >= len(classes):
+    if count >= len(members):
         shares = np.maximum(shares, 1)
     while shares.sum() < count:
         shares[np.argmax(np.where(shares < sizes, ideal - shares, -np.inf))] += 1
     while shares.sum() > count:
         shares[np.argmax(np.where(shares > 1, shares - ideal, -np.inf))] -= 1
-    chosen: list[int] = []
-    for label, share in zip(classes, shares, strict=True):
-        chosen += generator.permutation(np.flatnonzero(array == label))[:share].tolist()
-    return sorted(chosen)
+    chosen = [generator.permutation(member)[:share] for member, share in zip(members, shares, strict=True)]
+    return sorted(np.concatenate(chosen).tolist())
 
 
-def _limited(split: Split, count: int, seed: int) -> Split:
-    return split if not count or count >= len(split) else split.take(stratified(split.labels, count, seed))
-
-
-def _cut(train: Split, classes: int, seed: int, config: DatasetConfig) -> tuple[Split, Split]:
-    """A stratified tenth of train, and what is left of it."""
-    count = max(classes, round(len(train) * _HELD_OUT), 1)
-    chosen = stratified(train.labels, count, seed)
-    rest = sorted(set(range(len(train))) - set(chosen))
-    if not rest:
-        raise DataError(
-            f"{config.name}: {len(train)} training examples are too few to hold some out: give more, or other splits"
-        )
-    return train.take(rest), train.take(chosen)
-
-
-def _leaked(test: Split, *others: Split) -> int:
-    known = {key for split in others for key in _keys(split)}
-    return sum(key in known for key in _keys(test))
-
-
-def _keys(split: Split) -> Iterator[tuple[str, str]]:
-    return zip(split.texts, split.pairs or [""] * len(split), strict=True)
-
-
-def _fingerprint(labels: Sequence[str], *splits: Split) -> str:
-    """sha256 over the class names and every example of every split, in order: what was learned from and scored on."""
-    hasher = hashlib.sha256(json.dumps(list(labels)).encode())
-    for split in splits:
-        hasher.update(b"\x1e")
-        for index in range(len(split)):
-            row = [split.texts[index], split.pairs[index] if split.pairs else None, split.labels[index]]
-            hasher.update(json.dumps(row).encode() + b"\n")
-    return "sha256:" + hasher.hexdigest()
-
-
-# Reading ------------------------------------------------------------------------------------------------------
+def per_class(labels: Labels, count: int, seed: int) -> list[int]:
+    """Indices of `count` examples of each class, all of a class that has fewer; int64 [n] in. They are ascending."""
+    generator = np.random.default_rng(seed)
+    return sorted(np.concatenate([generator.permutation(member)[:count] for member in _members(labels)]).tolist())
 
 
 def is_hub(reference: str) -> bool:
@@ -185,10 +183,109 @@ def is_hub(reference: str) -> bool:
     return reference.startswith("hf:") and not reference.startswith("hf://")
 
 
-def _read_splits(config: DatasetConfig) -> tuple[dict[str, list[Row]], list[str] | None]:
-    """The rows of train and, where there are any, test and validation, and class names if the source names them."""
+def _members(labels: Labels) -> list[NDArray[np.int64]]:
+    """The indices of each class's examples, ascending, one array per class that occurs."""
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, 1 + np.flatnonzero(np.diff(labels[order])))
+
+
+def _limited(split: Split, count: int, seed: int) -> Split:
+    return split if not count or count >= len(split) else split.take(stratified(split.labels, count, seed))
+
+
+def _limited_train(train: Split, limits: Limits, seed: int, config: DatasetConfig) -> Split:
+    if not (limits.shots and limits.per_class):
+        return _limited(train, limits.shots or limits.train, seed)
+    if train.labels.dtype != np.int64:
+        kind = "are lists of classes" if train.labels.ndim == 2 else "are numbers"
+        raise DataError(f"{config.name}: its labels {kind}, so shots cannot be drawn per class: let them count in all")
+    return train.take(per_class(train.labels, limits.shots, seed))
+
+
+def _cut(train: Split, classes: int, seed: int, config: DatasetConfig) -> tuple[Split, Split]:
+    """A stratified tenth of train, and what is left of it."""
+    count = max(classes, round(len(train) * _HELD_OUT), 1)
+    chosen = stratified(train.labels, count, seed)
+    if len(chosen) == len(train):
+        raise DataError(
+            f"{config.name}: {len(train)} training examples are too few to hold some out: give more, or other splits"
+        )
+    return train.take(np.delete(np.arange(len(train)), chosen)), train.take(chosen)
+
+
+def _overlaps(train: Split, validation: Split, test: Split) -> tuple[int, int, int]:
+    """Test examples that stand in the others, validation examples that stand in train, repetitions within train."""
+    first, second, third = (np.sort(_digests(split)) for split in (train, validation, test))
+    leaked = _among(third, first) | _among(third, second)
+    return int(leaked.sum()), int(_among(second, first).sum()), int(np.sum(first[1:] == first[:-1]))
+
+
+def _among(values: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether each value is among the known ones, which are sorted."""
+    found: NDArray[np.bool_] = known[np.minimum(np.searchsorted(known, values), len(known) - 1)] == values
+    return found
+
+
+def _digests(split: Split) -> NDArray[np.uint64]:
+    """A digest of each example's texts, uint64 [n]. Among a million, two that differ are mistaken once in 10⁷ datasets."""
+    pairs = repeat(b"") if split.pairs is None else split.pairs.encoded()
+    parts = zip(split.texts.encoded(), pairs, strict=False)  # repeat has no end
+    digests = (hashlib.blake2b(b"%d:%b%b" % (len(text), text, pair), digest_size=8).digest() for text, pair in parts)
+    return np.fromiter((int.from_bytes(digest) for digest in digests), np.uint64, len(split))
+
+
+def _fingerprint(labels: Sequence[str], *splits: Split) -> str:
+    """sha256 over the class names and every example of every split, in order: what was learned from and scored on."""
+    hasher = hashlib.sha256(json.dumps(list(labels)).encode())
+    for split in splits:
+        hasher.update(b"\x1e")
+        pairs = repeat(None) if split.pairs is None else split.pairs
+        for row in zip(split.texts, pairs, _plain(split.labels), strict=False):  # repeat has no end
+            hasher.update(json.dumps(row).encode() + b"\n")
+    return "sha256:" + hasher.hexdigest()
+
+
+def _plain(labels: Labels) -> Iterator[Any]:
+    """Labels as JSON has them: an index, a number, or a list of indices."""
+    for start in range(0, len(labels), _BATCH):
+        part = labels[start : start + _BATCH]
+        if part.ndim == 1:
+            yield from part.tolist()
+            continue
+        places, ends = np.nonzero(part)[1].tolist(), np.cumsum(part.sum(1, dtype=np.int64)).tolist()
+        yield from (places[first:last] for first, last in pairwise([0, *ends]))
+
+
+# Reading ------------------------------------------------------------------------------------------------------
+
+
+def _read_splits(config: DatasetConfig) -> tuple[dict[str, Split], tuple[str, ...], int]:
+    """Train and, where there are any, test and validation; the classes; and how many rows had no label."""
+    source = HubSource(config) if is_hub(config.path) else FileSource(config)
+    names = source.class_names()
+    found = {}
+    for split, parts in _chosen(config, source).items():
+        rows = (row for part in parts for row in source.rows(part))
+        found[split] = _read(rows, names, config, split)
+        if not len(found[split].texts):
+            if found[split].unlabelled:
+                raise DataError(
+                    f"{config.name}: no example of the {split} split has a label on the Hub: name another split as {split}"
+                )
+            raise DataError(f"{config.name}: the {split} split of {source.label} is empty: give it examples")
+    train = found["train"].labels
+    regression = not train.lists and (config.metric in REGRESSION_METRICS or (names is None and train.fractions))
+    labels = () if regression else _class_names(train, names, config)
+    splits = {
+        split: Split(read.texts, read.pairs, _finished(read.labels, train, labels, config))
+        for split, read in found.items()
+    }
+    return splits, labels, sum(read.unlabelled for read in found.values())
+
+
+def _chosen(config: DatasetConfig, source: FileSource | HubSource) -> dict[str, tuple[str, ...]]:
+    """Which of the source's splits make up train, validation and test."""
     wanted = {"train": config.train, "validation": config.validation, "test": config.test}
-    source = _HubSource(config) if is_hub(config.path) else _FileSource(config)
     there = source.splits()
     chosen: dict[str, tuple[str, ...]] = {}
     for split in SPLITS:
@@ -205,272 +302,222 @@ def _read_splits(config: DatasetConfig) -> tuple[dict[str, list[Row]], list[str]
         chosen["test"] = chosen.pop("validation")
     if "validation" in chosen and chosen["validation"] == chosen["test"]:
         del chosen["validation"]
-    rows = {split: [row for name in names for row in source.rows(name)] for split, names in chosen.items()}
-    for split, found in rows.items():
-        if not found:
-            raise DataError(f"{config.name}: the {split} split of {source.label} is empty: give it examples")
-    return rows, source.class_names()
+    return chosen
 
 
-class _FileSource:
-    """A directory with one file per split, or a single file, which is the train split."""
+@dataclass(frozen=True)
+class _Read:
+    """A split whose labels are not understood yet."""
 
-    def __init__(self, config: DatasetConfig) -> None:
-        path = Path(config.path)
-        self.label = str(path)
-        if path.is_file():
-            if path.suffix not in FORMATS:
-                raise DataError(f"{path}: unknown format {path.suffix!r}: give one of {', '.join(FORMATS)}")
-            self._files = {"train": path}
-        elif path.is_dir():
-            self._files = {}
-            for child in sorted(path.iterdir()):
-                if child.suffix in FORMATS and not child.name.startswith("."):
-                    if child.stem in self._files:
-                        raise DataError(
-                            f"{path} has both {self._files[child.stem].name} and {child.name}: keep one of them"
-                        )
-                    self._files[child.stem] = child
-            if not self._files:
-                raise DataError(
-                    f"{path} holds no data: put train{FORMATS[0]} (validation, test) there; {', '.join(FORMATS)} are read"
-                )
-        else:
-            raise DataError(f"no data at {path}: check the path, or write hf:ORG/NAME for a Hub dataset")
-
-    def splits(self) -> list[str]:
-        return list(self._files)
-
-    def class_names(self) -> list[str] | None:
-        return None
-
-    def rows(self, split: str) -> list[Row]:
-        path = self._files[split]
-        try:
-            if path.suffix == ".parquet":
-                return _read_parquet(path)
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path} is not UTF-8 text (byte {error.start}): convert it, for example with iconv"
-            ) from None
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from None
-        return _read_jsonl(text, path) if path.suffix == ".jsonl" else _read_table(text, path)
+    texts: Texts
+    pairs: Texts | None
+    labels: "_Collected"
+    unlabelled: int
 
 
-def _read_jsonl(text: str, path: Path) -> list[Row]:
-    rows: list[Row] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
+def _read(rows: Iterable[Row], names: list[str] | None, config: DatasetConfig, split: str) -> _Read:
+    """Take out of each row what is needed. Class labels of the Hub are -1 where there is none: such rows are left out."""
+    texts, pairs, labels = TextSpool(), TextSpool(), _Collected(config, split)
+    second = config.text_pair
+    count = unlabelled = 0
+    for row in rows:
+        if names is not None and row.get(config.label) == -1:
+            unlabelled += 1
             continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error}): write one object per line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: not a JSON object: write one object per line")
-        rows.append(row)
-    return rows
+        count += 1
+        if count == 1 and second is None and config.text == "text" and "text_pair" in row:
+            second = "text_pair"
+        where = f"{split}, example {count}"
+        _add_text(texts, row, config.text, config, where)
+        if second is not None:
+            _add_text(pairs, row, second, config, where)
+        label = _value(row, config.label, config, where)
+        if names is not None and config.metric not in REGRESSION_METRICS:
+            label = _named(label, names, config, where)
+        labels.add(label, where)
+    return _Read(texts.finish(), None if second is None else pairs.finish(), labels, unlabelled)
 
 
-def _read_table(text: str, path: Path) -> list[Row]:
-    tabs = path.suffix == ".tsv"
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""),  # the csv module knows line ends; str.splitlines knows too many
-        delimiter="\t" if tabs else ",",
-        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
-    )
-    rows: list[Row] = []
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise DataError(
-                    f"{path}, line {reader.line_num}: it has not as many columns as the header: mend that line"
-                )
-            rows.append(row)
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}: mend that line") from None
-    return rows
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"reading {path} needs pyarrow: pip install 'coldctl[data]'") from None
-    try:
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(
-            f"{path} is not a readable parquet file ({str(error).splitlines()[0]}): write it again"
-        ) from None
-    return rows
-
-
-class _HubSource:
-    """A dataset of the Hugging Face Hub, through the `datasets` library, at a pinned revision if one is given."""
-
-    def __init__(self, config: DatasetConfig) -> None:
-        try:
-            import datasets
-        except ImportError:
-            raise DataError(f"{config.path} needs the datasets library: pip install 'coldctl[data]'") from None
-        datasets.disable_progress_bars()
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints each of its retries
-        name, _, subset = config.path.removeprefix("hf:").partition(":")
-        self.label = config.path
-        self._label_column = config.label
-        try:
-            self._data = datasets.load_dataset(name, subset or None, revision=config.revision)
-        except Exception as error:  # network, missing names, formats: the library has no common exception
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            remedy = "check the name and the network, or give local files"
-            raise DataError(f"{config.name}: cannot load {config.path} from the Hub: {reason}: {remedy}") from None
-
-    def splits(self) -> list[str]:
-        return list(self._data)
-
-    def class_names(self) -> list[str] | None:
-        features = next(iter(self._data.values())).features
-        names = getattr(features.get(self._label_column), "names", None)
-        return list(names) if names else None
-
-    def rows(self, split: str) -> list[Row]:
-        return list(self._data[split])
-
-
-# Columns and labels -------------------------------------------------------------------------------------------
-
-
-def _to_split(
-    rows: Sequence[Row], labels: Sequence[str], config: DatasetConfig, split: str, *, regression: bool
-) -> Split:
-    index = {label: number for number, label in enumerate(labels)}
-    texts = [_text(row, config.text, config, split, number) for number, row in enumerate(rows, 1)]
-    pairs = None
-    if config.text_pair is not None:
-        pairs = [_text(row, config.text_pair, config, split, number) for number, row in enumerate(rows, 1)]
-    elif rows and config.text == "text" and "text_pair" in rows[0]:
-        pairs = [_text(row, "text_pair", config, split, number) for number, row in enumerate(rows, 1)]
-    if regression:
-        return Split(texts, pairs, [_number(row, config, split, number) for number, row in enumerate(rows, 1)])
-    found = [_label(row, config, split, number) for number, row in enumerate(rows, 1)]
-    for number, label in enumerate(found, start=1):
-        if label not in index:
-            raise DataError(
-                f"{config.name}: label {label!r} in {split}, example {number}, never occurs in train ({_some(labels)}): "
-                "add training examples of it or remove it"
-            )
-    return Split(texts, pairs, [index[label] for label in found])
-
-
-def _text(row: Row, columns: Columns, config: DatasetConfig, split: str, number: int) -> str:
+def _add_text(spool: TextSpool, row: Row, columns: Columns, config: DatasetConfig, where: str) -> None:
     parts = []
     for column in (columns,) if isinstance(columns, str) else columns:
-        value = _value(row, column, config, split, number)
+        value = _value(row, column, config, where)
         if not isinstance(value, str):
-            raise DataError(
-                f"{config.name}: column {column!r} in {split}, example {number}, is {type(value).__name__}, not text"
-            )
-        _check_unicode(value, config, split, number)
+            raise DataError(f"{config.name}: column {column!r} in {where}, is {type(value).__name__}, not text")
         parts.append(value)
-    return " ".join(parts)
-
-
-def _check_unicode(value: str, config: DatasetConfig, split: str, number: int) -> None:
     try:
-        value.encode()
+        spool.append(" ".join(parts))
     except UnicodeEncodeError:
-        raise DataError(
-            f"{config.name}: {split}, example {number}, has half a surrogate pair, which is no text: mend or remove it"
-        ) from None
+        raise _half_a_pair(config, where) from None
 
 
-def _value(row: Row, column: str, config: DatasetConfig, split: str, number: int) -> Any:
+def _half_a_pair(config: DatasetConfig, where: str) -> DataError:
+    return DataError(f"{config.name}: {where}, has half a surrogate pair, which is no text: mend or remove it")
+
+
+def _value(row: Row, column: str, config: DatasetConfig, where: str) -> Any:
     if column not in row:
         raise DataError(
-            f"{config.name}: no column {column!r} in {split}, example {number} (it has {_some([str(key) for key in row])}): "
+            f"{config.name}: no column {column!r} in {where} (it has {_some([str(key) for key in row])}): "
             "name the columns with --text, --text-pair and --label"
         )
     return row[column]
 
 
-def _label(row: Row, config: DatasetConfig, split: str, number: int) -> str:
-    value = _value(row, config.label, config, split, number)
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    if value is None or value == "" or not (isinstance(value, str) or whole):
-        raise DataError(
-            f"{config.name}: {split}, example {number}, has no usable label ({value!r}): give it one or remove it"
-        )
-    if isinstance(value, str):
-        _check_unicode(value, config, split, number)
-        return value
-    return str(int(value))
+def _named(label: Any, names: Sequence[str], config: DatasetConfig, where: str) -> Any:
+    """The name that an index on the Hub stands for, or a list of names for a list of indices."""
+    if isinstance(label, list):
+        return [_named(item, names, config, where) for item in label]
+    if not isinstance(label, int) or not 0 <= label < len(names):
+        raise DataError(f"{config.name}: {where}, has the label {label!r}, which names no class")
+    return names[label]
 
 
-def _number(row: Row, config: DatasetConfig, split: str, number: int) -> float:
-    value = _value(row, config.label, config, split, number)
-    try:
-        result = float(value)
-    except (TypeError, ValueError):
-        result = float("nan")
-    if not np.isfinite(result):
-        raise DataError(f"{config.name}: the label of {split}, example {number}, is {value!r}, not a number")
-    return result
+# Labels -------------------------------------------------------------------------------------------------------
 
 
-def _is_regression(rows: Sequence[Row], column: str) -> bool:
-    """Labels are numbers to be predicted if all are numbers and one has a fraction."""
-    try:
-        values = [float(row[column]) for row in rows]
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return False
-    return any(value != int(value) for value in values if np.isfinite(value))
+class _Collected:
+    """The labels of a split as they come, in little memory. What they mean shows only when all of train is read."""
 
+    def __init__(self, config: DatasetConfig, split: str) -> None:
+        self.lists = False  # whether each label is a list of classes
+        self.fractions = False  # whether all are numbers and one is not whole
+        self.split = split
+        self._config = config
+        self._words = False  # whether one is no number
+        self._classes: dict[str, int] = {}  # what occurs, in order of occurrence
+        self._codes = array("i")  # places in _classes; those of all lists one after the other
+        self._ends = array("q")  # where each list ends in _codes
+        self._numbers = array("d")
+        self._known: dict[Any, tuple[int, float]] = {}  # label -> code and number
+        self._no_class: tuple[str, Any] | None = None  # where the first label stands that can be no class
+        self._no_number: tuple[str, Any] | None = None
+        self._overflow = False
 
-def _class_names(rows: Mapping[str, list[Row]], names: list[str] | None, config: DatasetConfig) -> tuple[str, ...]:
-    """The classes that train has, numbers in numeric order, or as the source names them.
-
-    With names from the source the labels in the rows are their indices; they are replaced here.
-    """
-    if names is not None:
-        for split in rows:
-            rows[split][:] = [
-                _with_name(row, names, config, split, number) for number, row in enumerate(rows[split], 1)
-            ]
-    counts = Counter(_label(row, config, "train", number) for number, row in enumerate(rows["train"], 1))
-    if len(counts) < 2:
-        raise DataError(
-            f"{config.name}: train has one class only ({next(iter(counts))!r}): give examples of two or more"
-        )
-    if names is not None:
-        return tuple(name for name in names if name in counts)
-    if all(re.fullmatch(r"-?\d+", label) for label in counts):
-        return tuple(sorted(counts, key=int))
-    return tuple(sorted(counts))
-
-
-def _drop_unlabelled(rows: Mapping[str, list[Row]], config: DatasetConfig) -> int:
-    """Class labels of the Hub are −1 where there is none: a whole split of them is an error, single rows are left out."""
-    dropped = 0
-    for split, found in rows.items():
-        labelled = [row for row in found if row.get(config.label) != -1]
-        if not labelled:
+    def add(self, value: Any, where: str) -> None:
+        """Take in the label of the next example. Raises DataError if only some labels are lists."""
+        listed = isinstance(value, list)
+        if not self._numbers and not self._ends:
+            self.lists = listed
+        if listed != self.lists:
+            remedy = "write [] where there is no class" if self.lists else "write lists for all examples or for none"
+            kind = "is a list" if listed else "is no list"
             raise DataError(
-                f"{config.name}: no example of the {split} split has a label on the Hub: name another split as {split}"
+                f"{self._config.name}: the label of {where}, {value!r}, {kind}, unlike those before: {remedy}"
             )
-        dropped += len(found) - len(labelled)
-        found[:] = labelled
-    return dropped
+        if listed:
+            self._codes.extend([self._look_up(item, where)[0] for item in value])
+            self._ends.append(len(self._codes))
+        else:
+            code, number = self._look_up(value, where)
+            self._codes.append(code)
+            self._numbers.append(number)
+
+    def classes(self) -> list[str]:
+        """The classes that occur, in order of occurrence. Raises DataError for labels that can be no class."""
+        name = self._config.name
+        if self._no_class is not None:
+            where, value = self._no_class
+            raise DataError(f"{name}: {where}, has no usable label ({value!r}): give it one or remove it")
+        if self._overflow:
+            raise DataError(
+                f"{name}: {self.split} has more than {_MOST_CLASSES} classes: name the column of the labels with --label, "
+                'or set metric = "spearman" if they are numbers to be predicted'
+            )
+        return list(self._classes)
+
+    def numbers(self) -> Labels:
+        """The labels as numbers, float64 [n]. Raises DataError for what is none, or infinite."""
+        if self._no_number is not None:
+            where, value = self._no_number
+            raise DataError(f"{self._config.name}: the label of {where}, is {value!r}, not a number")
+        return np.array(self._numbers)
+
+    def indices(self, labels: Sequence[str]) -> Labels:
+        """The labels as places in `labels`, int64 [n], or for lists uint8 [n, len(labels)].
+
+        Raises DataError for a class that is not among them.
+        """
+        places = {label: place for place, label in enumerate(labels)}
+        mapped = np.array([places.get(label, -1) for label in self.classes()], np.int64)[
+            np.array(self._codes, np.int32)
+        ]
+        ends = np.array(self._ends, np.int64)
+        if (unknown := np.flatnonzero(mapped < 0)).size:
+            first = int(unknown[0])
+            number = 1 + (int(np.searchsorted(ends, first, side="right")) if self.lists else first)
+            raise DataError(
+                f"{self._config.name}: label {list(self._classes)[self._codes[first]]!r} in {self.split}, example {number}, "
+                f"never occurs in train ({_some(labels)}): add training examples of it or remove it"
+            )
+        if not self.lists:
+            return mapped
+        rows = np.zeros((len(ends), len(labels)), np.uint8)
+        rows[np.repeat(np.arange(len(ends)), np.diff(ends, prepend=0)), mapped] = 1
+        return rows
+
+    def _look_up(self, value: Any, where: str) -> tuple[int, float]:
+        """A label's place in the classes, -1 if it has none, and its number, NaN if it has none."""
+        if isinstance(value, str | int | float) and (known := self._known.get(value)) is not None:
+            return known
+        number = self._number(value, where)
+        label = _class_of(value)
+        if label is None:
+            self._no_class = self._no_class or (where, value)
+            return -1, number
+        try:
+            label.encode()
+        except UnicodeEncodeError:
+            raise _half_a_pair(self._config, where) from None
+        if label not in self._classes and len(self._classes) == _MOST_CLASSES:
+            self._overflow = True
+            return -1, number
+        known = self._known[value] = self._classes.setdefault(label, len(self._classes)), number
+        return known
+
+    def _number(self, value: Any, where: str) -> float:
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = float("nan")
+            self._words = True
+        if not np.isfinite(number):
+            self._no_number = self._no_number or (where, value)
+        elif number != int(number):
+            self.fractions = True
+        self.fractions = self.fractions and not self._words
+        return number
 
 
-def _with_name(row: Row, names: Sequence[str], config: DatasetConfig, split: str, number: int) -> Row:
-    value = row[config.label]
-    if not isinstance(value, int) or not 0 <= value < len(names):
-        raise DataError(f"{config.name}: {split}, example {number}, has the label {value!r}, which names no class")
-    return {**row, config.label: names[value]}
+def _class_of(value: Any) -> str | None:
+    """The class that a label names: a text or a whole number."""
+    if isinstance(value, str):
+        return value or None
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return str(int(value)) if whole else None
+
+
+def _class_names(train: _Collected, names: list[str] | None, config: DatasetConfig) -> tuple[str, ...]:
+    """The classes that train has, numbers in numeric order, or as the source names them."""
+    found = train.classes()
+    if len(found) < 2:
+        only = f"one class only ({found[0]!r})" if found else "no class in any list"
+        raise DataError(f"{config.name}: train has {only}: give examples of two or more")
+    if names is not None:
+        present = set(found)
+        return tuple(name for name in names if name in present)
+    if all(re.fullmatch(r"-?\d+", label) for label in found):
+        return tuple(sorted(found, key=int))
+    return tuple(sorted(found))
+
+
+def _finished(found: _Collected, train: _Collected, labels: Sequence[str], config: DatasetConfig) -> Labels:
+    if found.lists != train.lists:
+        kind = "lists" if found.lists else "no lists"
+        raise DataError(
+            f"{config.name}: the labels of {found.split} are {kind}, unlike those of train: make them alike"
+        )
+    return found.indices(labels) if labels else found.numbers()
 
 
 def _some(names: Sequence[str]) -> str:

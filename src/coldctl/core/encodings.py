@@ -16,14 +16,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.core import layout, merge
-from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_prefix, modern_name, read_header, read_model_config
+from coldctl.core.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    Tensor,
+    body_prefix,
+    is_pooler,
+    modern_name,
+    read_header,
+    read_model_config,
+)
+from coldctl.core.config import HIGHEST_RANK
 from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.core.errors import CheckpointError
 from coldctl.core.manifest import parse
 from coldctl.core.storage import Folder
 
 _DECODED = "decoded:"  # stands for a file name in tensors that no file holds as they are
-_RANK_LIMIT = 4096
 _SIMPLE_PATTERN = re.compile(r"[\w.\\*|\[\]-]{1,200}")
 _MOST_STARS = 3
 _PEFT = "base_model.model."
@@ -113,7 +122,7 @@ def open_adapter(folder: Folder, name: str, base: Checkpoint) -> Checkpoint:
                 )
             dtype = DTYPES[base.body[path].dtype]
             replaced[path] = merge.rounded(array.astype(np.float64), dtype)
-        elif raw.removeprefix(_PEFT).startswith(prefix):
+        elif raw.removeprefix(_PEFT).startswith(prefix) and not is_pooler(path):
             raise CheckpointError(
                 f"{folder.label}: the base has no {path}, which {raw} belongs to: merge the adapter first"
             )
@@ -214,7 +223,7 @@ def _delta(
     if second is None or first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[1]:
         raise CheckpointError(f"{where}: {raw} has no B of matching rank: fetch the adapter again")
     rank = first.shape[0]
-    if not 0 < rank <= _RANK_LIMIT:
+    if not 0 < rank <= HIGHEST_RANK:
         raise CheckpointError(f"{where}: {raw} has the rank {rank}: do not use this adapter")
     name = module.removeprefix(_PEFT)
     alpha = settings.get("lora_alpha", 1)

@@ -6,33 +6,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import nn
 
 from coldctl.core import layout
 from coldctl.core.checkpoint import is_pooler, modern_name, read_model_config
 from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.core.errors import ModelError
+from coldctl.core.ragged import Ragged, Spool
 from coldctl.core.storage import LocalFolder
 
+_CHUNK = 4096  # texts tokenised at a time, over all cores
 _LENGTH_LIMIT = 100_000  # tokenizers that know no limit state an absurd one
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokenised examples: one list of token ids (and of token types, where the model has them) per example."""
+    """Tokenised examples: rows of token ids (int32), and of token types (int8) where the model has them."""
 
-    tokens: list[list[int]]
-    types: list[list[int]] | None
+    tokens: Ragged
+    types: Ragged | None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens per example."""
-        return [len(tokens) for tokens in self.tokens]
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens per example, int64 [examples]."""
+        return self.tokens.lengths
 
 
 def quiet() -> None:
@@ -64,7 +68,7 @@ def load_body(folder: Path) -> nn.Module:
     return _load(transformers.AutoModel, folder).eval()
 
 
-def load_classifier(folder: Path, labels: Sequence[str], seed: int) -> nn.Module:
+def load_classifier(folder: Path, labels: Sequence[str], seed: int, *, multilabel: bool = False) -> nn.Module:
     """The encoder with a fresh head, drawn by `seed`: one output per label, or one number without labels.
 
     Raises ModelError if a body tensor is missing or the architecture has no sequence-classification head.
@@ -76,7 +80,7 @@ def load_classifier(folder: Path, labels: Sequence[str], seed: int) -> nn.Module
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
         }
-        options["problem_type"] = "single_label_classification"
+        options["problem_type"] = "multi_label_classification" if multilabel else "single_label_classification"
     else:
         options["problem_type"] = "regression"
     model = _load(transformers.AutoModelForSequenceClassification, folder, **options)
@@ -90,6 +94,12 @@ def body_of(model: nn.Module) -> nn.Module:
     return body
 
 
+def share_body(models: Sequence[nn.Module]) -> None:
+    """Let all models use the first one's body, as multitask training does."""
+    for model in models[1:]:
+        setattr(model, str(model.base_model_prefix), body_of(models[0]))
+
+
 def length_limit(tokenizer: Any, model_config: Any, wanted: int) -> int:
     """Tokens per example: as many as wanted, but no more than the model has positions for."""
     positions = getattr(model_config, "max_position_embeddings", None) or _LENGTH_LIMIT
@@ -100,38 +110,44 @@ def length_limit(tokenizer: Any, model_config: Any, wanted: int) -> int:
 
 
 def encode(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> Encoded:
-    """Tokenise single texts or pairs, cut to `max_length` tokens, without padding."""
-    if not texts:
-        return Encoded([], None)
-    output = tokenizer(
-        list(texts), None if pairs is None else list(pairs), truncation=True, max_length=max_length, padding=False,
-        return_attention_mask=False,
-    )  # fmt: skip
-    return Encoded(output["input_ids"], output.get("token_type_ids"))
+    """Tokenise single texts or pairs, cut to `max_length` tokens, without padding, some thousands at a time."""
+    tokens, types = Spool(np.int32), Spool(np.int8)
+    typed = False
+    for start in range(0, len(texts), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        output = tokenizer(
+            list(texts[part]), None if pairs is None else list(pairs[part]), truncation=True, max_length=max_length,
+            padding=False, return_attention_mask=False,
+        )  # fmt: skip
+        tokens.extend(output["input_ids"])
+        if typed := "token_type_ids" in output:
+            types.extend(output["token_type_ids"])
+    return Encoded(tokens.finish(), types.finish() if typed else None)
 
 
-def collate(encoded: Encoded, indices: Sequence[int], padding: int, device: torch.device) -> dict[str, torch.Tensor]:
+def collate(
+    encoded: Encoded, indices: Sequence[int] | NDArray[np.int64], padding: int, device: torch.device
+) -> dict[str, torch.Tensor]:
     """A batch padded to its own longest example: `input_ids` and `attention_mask` int64 [batch, length]."""
-    longest = max(len(encoded.tokens[index]) for index in indices)
-    tokens = torch.full((len(indices), longest), padding, dtype=torch.long)
-    mask = torch.zeros((len(indices), longest), dtype=torch.long)
-    types = torch.zeros((len(indices), longest), dtype=torch.long) if encoded.types is not None else None
-    for row, index in enumerate(indices):
-        count = len(encoded.tokens[index])
-        tokens[row, :count] = torch.tensor(encoded.tokens[index])
-        mask[row, :count] = 1
-        if types is not None and encoded.types is not None:
-            types[row, :count] = torch.tensor(encoded.types[index])
-    batch = {"input_ids": tokens, "attention_mask": mask}
-    if types is not None:
-        batch["token_type_ids"] = types
+    rows = np.asarray(indices)
+    lengths = encoded.tokens.offsets[rows + 1] - encoded.tokens.offsets[rows]
+    real = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    batch = {"input_ids": _padded(encoded.tokens, rows, real, padding), "attention_mask": torch.from_numpy(real).long()}
+    if encoded.types is not None:
+        batch["token_type_ids"] = _padded(encoded.types, rows, real, 0)
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def device_of_choice() -> torch.device:
-    """CUDA where there is one, then Apple's MPS, then the CPU."""
+def _padded(data: Ragged, rows: NDArray[np.int64], real: NDArray[np.bool_], padding: int) -> torch.Tensor:
+    filled = np.full(real.shape, padding, np.int64)
+    filled[real] = np.concatenate([data[row] for row in rows.tolist()])
+    return torch.from_numpy(filled)
+
+
+def device_of_choice(local_rank: int = 0) -> torch.device:
+    """CUDA where there is one (the one of this process's rank on the machine), then Apple's MPS, then the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", local_rank)
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 _WORDS = {
     "better": "better",
     "worse": "worse",
@@ -138,6 +140,29 @@ def fuse_chart(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 def _plain(name: str) -> str:
     """A stranger's name as text in a chart: no control codes, no formulas."""
     return "".join(character for character in name if character.isprintable()).replace("$", r"\$")
+
+
+def training_chart(curve: Sequence[tuple[int, float, float]], title: str, metric: str, path: Path) -> None:
+    """`training.png`: training loss and validation score by step, the best validation marked."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    steps, losses, scores = ([row[column] for row in curve] for column in range(3))
+    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6, 4.8), layout="constrained")
+    for axis, values, words in zip(axes, (losses, scores), ("training loss", f"validation {metric}"), strict=True):
+        axis.plot(steps, values, color=_GAIN, linewidth=1.5, marker="o", markersize=3)
+        axis.set_title(words, loc="left", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+    best = int(np.argmax(scores))
+    axes[1].plot(steps[best], scores[best], marker="o", markersize=8, markerfacecolor="none", color=_LOSS)
+    axes[1].set_title(f"validation {metric}, kept: {scores[best]:.1f} at step {steps[best]}", loc="left", fontsize=10)
+    axes[1].set_xlabel("step")
+    figure.suptitle(_plain(title), fontsize=10, x=0.01, ha="left")
+    _save(figure, path, 110)
 
 
 def gain_chart(results: dict[str, Any], path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 2000
+_COUNTS = 1 << 22  # counts of drawn examples that are held at a time
 _BOUNDS = (2.5, 97.5)  # percentiles of a 95 % interval
 
 Verdict = Literal["better", "worse", "indistinguishable"]
@@ -21,12 +22,15 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Predictions of a model and of its baseline on the same test examples, one row per seed."""
+    """Predictions of a model and of its baseline on the same test examples, one row per seed.
+
+    Multi-label has an axis of classes at the end of each, uint8 with 1 for each class that an example has.
+    """
 
     metric: str
-    truth: Array  # [examples], class indices or numbers
-    predictions: Array  # [seeds, examples]
-    baseline: Array  # [seeds, examples]
+    truth: Array  # [examples], class indices or numbers; or [examples, classes]
+    predictions: Array  # [seeds, examples] or [seeds, examples, classes]
+    baseline: Array  # as predictions
 
 
 @dataclass(frozen=True)
@@ -39,10 +43,17 @@ class Gain:
 
 
 def score(metric: str, truth: Array, predictions: Array) -> float:
-    """A metric in percent. Correlations of a constant, which are undefined, count as 0."""
+    """A metric in percent: `truth` and `predictions` are [examples], or [examples, classes] of 0 and 1 for multi-label.
+
+    For multi-label `accuracy` is subset accuracy, the share of examples all of whose classes are right, and
+    `macro_f1` the mean of the F1 of each class. Classes that the truth never has do not count. Correlations of a
+    constant, which are undefined, count as 0.
+    """
     from sklearn import metrics
 
-    if metric == "accuracy":
+    if metric == "macro_f1" and truth.ndim == 2:
+        value = _mean_f1(truth, predictions, np.ones((1, len(truth))))[0]
+    elif metric == "accuracy":
         value = metrics.accuracy_score(truth, predictions)
     elif metric == "macro_f1":
         value = metrics.f1_score(truth, predictions, average="macro", labels=np.unique(truth), zero_division=0.0)
@@ -56,13 +67,15 @@ def score(metric: str, truth: Array, predictions: Array) -> float:
 def resampled_gains(outcome: Outcome, seed: int) -> NDArray[np.float64]:
     """The gain in each of `RESAMPLES` crossed resamples, in points: float64 [RESAMPLES]."""
     generator = np.random.default_rng(seed)
-    seeds, examples = outcome.predictions.shape
-    if outcome.metric == "accuracy":
-        # The mean over drawn seeds and examples of a difference of hits, as products of counts.
-        hits = (outcome.predictions == outcome.truth).astype(np.float64) - (outcome.baseline == outcome.truth)
-        drawn = generator.multinomial(examples, np.full(examples, 1 / examples), RESAMPLES) / examples
+    seeds, examples = outcome.predictions.shape[:2]
+    if outcome.metric == "accuracy" or outcome.truth.ndim == 2:
+        per_seed = _gains_of_right(outcome) if outcome.metric == "accuracy" else _gains_of_f1(outcome)
+        even = np.full(examples, 1 / examples)
+        step = max(1, _COUNTS // examples)  # all counts at once would take gigabytes
+        sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
+        found = np.concatenate([per_seed(generator.multinomial(examples, even, size)) for size in sizes])
         chosen = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-        gains: NDArray[np.float64] = 100.0 * np.einsum("rs,se,re->r", chosen, hits, drawn, optimize=True)
+        gains: NDArray[np.float64] = 100.0 * np.sum(chosen * found, axis=1)
         return gains
     gains = np.empty(RESAMPLES)
     measure = _fast_metric(outcome.metric)
@@ -99,6 +112,41 @@ def regressions(results: Mapping[str, Any], margin: float) -> list[str]:
         for entry in results["averages"]
         if entry["group"] == "all" and entry["gain_interval"][1] < -margin
     ]
+
+
+def _gains_of_right(outcome: Outcome) -> Callable[[Array], Array]:
+    """How often each example was drawn [resamples, examples] -> the gain in accuracy [resamples, seeds]."""
+    hits = _right(outcome.truth, outcome.predictions) - _right(outcome.truth, outcome.baseline)
+    return lambda counts: counts @ hits.T / len(outcome.truth)
+
+
+def _right(truth: Array, predictions: Array) -> NDArray[np.float64]:
+    """1 where a prediction is right as a whole, else 0: [seeds, examples]."""
+    same = predictions == truth
+    return np.asarray(same.all(-1) if truth.ndim == 2 else same, np.float64)
+
+
+def _gains_of_f1(outcome: Outcome) -> Callable[[Array], Array]:
+    """How often each example was drawn [resamples, examples] -> the gain in multi-label F1 [resamples, seeds]."""
+
+    def gains(counts: Array) -> Array:
+        pairs = zip(outcome.predictions, outcome.baseline, strict=True)
+        return np.stack(
+            [_mean_f1(outcome.truth, new, counts) - _mean_f1(outcome.truth, old, counts) for new, old in pairs], 1
+        )
+
+    return gains
+
+
+def _mean_f1(truth: Array, predictions: Array, counts: Array) -> Array:
+    """The mean F1 of the classes that the truth has, of 0 and 1 [examples, classes], for each row of `counts`."""
+    weights = counts.astype(np.float32)  # sums of whole numbers are exact in it, and twice as fast
+    actual, predicted, hits = (
+        np.asarray(weights @ part.astype(np.float32), np.float64) for part in (truth, predictions, truth & predictions)
+    )
+    there = actual > 0
+    scores = np.where(there, 2 * hits / np.maximum(actual + predicted, 1), 0.0)
+    return np.asarray(scores.sum(1) / np.maximum(there.sum(1), 1))
 
 
 def _fast_metric(metric: str) -> Callable[[Array, Array], float]:

@@ -7,7 +7,7 @@ baseline.
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -92,8 +92,8 @@ def evaluate(
         results = json.loads((destination / layout.RESULTS).read_text(encoding="utf-8"))
         return Evaluated(destination, results, unchanged=True)
     for dataset in datasets:
-        if count := loaded[dataset.name].leaked:
-            progress.note(f"{dataset.name}: {count} test examples also stand in its train or validation split")
+        for sentence in _overlaps(loaded[dataset.name]):
+            progress.note(f"{dataset.name}: {sentence}")
     with output.writing(destination, key, overwrite=overwrite) as partial:
         folder = _cell_folder(destination, partial)
         cells = _cells(contenders, datasets, loaded, config, finetuning, folder)
@@ -157,6 +157,16 @@ def default_baseline(model: Model) -> Model:
 def _load(dataset: DatasetConfig, config: EvaluateConfig) -> data.Dataset:
     limits = data.Limits(config.max_train_examples, config.max_validation_examples, config.max_test_examples)
     return data.load(dataset, limits, config.seed)
+
+
+def _overlaps(dataset: data.Dataset) -> list[str]:
+    """What a reader of the scores should know about examples that stand in more than one place."""
+    counts = (
+        (dataset.leaked, "test examples also stand in its train or validation split"),
+        (dataset.repeated, "validation examples also stand in its train split"),
+        (dataset.duplicated, "train examples repeat an earlier one"),
+    )
+    return [f"{count} {what}" for count, what in counts if count]
 
 
 def _digest(model: Model) -> str:
@@ -271,16 +281,6 @@ def measure(cell: Cell, threads: int, progress: Progress) -> str:
     return cell.path
 
 
-def _metric(cell: Cell, dataset: data.Dataset) -> str:
-    return (
-        "spearman" if dataset.regression and cell.dataset.metric not in data.REGRESSION_METRICS else cell.dataset.metric
-    )
-
-
-def _measured(metric: str) -> Callable[[Any, Any], float]:
-    return lambda truth, predictions: scoring.score(metric, np.asarray(truth), np.asarray(predictions))
-
-
 def _probe(cell: Cell, dataset: data.Dataset, folder: Path, progress: Progress) -> tuple[Any, dict[str, Any]]:
     from coldctl.core import model as models
     from coldctl.core.probe import features, probe
@@ -298,39 +298,38 @@ def _probe(cell: Cell, dataset: data.Dataset, folder: Path, progress: Progress) 
         for split in splits
     )  # fmt: skip
     progress.end(task)
+    metric = data.metric_of(cell.dataset, dataset)
     predictions, strength, reached = probe(
-        (train, np.asarray(dataset.train.labels)),
-        (validation, np.asarray(dataset.validation.labels)),
+        (train, dataset.train.labels),
+        (validation, dataset.validation.labels),
         test,
-        _measured(_metric(cell, dataset)),
-        regression=dataset.regression,
+        lambda truth, found: scoring.score(metric, truth, found),
     )
     return predictions, {"c": strength, "validation": reached}
 
 
 def _finetune(cell: Cell, dataset: data.Dataset, folder: Path, progress: Progress) -> tuple[Any, dict[str, Any]]:
     from coldctl.core import model as models
-    from coldctl.core.training import Examples, predict, train
+    from coldctl.core.training import Examples, Head, Place, predict, train
 
     seed = derived_seed(cell.seed, "evaluate", cell.protocol, cell.dataset.name)
     training_split = dataset.train
     if cell.protocol == "few-shot":
         training_split = training_split.take(data.stratified(training_split.labels, cell.evaluation.shots, seed))
     tokenizer = models.load_tokenizer(folder)
-    model = models.load_classifier(folder, dataset.labels, seed)
+    model = models.load_classifier(folder, dataset.labels, seed, multilabel=dataset.multilabel)
     length = models.length_limit(tokenizer, model.config, cell.finetuning.max_length)
     training, validation, test = (
         Examples(models.encode(tokenizer, split.texts, split.pairs, length), split.labels)
         for split in (training_split, dataset.validation, dataset.test)
     )
-    score = _measured(_metric(cell, dataset))
-    device = models.device_of_choice()
-    trained = train(
-        model, training, validation, lambda found: score(validation.labels, found), replace(cell.finetuning, seed=seed),
-        seed=seed, padding=tokenizer.pad_token_id, device=device, progress=progress,
-        task=f"{cell.contender.name}: {cell.dataset.name}, seed {cell.seed}",
-    )  # fmt: skip
-    predictions = predict(model, test.encoded, tokenizer.pad_token_id, device)
+    metric = data.metric_of(cell.dataset, dataset)
+    head = Head(model, training, validation, lambda found: scoring.score(metric, validation.labels, found))
+    name = f"{cell.contender.name}: {cell.dataset.name}, seed {cell.seed}"
+    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+        place = Place(models.device_of_choice(), tokenizer.pad_token_id, Path(scratch), progress, name)
+        trained = train([head], replace(cell.finetuning, seed=seed), place, seed=seed)
+    predictions = predict(model, test.encoded, place)
     return predictions, {"validation": trained.best_score, "steps": trained.steps, "stopped": trained.stopped}
 
 
@@ -347,7 +346,8 @@ def _results(
     """`results.json`: one entry per model, dataset and protocol, then the averages over groups of datasets."""
     predictions = {
         (cell.contender.name, cell.dataset.name, cell.protocol, cell.seed): np.asarray(
-            json.loads(Path(cell.path).read_text(encoding="utf-8"))["predictions"]
+            json.loads(Path(cell.path).read_text(encoding="utf-8"))["predictions"],
+            loaded[cell.dataset.name].test.labels.dtype,
         )
         for cell in cells
     }
@@ -363,10 +363,8 @@ def _results(
                     np.stack([predictions[item.name, dataset.name, protocol, seed] for seed in seeds])
                     for item in (contender, baseline)
                 ]
-                metric = (
-                    "spearman" if loaded[dataset.name].regression and dataset.metric == "accuracy" else dataset.metric
-                )
-                outcome = scoring.Outcome(metric, np.asarray(loaded[dataset.name].test.labels), rows[0], rows[1])
+                found = loaded[dataset.name]
+                outcome = scoring.Outcome(data.metric_of(dataset, found), found.test.labels, rows[0], rows[1])
                 drawn = scoring.resampled_gains(outcome, derived_seed(config.seed, "bootstrap", dataset.name))
                 entries.append(_entry(contender, dataset, protocol, outcome, seeds, drawn, certain=certain))
                 resamples.append(drawn)

@@ -1,0 +1,81 @@
+"""What of a model is trained: all of it, all but its first layers, or low-rank adapters (PEFT) and the head."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from coldctl.core import layout
+from coldctl.core.config import FinetuneConfig
+from coldctl.core.errors import ConfigError, ModelError
+from coldctl.core.model import body_of
+
+
+def restrict(model: nn.Module, config: FinetuneConfig, base_name: str, seed: int) -> Any | None:
+    """Freeze what `config` says, in place; with `lora_rank` also put adapters in and return PEFT's wrapper.
+
+    Raises ConfigError for what the architecture does not have.
+    """
+    body = body_of(model)
+    if config.freeze_embeddings or config.freeze_layers:
+        _embeddings(body).requires_grad_(requires_grad=False)  # gradients would have to pass the frozen layers
+    layers = _layers(body) if config.freeze_layers else []
+    if config.freeze_layers > len(layers):
+        raise ConfigError(
+            f"--freeze-layers {config.freeze_layers}: {base_name} has {len(layers)} layers that can be frozen"
+        )
+    for layer in layers[: config.freeze_layers]:
+        layer.requires_grad_(requires_grad=False)
+    return _with_adapters(model, config, base_name, seed) if config.lora_rank else None
+
+
+def save_adapter(adapted: Any, folder: Path, base_name: str) -> None:
+    """Write adapter and head in PEFT's format. Of the base it tells the name, never where it was."""
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path = base_name
+    adapted.save_pretrained(folder, save_embedding_layers=False)
+    (folder / layout.CARD).unlink(missing_ok=True)  # PEFT's template of a model card
+
+
+def _with_adapters(model: nn.Module, config: FinetuneConfig, base_name: str, seed: int) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError("--lora-rank needs PEFT: pip install 'coldctl[lora]'") from None
+    import torch
+
+    prefix, body = str(model.base_model_prefix), body_of(model)
+    inside = [
+        f"{prefix}.{name}"
+        for name, module in body.named_modules()
+        if isinstance(module, nn.Linear) and "pooler" not in name
+    ]
+    whole = [
+        name for name, module in model.named_children() if module is not body and any(True for _ in module.parameters())
+    ]
+    if not inside:
+        raise ModelError(f"{base_name} has no linear layers in its body: --lora-rank cannot adapt it")
+    if getattr(body, "pooler", None) is not None:
+        whole.append("pooler")  # as fresh as the head
+    torch.manual_seed(seed)
+    adapters = peft.LoraConfig(
+        task_type="SEQ_CLS",
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules=inside,
+        modules_to_save=whole,
+    )
+    return peft.get_peft_model(model, adapters)
+
+
+def _embeddings(body: nn.Module) -> nn.Module:
+    """All embeddings of a body: the module that holds them, else the word embedding."""
+    module: nn.Module = getattr(body, "embeddings", None) or body.get_input_embeddings()  # type: ignore[operator]
+    return module
+
+
+def _layers(body: nn.Module) -> list[nn.Module]:
+    """A body's layers, first to last; none where they share their weights."""
+    count = getattr(body.config, "num_hidden_layers", 0)
+    lists = [module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
+    return list(lists[0]) if lists else []

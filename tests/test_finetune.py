@@ -1,0 +1,357 @@
+"""Finetune: what it learns, what it leaves behind, and that stopping it anywhere changes nothing."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from coldctl.core import model as models
+from coldctl.core.config import FinetuneConfig
+from coldctl.core.progress import SILENT
+from coldctl.core.training import Examples, Head, Place, length_batches, predict, train
+from conftest import FAST, Ran
+
+Run = Callable[..., Ran]
+
+
+def without_dropout(folder: Path) -> Path:
+    """The same checkpoint with every dropout probability at 0, so that two ways to compute it must agree."""
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in config.items():
+        if "dropout" in key and isinstance(value, float):
+            config[key] = 0.0
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def alike(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> list[str]:
+    """Tensors that differ by more than rounding does after some steps of AdamW.
+
+    The bias of attention's keys is left out: its gradient is zero but for rounding, which AdamW blows up.
+    """
+    assert one.keys() == two.keys()
+    keys = re.compile(r"\.k(ey|ey_proj|_lin)?\.bias$")
+    return [
+        name
+        for name, value in one.items()
+        if not keys.search(name) and not torch.allclose(two[name], value, rtol=2e-3, atol=2e-4)
+    ]
+
+
+def learn(
+    base: Path, data: Path, scratch: Path, *, shortcuts: bool = True, hook: Any = None, **settings: Any
+) -> tuple[dict[str, torch.Tensor], Any]:
+    """Train without the command line: the weights, and the predictions on the training examples."""
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    names = sorted({row["label"] for row in rows})
+    tokenizer = models.load_tokenizer(base)
+    model = models.load_classifier(base, names, 0)
+    encoded = models.encode(tokenizer, [row["text"] for row in rows], None, 64)
+    examples = Examples(encoded, np.array([names.index(row["label"]) for row in rows]))
+    if hook is not None:
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+    config = FinetuneConfig(**({"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "validate_every": 4} | settings))
+    place = Place(torch.device("cpu"), tokenizer.pad_token_id, scratch, SILENT, "x", shortcuts=shortcuts)
+    head = Head(model, examples, examples, lambda found: float(np.mean(found == examples.labels)) * 100)
+    trained = train([head], config, place, seed=1)
+    return dict(model.state_dict()), (trained, predict(model, encoded, place))
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_shortcuts_change_nothing_but_the_time(kind: str, tmp_path: Path) -> None:
+    base = without_dropout(tiny.make_base(kind, tmp_path / "base"))
+    data = tiny.make_dataset(tmp_path / "data", train=24)
+    fast, (first, _) = learn(base, data, tmp_path / "fast")
+    plain, (second, _) = learn(base, data, tmp_path / "plain", shortcuts=False)
+    assert first.curve == pytest.approx(np.array(second.curve), rel=1e-3)
+    assert alike(plain, fast) == []
+
+
+def test_dropout_drops_its_share_and_scales_the_rest() -> None:
+    from coldctl.core.acceleration import fast_dropout
+
+    layer = torch.nn.Dropout(0.1)
+    model = torch.nn.Sequential(layer)
+    model.config = object()  # type: ignore[assignment]
+    with fast_dropout([model]) as masks:
+        masks.seed(1, 2)
+        first = model(torch.ones(400, 1000))
+        masks.seed(1, 2)
+        assert torch.equal(first, model(torch.ones(400, 1000)))
+        masks.seed(1, 3)
+        assert not torch.equal(first, model(torch.ones(400, 1000)))
+    assert type(layer) is torch.nn.Dropout
+    assert abs(float((first == 0).float().mean()) - 0.1) < 0.003
+    assert torch.allclose(first[first != 0], torch.tensor(1 / 0.9))
+
+
+def test_batches_are_drawn_by_seed_and_hold_alike_lengths() -> None:
+    lengths = np.random.default_rng(0).integers(3, 60, 1003)
+    batches = list(length_batches(lengths, 16, 7, 2))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
+    again = list(length_batches(lengths, 16, 7, 2))
+    assert all(np.array_equal(one, two) for one, two in zip(batches, again, strict=True))
+    assert not np.array_equal(batches[0], next(length_batches(lengths, 16, 7, 3)))
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded < 1.1 * lengths.sum()  # in random batches it is about 1.8 times
+
+
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bits(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    data = tiny.make_dataset(tmp_path / "data", train=400)
+    flags = ("--epochs", 6, "--batch-size", 16, "--learning-rate", 1e-4, "--patience", 999, "--name", "same")
+    assert coldctl("finetune", data, "--base", base, "--output", tmp_path / "whole", *flags, "--jobs", 1).code == 0
+    command = [sys.executable, "-m", "coldctl", "finetune", data, "--base", base, "--output", tmp_path / "cut", *flags]
+    state = tmp_path / ".cut.partial" / "training" / "state.safetensors"
+    resumed = []
+    for attempt in range(4):
+        process = subprocess.Popen([*map(str, command), "--checkpoint-seconds", "0"], stderr=subprocess.PIPE, text=True)
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None and attempt < 3:
+            if state.exists() and state.stat().st_mtime_ns != before:
+                time.sleep(0.05 * attempt)
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        _, said = process.communicate(timeout=120)
+        resumed += re.findall(r"going on from step (\d+) of 150", said)
+    steps = [int(step) for step in resumed]
+    assert len(steps) >= 2
+    assert steps == sorted(steps)
+    for name in ("model.safetensors", "config.json", "training.png"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert not (tmp_path / "cut" / "training").exists()
+    assert not state.parent.parent.exists()
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_used(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    flags = ("finetune", dataset, "--base", base, *FAST, "--name", "same", "--jobs", 1)
+    assert coldctl(*flags, "--output", tmp_path / "whole").code == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "coldctl", *map(str, flags), "--output", str(tmp_path / "cut")], stderr=subprocess.PIPE
+    )
+    folder = tmp_path / ".cut.partial"
+    while not folder.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    (folder / "training").mkdir(exist_ok=True)
+    (folder / "training" / "state.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken")
+    ran = coldctl(*flags, "--output", tmp_path / "cut")
+    assert ran.code == 0, ran.stderr
+    assert "going on" not in ran.stderr
+    assert (tmp_path / "cut" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_low_rank_contributions_are_fused_as_products(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    for seed, name in enumerate(("one", "two")):
+        data = tiny.make_dataset(tmp_path / f"data-{name}", seed=seed)
+        ran = coldctl("finetune", data, "--base", base, "--output", tmp_path / "c" / name, "--name", name,
+                      "--lora-rank", 2, *FAST)  # fmt: skip
+        assert ran.code == 0, ran.stderr
+        written = tmp_path / "c" / name
+        assert not (written / "model.safetensors").exists()
+        assert str(base) not in (written / "adapter_config.json").read_text()
+        assert json.loads((written / "coldctl.json").read_text())["encoding"] == "adapter"
+    ran = coldctl("fuse", tmp_path / "c", "--base", base, "--output", tmp_path / "fused", "--strict", "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.stderr.count("verified") >= 2
+    assert "unverified" not in ran.stderr
+    start, fused = load_file(base / "model.safetensors"), load_file(tmp_path / "fused" / "model.safetensors")
+    name = "encoder.layer.0.attention.self.query.weight"
+    steps = []
+    for folder in ("one", "two"):
+        adapter = load_file(tmp_path / "c" / folder / "adapter_model.safetensors")
+        inside = f"base_model.model.bert.{name.removesuffix('.weight')}"
+        steps.append(adapter[f"{inside}.lora_B.weight"] @ adapter[f"{inside}.lora_A.weight"] * 2)
+    assert float(steps[0].abs().max()) > 0
+    torch.testing.assert_close(fused[name], start[name] + (steps[0] + steps[1]) / 2)
+    ran = coldctl("finetune", data, "--base", base, "--output", tmp_path / "x", "--lora-rank", 2, "--fisher", *FAST)
+    assert ran.code == 2
+    assert "--fisher" in ran.stderr
+
+
+def test_fisher_information_feeds_the_fisher_method(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    for seed, name in enumerate(("one", "two")):
+        data = tiny.make_dataset(tmp_path / f"data-{name}", seed=seed)
+        place = tmp_path / "c" / name
+        ran = coldctl("finetune", data, "--base", base, "--output", place, "--name", name, "--fisher", *FAST)
+        assert ran.code == 0, ran.stderr
+    information = load_file(tmp_path / "c" / "one" / "fisher.safetensors")
+    assert all(float(value.min()) >= 0 for value in information.values())
+    assert float(information["encoder.layer.0.output.dense.weight"].max()) > 0
+    ran = coldctl("fuse", tmp_path / "c", "--base", base, "--output", tmp_path / "fused", "--method", "fisher")
+    assert ran.code == 0, ran.stderr
+
+
+def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(tmp_path: Path) -> None:
+    from coldctl.core.fisher import write_fisher
+
+    base = tiny.make_base("bert", tmp_path / "base")
+    model, tokenizer = models.load_classifier(base, ["no", "yes"], 0), models.load_tokenizer(base)
+    encoded = models.encode(tokenizer, ["a good day", "bad", "very bad"], None, 64)
+    examples = Examples(encoded, np.array([1, 0, 0]))
+    place = Place(torch.device("cpu"), tokenizer.pad_token_id, tmp_path, SILENT, "x")
+    write_fisher(model, examples, place, tmp_path, 0)
+    expected = torch.zeros(())
+    weight = model.bert.encoder.layer[0].output.dense.weight  # type: ignore[union-attr, index]
+    for index, label in enumerate((1, 0, 0)):
+        logits = model(**models.collate(encoded, [index], tokenizer.pad_token_id, place.device)).logits
+        chance = torch.log_softmax(logits, -1)[0, label]
+        (gradient,) = torch.autograd.grad(chance, weight)
+        expected = expected + gradient**2 / 3
+    torch.testing.assert_close(
+        load_file(tmp_path / "fisher.safetensors")["encoder.layer.0.output.dense.weight"], expected
+    )
+
+
+def test_what_is_frozen_stays(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--freeze-layers", 1, *FAST)
+    assert ran.code == 0, ran.stderr
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    for name, value in before.items():
+        frozen = name.startswith(("embeddings.", "encoder.layer.0."))
+        if frozen or name.startswith("encoder.layer.1."):
+            same = torch.equal(after[f"bert.{name}"], value)
+            assert same == frozen or (value.ndim == 1 and "key" in name), name
+    ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "no", "--freeze-layers", 99, *FAST)
+    assert ran.code == 2
+    assert "2 layers" in ran.stderr
+
+
+def test_an_anchor_keeps_the_body_near_its_base(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    before = load_file(base / "model.safetensors")
+    distances = []
+    for name, flags in (("free", ()), ("held", ("--anchor", 100))):
+        ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / name, *FAST, "--epochs", 3, *flags)
+        assert ran.code == 0, ran.stderr
+        after = load_file(tmp_path / name / "model.safetensors")
+        distances.append(sum(float((after[f"bert.{key}"] - value).square().sum()) for key, value in before.items()))
+    assert distances[1] < 0.5 * distances[0]
+
+
+def test_out_of_memory_halves_what_is_computed_at_once(tmp_path: Path) -> None:
+    base = without_dropout(tiny.make_base("bert", tmp_path / "base"))
+    data = tiny.make_dataset(tmp_path / "data", train=24)
+
+    def small_device(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled() and len(inputs["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("tried to allocate too much")
+
+    small, (trained, found) = learn(base, data, tmp_path / "small", hook=small_device)
+    whole, (expected, same) = learn(base, data, tmp_path / "whole")
+    assert trained.steps == expected.steps
+    assert np.array_equal(found, same)
+    assert alike(whole, small) == []
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    base = without_dropout(tiny.make_base("roberta", tmp_path / "base"))
+    data = tiny.make_dataset(tmp_path / "data", train=30, labels=("food", "sport", "music"))
+    settings: dict[str, Any] = {"class_weights": "balanced", "label_smoothing": 0.1}
+    parts, _ = learn(base, data, tmp_path / "parts", micro_batch=3, **settings)
+    whole, _ = learn(base, data, tmp_path / "whole", **settings)
+    assert alike(whole, parts) == []
+
+
+def test_several_processes_take_the_steps_of_one(tmp_path: Path, coldctl: Run) -> None:
+    base = without_dropout(tiny.make_base("bert", tmp_path / "base"))
+    data = tiny.make_dataset(tmp_path / "data", train=37)  # the last batch of each epoch is smaller than the team
+    common = (
+        "finetune",
+        data,
+        "--base",
+        base,
+        "--name",
+        "same",
+        "--epochs",
+        2,
+        "--batch-size",
+        9,
+        "--learning-rate",
+        1e-3,
+    )
+    assert coldctl(*common, "--output", tmp_path / "one", "--jobs", 1).code == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "coldctl"]
+    ran = subprocess.run(
+        [*launcher, *map(str, common), "--output", str(tmp_path / "two"), "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["name"] == "same"  # said once, by the process that leads
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert alike(one, two) == []
+    again = subprocess.run(
+        [*launcher, *map(str, common), "--output", str(tmp_path / "two")], capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("left alone") == 1
+
+
+def test_several_labels_at_once(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    words = {"food": tiny.THEMES["food"], "sport": tiny.THEMES["sport"], "music": tiny.THEMES["music"]}
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 240), ("validation", 30), ("test", 30)):
+        rows = []
+        for _ in range(count):
+            chosen = [name for name in words if generator.random() < 0.5]
+            text = " ".join(["the", *(str(generator.choice(words[name])) for name in chosen for _ in range(2)), "day"])
+            rows.append({"text": text, "label": chosen})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = coldctl("finetune", tmp_path / "data", "--base", base, "--output", tmp_path / "out", "--epochs", 20,
+                  "--batch-size", 8, "--learning-rate", 3e-3, "--json")  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    assert ran.json["manifest"]["metrics"]["test"]["accuracy"] > 50  # all three right; by chance 12.5
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"
+    assert sorted(config["label2id"]) == ["food", "music", "sport"]
+
+
+def test_logs_stand_outside_the_contribution(
+    tmp_path: Path, base: Path, dataset: Path, coldctl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = coldctl("finetune", dataset, "--base", base, "--output", "out", "--name", "mine", "--log", "jsonl", *FAST)
+    assert ran.code == 0, ran.stderr
+    lines = [json.loads(line) for line in (tmp_path / "coldctl-logs" / "mine.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 1
+    assert {"loss", "learning_rate", "validation", "test"} <= {key for line in lines for key in line}
+    assert not list((tmp_path / "out").rglob("*log*"))
+    assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
+    ran = coldctl("finetune", dataset, "--base", base, "--output", "no", "--log", "paper", *FAST)
+    assert ran.code == 2
+    assert "jsonl, tensorboard, wandb" in ran.stderr
+
+
+def test_shots_count_in_all_or_in_each_class(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    data = tiny.make_dataset(tmp_path / "data", train=60, labels=("food", "sport", "music"))
+    for flags, expected in ((("--shots", 10), 10), (("--shots", 10, "--shots-per-class"), 30)):
+        output = tmp_path / f"out-{expected}"
+        ran = coldctl("finetune", data, "--base", base, "--output", output, *flags, *FAST, "--json")
+        assert ran.code == 0, ran.stderr
+        assert ran.json["manifest"]["dataset"]["num_train"] == expected
+    ran = coldctl("finetune", data, "--base", base, "--output", tmp_path / "no", "--shots-per-class", *FAST)
+    assert ran.code == 2
+    assert "give --shots" in ran.stderr
+
+
+def test_a_summary_says_scores_reason_and_time(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--name", "mine",
+                  "--epochs", 30, "--batch-size", 16, "--learning-rate", 1e-3, "--patience", 2)  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    line = next(line for line in ran.stderr.splitlines() if line.startswith("mine: validation"))
+    assert re.search(r"validation accuracy [\d.]+, test accuracy [\d.]+; no improvement in 2 validations; .* s: ", line)
