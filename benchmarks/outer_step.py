@@ -4,8 +4,10 @@
 
 DATA_FOLDER holds one folder per dataset with train, validation and test files. Contributors finetune the seen ones;
 every rule fuses the same contributions of iteration 1, so iteration 1 compares rules alone. Rules named with --iterate
-go on for further iterations, each from its own fused models. Scores are linear probes: rules are to be chosen by the
-validation columns, the test columns report. Everything is resumable: what is complete in --scratch is not repeated.
+go on for further iterations, each from its own fused models. Beside them stands multitask training of one body on the
+pooled data, with as many steps as the contributors together took in that many iterations. Scores are linear probes: rules
+are to be chosen by the validation columns, the test columns report. With --finetune, models are also finetuned on few
+examples of each dataset. Everything is resumable: what is complete in --scratch is not repeated.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +63,9 @@ def main() -> None:
     )
     parser.add_argument("--iterate", default="", help="rules that go on after iteration 1, likewise")
     parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--multitask", default="1,3", help="iterations' worth of steps, separated by commas")
+    parser.add_argument("--finetune", default="", help="models to finetune: RULE@ITERATION or multitask@N, likewise")
+    parser.add_argument("--finetune-examples", type=int, default=300)
     options = parser.parse_args()
     scratch: Path = options.scratch
     scratch.mkdir(parents=True, exist_ok=True)
@@ -94,6 +100,12 @@ def main() -> None:
                 )
             rows.append((rule, iteration, *step(options, suite, rule, iteration, base, contributions)))
             table(rows)
+    for worth in names(options.multitask):
+        model = multitask(options, suite, int(worth))
+        rows.append(("multitask, pooled data", int(worth), *score(scratch, suite, model, options.base)))
+        table(rows)
+    if options.finetune:
+        finetuned(options, names(options.finetune))
 
 
 def step(
@@ -103,6 +115,73 @@ def step(
     fused = options.scratch / folder_of(rule) / f"fused-{iteration}"
     coldctl("fuse", contributions, "--base", base, "--output", fused, *shlex.split(RULES[rule]))
     return score(options.scratch, suite, fused, options.base)
+
+
+def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
+    """Train one body with a head per seen dataset, for `worth` iterations' epochs, and save it."""
+    target: Path = options.scratch / "multitask" / f"fused-{worth}"
+    if (target / "model.safetensors").exists():
+        return target
+    import torch
+
+    from coldctl.core import config, data, scoring
+    from coldctl.core import model as models
+    from coldctl.core.progress import SILENT
+    from coldctl.core.training import Examples, Head, Place, train
+
+    file = config.read(suite)
+    settings = config.resolve(config.FinetuneConfig, file, {"epochs": options.epochs * worth})
+    limits = data.Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
+    tokenizer = models.load_tokenizer(options.base)
+    heads = []
+    for entry in file.datasets:
+        if entry.role == "seen":
+            dataset = data.load(entry, limits, settings.seed)
+            model = models.load_classifier(options.base, dataset.labels, settings.seed)
+            training, validation = (
+                Examples(models.encode(tokenizer, split.texts, split.pairs, settings.max_length), split.labels)
+                for split in (dataset.train, dataset.validation)
+            )
+            measure = partial(scoring.score, data.metric_of(entry, dataset), validation.labels)
+            heads.append(Head(model, training, validation, measure))
+    models.share_body([head.model for head in heads])
+    place = Place(
+        torch.device("cpu"), tokenizer.pad_token_id, options.scratch / f".multitask-{worth}", SILENT, "multitask"
+    )
+    train(heads, settings, place, seed=0)
+    target.parent.mkdir(exist_ok=True)
+    unfinished = target.parent / ".unfinished"
+    body = models.body_of(heads[0].model)
+    body.save_pretrained(unfinished)  # type: ignore[operator]
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(target)
+    return target
+
+
+def finetuned(options: argparse.Namespace, wanted: Sequence[str]) -> None:
+    """Finetune models on few examples of every dataset, two seeds, and print the gains over the pretrained model."""
+    suite = options.scratch / "finetune.toml"
+    text = suite_text(options).replace(
+        f"[evaluate]\nmax_length = 96\nmax_train_examples = {options.examples}",
+        f"[evaluate]\nmax_length = 96\nmax_train_examples = {options.finetune_examples}",
+    )
+    suite.write_text(text)
+    print("\n| finetuned from | seen | gain | unseen | gain |\n| --- | --: | --- | --: | --- |")
+    for name in wanted:
+        rule, iteration = name.rsplit("@", 1)
+        model = options.scratch / folder_of(rule) / f"fused-{iteration}"
+        output = options.scratch / "run" / "evaluations" / f"finetuned-{model.parent.name}-{iteration}"
+        coldctl(
+            "evaluate", model, "--baseline", options.base, "--suite", suite, "--output", output, "--protocol", "finetune",
+            "--seeds", 2, "--jobs", 2,
+        )  # fmt: skip
+        averages = {entry["group"]: entry for entry in json.loads((output / "results.json").read_text())["averages"]}
+        cells = [f"{name}"]
+        for group in ("seen", "unseen"):
+            entry = averages[group]
+            low, high = entry["gain_interval"]
+            cells += [f"{entry['mean']:.1f}", f"{entry['gain']:+.1f} [{low:+.1f}, {high:+.1f}]"]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def score(scratch: Path, suite: Path, model: Path, base: Path) -> tuple[float, float, float, float, float]:
@@ -125,7 +204,7 @@ def validation_score(output: Path, digest: str, name: str) -> float:
     fingerprints = json.loads((output / "results.json").read_text())["fingerprints"]
     for path in (output.parents[1] / "cells").glob("*.json"):
         cell = json.loads(path.read_text())
-        if cell["model"] == digest and cell["dataset"] == fingerprints[name]:
+        if cell["model"] == digest and cell["datasets"] == [fingerprints[name]]:
             return float(cell["validation"])
     raise SystemExit(f"no cell of {name} in {output}")
 

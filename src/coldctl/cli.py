@@ -446,8 +446,13 @@ def evaluate(
     protocol: Annotated[
         list[str] | None,
         typer.Option(
-            "--protocol", help="linear-probe, finetune or few-shot; repeatable. [dim]default: linear-probe[/]"
+            "--protocol",
+            help="linear-probe, finetune, few-shot or multitask; repeatable. [dim]default: linear-probe[/]",
         ),
+    ] = None,
+    shortlist: Annotated[
+        int | None,
+        typer.Option("--shortlist", metavar="K", help="Only the K best by linear probe are measured further; 0: all."),
     ] = None,
     seeds: Annotated[
         int | None,
@@ -483,7 +488,8 @@ def evaluate(
         _local_engine(engine)
         datasets, file = _suite(suite, config)
         flags = {
-            "protocol": tuple(protocol) if protocol else None, "seeds": seeds, "shots": shots, "pooling": pooling,
+            "protocol": tuple(protocol) if protocol else None, "shortlist": shortlist, "seeds": seeds, "shots": shots,
+            "pooling": pooling,
             "max_train_examples": max_train_examples, "max_test_examples": max_test_examples,
             "regression_margin": regression_margin, "seed": seed,
         }  # fmt: skip

@@ -119,7 +119,7 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 def fast_dropout(models: Sequence[nn.Module]) -> Iterator[Masks]:
     """Let the models draw their dropout from one fast stream, which the caller seeds, while the context lasts."""
     masks = Masks()
-    modules = [module for model in models for module in model.modules()]
+    modules = list(dict.fromkeys(module for model in models for module in model.modules()))  # a body may be shared
     dropouts: list[Any] = [module for module in modules if type(module) is nn.Dropout]
     attending: list[Any] = [module for module in modules if hasattr(module, "is_causal")]
     plain = [model for model in models if getattr(model.config, "_attn_implementation", "") == "sdpa"]

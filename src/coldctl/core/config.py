@@ -23,7 +23,8 @@ CONFIG_LIMIT = 4 << 20  # bytes of a TOML file
 HIGHEST_RANK = 4096  # of a low-rank adapter
 
 Metric = Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman"]
-Protocol = Literal["linear-probe", "finetune", "few-shot"]
+Protocol = Literal["linear-probe", "finetune", "few-shot", "multitask"]
+PROTOCOLS: tuple[Protocol, ...] = typing.get_args(Protocol)
 Method = Literal[
     "mean",
     "task-arithmetic",
@@ -114,6 +115,7 @@ class EvaluateConfig:
     """`[evaluate]`: how models are compared."""
 
     protocol: tuple[Protocol, ...] = ("linear-probe",)
+    shortlist: int = 0
     seeds: int = 1
     shots: int = 100
     pooling: Literal["mean", "first"] = "mean"

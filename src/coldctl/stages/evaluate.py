@@ -7,8 +7,9 @@ baseline.
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,28 @@ import numpy as np
 from coldctl.core import data, layout, manifest, output, run, scoring
 from coldctl.core.candidates import free_names
 from coldctl.core.checkpoint import body_digest, open_checkpoint
-from coldctl.core.config import DatasetConfig, EvaluateConfig, FinetuneConfig, as_record, derived_seed, identity
+from coldctl.core.config import (
+    PROTOCOLS,
+    DatasetConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    as_record,
+    derived_seed,
+    identity,
+)
 from coldctl.core.errors import ConfigError, ModelError
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, resolve
 from coldctl.core.report import gain_chart, markdown
 from coldctl.engines import local
 
-SCHEMA = 1
+SCHEMA = 1  # of results.json
+CELL_SCHEMA = 2
+# Settings of [finetune] that say how a contribution is made; a measurement trains everything, freely.
+_CONTRIBUTORS_OWN = (
+    "anchor", "compile", "fisher", "freeze_embeddings", "freeze_layers", "lora_rank", "shots", "shots_per_class",
+    "max_train_examples", "max_validation_examples", "max_test_examples",
+)  # fmt: skip
 _GROUPS = ("all", "seen", "unseen")
 
 
@@ -40,15 +55,24 @@ class Contender:
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement to be made: plain values only, so that it can go to another process."""
+    """One measurement to be made: plain values only, so that it can go to another process.
+
+    It is about one dataset; multitask training is one measurement of all of them.
+    """
 
     path: str
     contender: Contender
-    dataset: DatasetConfig
+    datasets: tuple[DatasetConfig, ...]
     protocol: str
     seed: int
     evaluation: EvaluateConfig
     finetuning: FinetuneConfig
+
+    @property
+    def title(self) -> str:
+        """Model and dataset, for progress bars and messages."""
+        subject = self.datasets[0].name if len(self.datasets) == 1 else "all datasets"
+        return f"{self.contender.name}: {subject}"
 
 
 @dataclass(frozen=True)
@@ -94,16 +118,18 @@ def evaluate(
     for dataset in datasets:
         for sentence in _overlaps(loaded[dataset.name]):
             progress.note(f"{dataset.name}: {sentence}")
-    with output.writing(destination, key, overwrite=overwrite) as partial:
-        folder = _cell_folder(destination, partial)
-        cells = _cells(contenders, datasets, loaded, config, finetuning, folder)
-        _compute([cell for cell in cells if not Path(cell.path).exists()], jobs, progress)
+    with output.writing(destination, key, overwrite=overwrite) as unfinished:
+        folder = _cell_folder(destination, unfinished)
+        cells_of = partial(
+            _cells, datasets=datasets, loaded=loaded, config=config, finetuning=finetuning, folder=folder
+        )
+        cells = _measured(contenders, cells_of, config, jobs, progress)
         results = _results(contenders, datasets, loaded, cells, config)
-        (partial / layout.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        (partial / layout.REPORT).write_text(markdown(results), encoding="utf-8")
-        gain_chart(results, partial / layout.GAIN_CHART)
+        (unfinished / layout.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        (unfinished / layout.REPORT).write_text(markdown(results), encoding="utf-8")
+        gain_chart(results, unfinished / layout.GAIN_CHART)
         manifest.write(
-            partial,
+            unfinished,
             {
                 "kind": "evaluation",
                 "name": contenders[-1].name,
@@ -208,6 +234,7 @@ def _seeds(protocol: str, config: EvaluateConfig) -> list[int]:
 
 def _cells(
     contenders: Sequence[Contender],
+    protocols: Sequence[str],
     datasets: Sequence[DatasetConfig],
     loaded: dict[str, data.Dataset],
     config: EvaluateConfig,
@@ -216,32 +243,66 @@ def _cells(
 ) -> list[Cell]:
     cells = []
     for contender in contenders:
-        for dataset in datasets:
-            for protocol in config.protocol:
+        for protocol in protocols:
+            groups = [tuple(datasets)] if protocol == "multitask" else [(dataset,) for dataset in datasets]
+            for group in groups:
                 for seed in _seeds(protocol, config):
                     depends = {
-                        "schema": SCHEMA, "model": contender.body_digest, "files": contender.files_digest,
-                        "dataset": loaded[dataset.name].fingerprint,
-                        "protocol": protocol, "seed": seed, "metric": dataset.metric,
-                        "settings": _settings(protocol, config, finetuning),
+                        "schema": CELL_SCHEMA, "model": contender.body_digest, "files": contender.files_digest,
+                        "datasets": [[loaded[dataset.name].fingerprint, dataset.metric] for dataset in group],
+                        "protocol": protocol, "seed": seed, "settings": _settings(protocol, config, finetuning),
                     }  # fmt: skip
                     path = folder / f"{manifest.digest_of(depends).removeprefix('sha256:')[:32]}.json"
-                    cells.append(Cell(str(path), contender, dataset, protocol, seed, config, finetuning))
+                    cells.append(Cell(str(path), contender, group, protocol, seed, config, finetuning))
     return cells
+
+
+def _measured(
+    contenders: Sequence[Contender],
+    cells_of: Callable[..., list[Cell]],
+    config: EvaluateConfig,
+    jobs: int,
+    progress: Progress,
+) -> list[Cell]:
+    """All cells, measured; with a shortlist only its models go beyond linear probing."""
+    if not config.shortlist:
+        cells = cells_of(contenders, config.protocol)
+        _compute(cells, jobs, progress)
+        return cells
+    probes = cells_of(contenders, ["linear-probe"])
+    _compute(probes, jobs, progress)
+    chosen = _shortlisted(contenders, probes, config, progress)
+    others = cells_of(chosen, [protocol for protocol in config.protocol if protocol != "linear-probe"])
+    _compute(others, jobs, progress)
+    return [*probes, *others]
+
+
+def _shortlisted(
+    contenders: Sequence[Contender], cells: Sequence[Cell], config: EvaluateConfig, progress: Progress
+) -> list[Contender]:
+    """The baseline and the best `config.shortlist` of the others by linear probe, on validation, never on test."""
+    scores: dict[str, list[float]] = {}
+    for cell in cells:
+        document = json.loads(Path(cell.path).read_text(encoding="utf-8"))
+        scores.setdefault(cell.contender.name, []).append(float(document["validation"]))
+    baseline, *others = contenders
+    ranking = sorted(others, key=lambda item: -float(np.mean(scores[item.name])))
+    chosen = {item.name for item in ranking[: config.shortlist]}
+    words = ", ".join(f"{item.name} {np.mean(scores[item.name]):.1f}" for item in ranking)
+    progress.note(f"shortlist: the best {len(chosen)} by linear probe on validation are measured further ({words})")
+    return [baseline, *(item for item in others if item.name in chosen)]
 
 
 def _settings(protocol: str, config: EvaluateConfig, finetuning: FinetuneConfig) -> dict[str, Any]:
     """What a cell's result depends on besides model, dataset and seed."""
     if protocol == "linear-probe":
         return {"pooling": config.pooling, "max_length": config.max_length}
-    settings = {
-        key: value for key, value in as_record(finetuning).items() if not key.startswith("max_") or key == "max_length"
-    }
+    settings = {key: value for key, value in as_record(finetuning).items() if key not in _CONTRIBUTORS_OWN}
     return settings | ({"shots": config.shots} if protocol == "few-shot" else {})
 
 
 def _compute(cells: Sequence[Cell], jobs: int, progress: Progress) -> None:
-    unique = list({cell.path: cell for cell in cells}.values())
+    unique = list({cell.path: cell for cell in cells if not Path(cell.path).exists()}.values())
     if not unique:
         return
     failures = []
@@ -253,35 +314,38 @@ def _compute(cells: Sequence[Cell], jobs: int, progress: Progress) -> None:
     progress.end("evaluate")
     if failures:
         kind = type(failures[0][1])
-        details = [f"{cell.contender.name} on {cell.dataset.name}: {error.message}" for cell, error in failures]
+        details = [f"{cell.title}: {error.message}" for cell, error in failures]
         raise kind(f"{len(failures)} of {len(unique)} measurements failed; the others are kept", details)
 
 
 def measure(cell: Cell, threads: int, progress: Progress) -> str:
-    """Compute one cell and write its file: the predictions on the test split. Returns its path."""
+    """Compute one cell and write its file: the predictions on the test splits. Returns its path."""
     import torch
 
     torch.set_num_threads(threads)
-    dataset = _load(cell.dataset, cell.evaluation)
+    loaded = [_load(dataset, cell.evaluation) for dataset in cell.datasets]
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
         folder = cell.contender.model.local(Path(scratch))
         work = _probe if cell.protocol == "linear-probe" else _finetune
-        predictions, details = work(cell, dataset, folder, progress)
+        predictions, details = work(cell, loaded, folder, progress)
     document = {
-        "schema": SCHEMA,
+        "schema": CELL_SCHEMA,
         "model": cell.contender.body_digest,
-        "dataset": dataset.fingerprint,
+        "datasets": [dataset.fingerprint for dataset in loaded],
         "protocol": cell.protocol,
         "seed": cell.seed,
         "threads": threads,
         **details,
-        "predictions": predictions.tolist(),
+        "predictions": [part.tolist() for part in predictions],
     }
     output.write_text(Path(cell.path), json.dumps(document) + "\n")
     return cell.path
 
 
-def _probe(cell: Cell, dataset: data.Dataset, folder: Path, progress: Progress) -> tuple[Any, dict[str, Any]]:
+def _probe(
+    cell: Cell, loaded: Sequence[data.Dataset], folder: Path, progress: Progress
+) -> tuple[list[Any], dict[str, Any]]:
+    (dataset,) = loaded
     from coldctl.core import model as models
     from coldctl.core.probe import features, probe
 
@@ -290,46 +354,53 @@ def _probe(cell: Cell, dataset: data.Dataset, folder: Path, progress: Progress) 
     device = models.device_of_choice()
     body.to(device)
     splits = (dataset.train, dataset.validation, dataset.test)
-    task = f"{cell.contender.name}: {cell.dataset.name}"
-    progress.begin(task, sum(map(len, splits)), "texts")
+    progress.begin(cell.title, sum(map(len, splits)), "texts")
     train, validation, test = (
         features(body, models.encode(tokenizer, split.texts, split.pairs, length), cell.evaluation.pooling,
-                 tokenizer.pad_token_id, device, progress, task)
+                 tokenizer.pad_token_id, device, progress, cell.title)
         for split in splits
     )  # fmt: skip
-    progress.end(task)
-    metric = data.metric_of(cell.dataset, dataset)
+    progress.end(cell.title)
+    metric = data.metric_of(cell.datasets[0], dataset)
     predictions, strength, reached = probe(
         (train, dataset.train.labels),
         (validation, dataset.validation.labels),
         test,
         lambda truth, found: scoring.score(metric, truth, found),
     )
-    return predictions, {"c": strength, "validation": reached}
+    return [predictions], {"c": strength, "validation": reached}
 
 
-def _finetune(cell: Cell, dataset: data.Dataset, folder: Path, progress: Progress) -> tuple[Any, dict[str, Any]]:
+def _finetune(
+    cell: Cell, loaded: Sequence[data.Dataset], folder: Path, progress: Progress
+) -> tuple[list[Any], dict[str, Any]]:
+    """Finetune on one dataset, on few shots of it, or on all datasets with one body and a head for each."""
     from coldctl.core import model as models
     from coldctl.core.training import Examples, Head, Place, predict, train
 
-    seed = derived_seed(cell.seed, "evaluate", cell.protocol, cell.dataset.name)
-    training_split = dataset.train
-    if cell.protocol == "few-shot":
-        training_split = training_split.take(data.stratified(training_split.labels, cell.evaluation.shots, seed))
     tokenizer = models.load_tokenizer(folder)
-    model = models.load_classifier(folder, dataset.labels, seed, multilabel=dataset.multilabel)
-    length = models.length_limit(tokenizer, model.config, cell.finetuning.max_length)
-    training, validation, test = (
-        Examples(models.encode(tokenizer, split.texts, split.pairs, length), split.labels)
-        for split in (training_split, dataset.validation, dataset.test)
-    )
-    metric = data.metric_of(cell.dataset, dataset)
-    head = Head(model, training, validation, lambda found: scoring.score(metric, validation.labels, found))
-    name = f"{cell.contender.name}: {cell.dataset.name}, seed {cell.seed}"
+    heads, tests = [], []
+    for entry, dataset in zip(cell.datasets, loaded, strict=True):
+        seed = derived_seed(cell.seed, "evaluate", cell.protocol, entry.name)
+        training_split = dataset.train
+        if cell.protocol == "few-shot":
+            training_split = training_split.take(data.stratified(training_split.labels, cell.evaluation.shots, seed))
+        model = models.load_classifier(folder, dataset.labels, seed, multilabel=dataset.multilabel)
+        length = models.length_limit(tokenizer, model.config, cell.finetuning.max_length)
+        training, validation, test = (
+            Examples(models.encode(tokenizer, split.texts, split.pairs, length), split.labels)
+            for split in (training_split, dataset.validation, dataset.test)
+        )
+        measured = partial(scoring.score, data.metric_of(entry, dataset), validation.labels)
+        heads.append(Head(model, training, validation, measured))
+        tests.append(test)
+    models.share_body([head.model for head in heads])
+    seed = derived_seed(cell.seed, "evaluate", cell.protocol, *(entry.name for entry in cell.datasets))
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+        name = f"{cell.title}, {cell.protocol}, seed {cell.seed}"
         place = Place(models.device_of_choice(), tokenizer.pad_token_id, Path(scratch), progress, name)
-        trained = train([head], replace(cell.finetuning, seed=seed), place, seed=seed)
-    predictions = predict(model, test.encoded, place)
+        trained = train(heads, replace(cell.finetuning, anchor=0.0, compile=False, seed=seed), place, seed=seed)
+    predictions = [predict(head.model, test.encoded, place) for head, test in zip(heads, tests, strict=True)]
     return predictions, {"validation": trained.best_score, "steps": trained.steps, "stopped": trained.stopped}
 
 
@@ -344,17 +415,17 @@ def _results(
     config: EvaluateConfig,
 ) -> dict[str, Any]:
     """`results.json`: one entry per model, dataset and protocol, then the averages over groups of datasets."""
-    predictions = {
-        (cell.contender.name, cell.dataset.name, cell.protocol, cell.seed): np.asarray(
-            json.loads(Path(cell.path).read_text(encoding="utf-8"))["predictions"],
-            loaded[cell.dataset.name].test.labels.dtype,
-        )
-        for cell in cells
-    }
+    predictions = {}
+    for cell in cells:
+        found = json.loads(Path(cell.path).read_text(encoding="utf-8"))["predictions"]
+        for dataset, part in zip(cell.datasets, found, strict=True):
+            dtype = loaded[dataset.name].test.labels.dtype
+            predictions[cell.contender.name, dataset.name, cell.protocol, cell.seed] = np.asarray(part, dtype)
     baseline, *others = contenders
     results, averages = [], []
     for contender in others:
-        for protocol in config.protocol:
+        measured = {cell.protocol for cell in cells if cell.contender == contender}
+        for protocol in [name for name in PROTOCOLS if name in measured]:
             certain = protocol == "linear-probe" or config.seeds > 1
             entries, resamples = [], []
             for dataset in datasets:
@@ -363,8 +434,8 @@ def _results(
                     np.stack([predictions[item.name, dataset.name, protocol, seed] for seed in seeds])
                     for item in (contender, baseline)
                 ]
-                found = loaded[dataset.name]
-                outcome = scoring.Outcome(data.metric_of(dataset, found), found.test.labels, rows[0], rows[1])
+                source = loaded[dataset.name]
+                outcome = scoring.Outcome(data.metric_of(dataset, source), source.test.labels, rows[0], rows[1])
                 drawn = scoring.resampled_gains(outcome, derived_seed(config.seed, "bootstrap", dataset.name))
                 entries.append(_entry(contender, dataset, protocol, outcome, seeds, drawn, certain=certain))
                 resamples.append(drawn)
