@@ -1,5 +1,6 @@
 """Evaluate: which models are measured how, and that the test split decides nothing."""
 
+import csv
 import json
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 import tiny
+from coldctl.core import leaderboard
 from conftest import Ran, suite_text
 
 Run = Callable[..., Ran]
@@ -89,3 +91,34 @@ def test_the_test_split_decides_nothing(tmp_path: Path, base: Path, coldctl: Run
             row["label"] = {"negative": "positive", "positive": "negative"}[row["label"]]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert decided(tmp_path / "two") == before
+
+
+def test_against_roberta_base_the_report_names_a_place_on_the_leaderboard(tmp_path: Path, coldctl: Run) -> None:
+    base = tiny.make_base("roberta", tmp_path / "roberta-base")
+    for name in ("rte", "mine"):
+        tiny.make_dataset(tmp_path / name)
+    tables = "".join(f'[[dataset]]\nname = "{name}"\npath = "{name}"\n' for name in ("rte", "mine"))
+    (tmp_path / "suite.toml").write_text(f"[finetune]\nepochs = 1\nbatch_size = 16\n{tables}")
+    for output, baseline in (("out", base), ("other", shutil.copytree(base, tmp_path / "another"))):
+        ran = coldctl("evaluate", tiny.perturb(base, tmp_path / f"model-{output}", seed=1), "--baseline", baseline, "--suite",
+                      tmp_path / "suite.toml", "--output", tmp_path / output, "--protocol", "finetune", "--jobs", 1)  # fmt: skip
+        assert ran.code == 0, ran.stderr
+    report = (tmp_path / "out" / "report.md").read_text()
+    score = json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]["mean"]
+    assert f"{score:.2f} on 1 of its 36 datasets, where the published roberta-base has 72.40" in report
+    assert "leaderboard" not in (tmp_path / "other" / "report.md").read_text()
+
+
+def test_the_published_ranking_is_reproduced() -> None:
+    assert leaderboard.standing({"unknown": 50.0}) is None
+    with (Path(leaderboard.__file__).with_name("leaderboard.csv")).open() as file:
+        rows = {row["model_name"]: row for row in csv.DictReader(file)}
+    row = rows["ibm/ColD-Fusion"]
+    scores = {name: float(value) for name, value in row.items() if name not in ("model_name", "avg", "mnli_lp")}
+    found = leaderboard.standing(scores)
+    assert found is not None
+    assert found.datasets == 36
+    assert round(found.mean, 2) == 78.47
+    assert found.published_baseline == pytest.approx(76.22, abs=0.01)
+    assert found.published_deviation == 0.36
+    assert found.rank == sum(float(other["avg"] or 0) > 78.475 for other in list(rows.values())[1:-1]) + 1

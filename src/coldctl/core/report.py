@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.core import leaderboard
+
 _WORDS = {
     "better": "better",
     "worse": "worse",
@@ -36,9 +38,30 @@ def markdown(results: dict[str, Any]) -> str:
         for protocol in dict.fromkeys(entry["protocol"] for entry in results["results"]):
             lines += ["", f"## {escaped(model['name'])}, {protocol}", ""]
             lines += score_table(results, model["name"], protocol)
+            if protocol == "finetune":
+                lines += _published(results, model["name"])
     lines += ["", f"Baseline body: `{results['baseline']['body_digest']}`", ""]
     lines += [f"{escaped(model['name'])} body: `{model['body_digest']}`\n" for model in results["models"]]
     return "\n".join(lines)
+
+
+def _published(results: dict[str, Any], model: str) -> list[str]:
+    """Where a model stands on the public leaderboard, when the baseline is called what the leaderboard's is."""
+    if results["baseline"]["name"] not in leaderboard.BASELINES:
+        return []
+    scores = {entry["dataset"]: entry["mean"] for entry in rows_of(results["results"], model, "finetune")}
+    found = leaderboard.standing(scores)
+    if found is None:
+        return []
+    deviation = "" if found.published_deviation is None else f" ± {found.published_deviation:.2f}"
+    above = "" if found.next_better is None else f"; next above it: {escaped(found.next_better)}"
+    return [
+        "",
+        f"Among the {found.models} published models of the [model-recycling leaderboard]({leaderboard.SOURCE}) it would "
+        f"stand at rank {found.rank}: {found.mean:.2f} on {found.datasets} of its 36 datasets, where the published "
+        f"roberta-base has {found.published_baseline:.2f}{deviation}{above}. Their splits, caps and seeds are the "
+        "leaderboard's; compare with care.",
+    ]
 
 
 def escaped(text: str) -> str:
