@@ -286,7 +286,7 @@ def test_lists_of_classes_are_probed(metric: str, tmp_path: Path, base: Path, co
     assert result["gain_interval"][0] <= result["gain"] <= result["gain_interval"][1]
     truth = load(tmp_path / "data", metric=metric).test.labels
     scores = [
-        scoring.score(metric, truth, np.asarray(json.loads(cell.read_text())["predictions"], np.uint8))
+        scoring.score(metric, truth, np.asarray(json.loads(cell.read_text())["predictions"][0], np.uint8))
         for cell in (tmp_path / "out" / "cells").iterdir()
     ]
     assert sorted(scores) == pytest.approx(sorted([result["mean"], result["baseline_mean"]]))

@@ -25,12 +25,12 @@ from conftest import FAST, Ran
 Run = Callable[..., Ran]
 
 
-def without_dropout(folder: Path) -> Path:
-    """The same checkpoint with every dropout probability at 0, so that two ways to compute it must agree."""
+def without_dropout(folder: Path, probability: float = 0.0) -> Path:
+    """The same checkpoint with every dropout probability at 0 (or next to it), so that two ways to compute it must agree."""
     config = json.loads((folder / "config.json").read_text())
     for key, value in config.items():
         if "dropout" in key and isinstance(value, float):
-            config[key] = 0.0
+            config[key] = probability
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -70,7 +70,7 @@ def learn(
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_shortcuts_change_nothing_but_the_time(kind: str, tmp_path: Path) -> None:
-    base = without_dropout(tiny.make_base(kind, tmp_path / "base"))
+    base = without_dropout(tiny.make_base(kind, tmp_path / "base"), 1e-7)  # all its code runs, and drops nothing
     data = tiny.make_dataset(tmp_path / "data", train=24)
     fast, (first, _) = learn(base, data, tmp_path / "fast")
     plain, (second, _) = learn(base, data, tmp_path / "plain", shortcuts=False)
@@ -218,15 +218,19 @@ def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(tmp_path: Path) ->
     )
 
 
-def test_what_is_frozen_stays(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra", "deberta-v2", "mpnet", "modernbert"])
+def test_what_is_frozen_stays(kind: str, tmp_path: Path, dataset: Path, coldctl: Run) -> None:
+    base = tiny.make_base(kind, tmp_path / "base")
     ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--freeze-layers", 1, *FAST)
     assert ran.code == 0, ran.stderr
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    for name, value in before.items():
-        frozen = name.startswith(("embeddings.", "encoder.layer.0."))
-        if frozen or name.startswith("encoder.layer.1."):
-            same = torch.equal(after[f"bert.{name}"], value)
-            assert same == frozen or (value.ndim == 1 and "key" in name), name
+    prefix = tiny.PREFIXES[kind]
+    changed = {
+        name for name, value in before.items()
+        if f"{prefix}.{name}" in after and not torch.equal(after[f"{prefix}.{name}"], value)
+    }  # fmt: skip
+    assert any(".1." in name for name in changed)
+    assert all(".1." in name or name.startswith(("pooler", "final_norm")) for name in changed), changed
     ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "no", "--freeze-layers", 99, *FAST)
     assert ran.code == 2
     assert "2 layers" in ran.stderr
@@ -355,3 +359,122 @@ def test_a_summary_says_scores_reason_and_time(tmp_path: Path, base: Path, datas
     assert ran.code == 0, ran.stderr
     line = next(line for line in ran.stderr.splitlines() if line.startswith("mine: validation"))
     assert re.search(r"validation accuracy [\d.]+, test accuracy [\d.]+; no improvement in 2 validations; .* s: ", line)
+
+
+def test_the_manifest_lists_what_is_there(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    for name, flags in (("full", ()), ("adapter", ("--lora-rank", 2))):
+        ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / name, *flags, *FAST)
+        assert ran.code == 0, ran.stderr
+        there = {str(path.relative_to(tmp_path / name)) for path in (tmp_path / name).rglob("*") if path.is_file()}
+        assert set(json.loads((tmp_path / name / "coldctl.json").read_text())["files"]) == there - {"coldctl.json"}
+
+
+def test_heads_on_one_body_go_on_with_the_same_bits(tmp_path: Path) -> None:
+    base = tiny.make_base("bert", tmp_path / "base")
+    tokenizer = models.load_tokenizer(base)
+
+    def heads() -> list[Head]:
+        made = []
+        for seed, labels in enumerate((("food", "sport"), ("music", "travel", "money"))):
+            data = tiny.make_dataset(tmp_path / f"data-{seed}", seed=seed, train=40, labels=labels)
+            rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+            encoded = models.encode(tokenizer, [row["text"] for row in rows], None, 64)
+            examples = Examples(encoded, np.array([labels.index(row["label"]) for row in rows]))
+            made.append(Head(models.load_classifier(base, labels, seed), examples, examples, lambda _: 50.0))
+        models.share_body([head.model for head in made])
+        return made
+
+    class Listener:
+        """Silent, but ends the training in the middle once."""
+
+        left = 100
+
+        def begin(self, task: str, total: int | None, unit: str) -> None: ...
+        def end(self, task: str) -> None: ...
+        def note(self, message: str) -> None: ...
+        def advance(self, task: str, steps: int, detail: str = "") -> None:
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+
+    config = FinetuneConfig(epochs=3, batch_size=4, learning_rate=1e-3, validate_every=7)
+    place = Place(torch.device("cpu"), tokenizer.pad_token_id, tmp_path / "whole", SILENT, "x")
+    whole = heads()
+    train(whole, config, place, seed=3)
+    listener = Listener()
+    listener.left = 35
+    cut = Place(torch.device("cpu"), tokenizer.pad_token_id, tmp_path / "cut", listener, "x", checkpoint_seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(heads(), config, cut, seed=3)
+    resumed = heads()
+    train(resumed, config, cut, seed=3)
+    for one, two in zip(whole, resumed, strict=True):
+        for name, value in one.model.state_dict().items():
+            assert torch.equal(two.model.state_dict()[name], value), name
+
+
+def test_numbers_far_from_zero_are_learned_as_well(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    data = tiny.make_dataset(tmp_path / "data", train=200, labels=("food", "sport"))
+    for split in tiny.SPLITS:
+        rows = [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+        for number, row in enumerate(rows):
+            row["label"] = 1000.5 + (row["label"] == "food") + 0.001 * (number % 7)
+        (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ran = coldctl("finetune", data, "--base", base, "--output", tmp_path / "out", "--epochs", 8, "--batch-size", 8,
+                  "--learning-rate", 3e-3, "--json")  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    assert ran.json["manifest"]["metrics"]["test"]["spearman"] > 50
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    with torch.inference_mode():
+        found = float(model(**tokenizer("apple bread butter", return_tensors="pt")).logits)
+    assert 1000 < found < 1003  # in the labels' own units
+
+
+def test_a_log_ends_where_the_training_does(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    common = ("finetune", dataset, "--base", base, "--name", "mine", "--log", "jsonl", *FAST)
+    for name in ("one", "two"):  # the second training begins the log anew
+        ran = coldctl(*common, "--output", tmp_path / name, "--log-folder", tmp_path / "logs")
+        assert ran.code == 0, ran.stderr
+    lines = [json.loads(line) for line in (tmp_path / "logs" / "mine.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps)
+    assert len([line for line in lines if "test" in line]) == 1
+    for place, folder in (("in", tmp_path / "in" / "logs"), ("mine", tmp_path)):
+        ran = coldctl(*common[:-6], *FAST, "--log", "jsonl", "--name", "mine", "--output", tmp_path / place,
+                      "--log-folder", folder)  # fmt: skip
+        assert ran.code == 2
+        assert "--log-folder" in ran.stderr
+    (tmp_path / "file").write_text("")
+    ran = coldctl(*common, "--output", tmp_path / "x", "--log-folder", tmp_path / "file")
+    assert ran.code == 2
+    assert "--log-folder" in ran.stderr
+
+
+def test_processes_that_see_different_data_say_so(tmp_path: Path, base: Path) -> None:
+    one, two = (tiny.make_dataset(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two")))
+    command = f'exec {sys.executable} -m coldctl finetune $([ "$RANK" = 0 ] && echo {one} || echo {two}) --name same '
+    command += f"--base {base} --output {tmp_path / 'out'} --epochs 1"
+    ran = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "sh", "-c",
+         command], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.returncode != 0
+    assert ran.stderr.count("error: the processes see different data or bases") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    numbers = tiny.make_dataset(tmp_path / "data")
+    for split in tiny.SPLITS:
+        rows = [json.loads(line) for line in (numbers / f"{split}.jsonl").read_text().splitlines()]
+        for number, row in enumerate(rows):
+            row["label"] = number + 0.5
+        (numbers / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for flags in (("--class-weights", "balanced"), ("--label-smoothing", 0.1), ("--lora-rank", 4000)):
+        ran = coldctl("finetune", numbers, "--base", base, "--output", tmp_path / "out", *flags, *FAST)
+        assert ran.code == 2, flags
+        assert str(flags[0]) in ran.stderr
+        assert not (tmp_path / "out").exists()

@@ -5,6 +5,8 @@ one line and an exit code here and nowhere else.
 """
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -234,8 +236,8 @@ def finetune(
     """Make a contribution: train body and head on one dataset, or one contribution per seen dataset of a suite."""
     from coldctl.core import team
 
-    peers = team.find()
-    with _boundary(as_json=as_json and peers.leads, quiet=quiet or not peers.leads, mute=not peers.leads) as screen:
+    follows = os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
+    with _boundary(as_json=as_json and not follows, quiet=quiet or follows, mute=follows) as screen:
         from coldctl.core import data as datasets
         from coldctl.core import reference
         from coldctl.core.training_log import check_kind
@@ -285,20 +287,21 @@ def finetune(
             job = stage.single_job(dataset, model, output, settings, name=name, overwrite=overwrite, watching=watching)
             work = [job]
         with screen.progress() as progress:
-            count = local.workers(jobs, len(work)) if peers.size == 1 else 1
+            count = local.workers(jobs, len(work)) if team.find().size == 1 else 1
             outcomes = stage.finetune_all(work, count, progress, lambda item: progress.note(_finetuned_line(item)))
+            team.disband()
         done = [outcome.result for outcome in outcomes if outcome.result is not None]
         failed = [(work[outcome.index].name, outcome.error) for outcome in outcomes if outcome.error is not None]
         if failed and len(work) == 1:
             raise failed[0][1]
         screen.result(done[0] if len(work) == 1 else {"contributions": done, "failed": [name for name, _ in failed]})
         if failed:
-            names = ",".join(name for name, _ in failed)
+            names = shlex.quote(",".join(name for name, _ in failed))
             screen.as_json = False  # its document is out already
             outputs_only = all(isinstance(error, OutputError) for _, error in failed)
             raise (OutputError if outputs_only else DeclinedError)(
                 f"{len(failed)} of {len(work)} contributions failed: mend the cause and repeat just these with --only {names}",
-                [f"{name}: {error.message}" for name, error in failed],
+                [f"{name}: {error.message.removeprefix(f'{name}: ')}" for name, error in failed],
             )
 
 

@@ -16,7 +16,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.tree import Tree
 
-from coldctl.core.errors import ColdctlError
+from coldctl.core.errors import ColdctlError, TeamError
 from coldctl.core.progress import SILENT, Progress
 from coldctl.core.report import group_name
 
@@ -75,7 +75,7 @@ class Screen:
         """An error in one line, with the findings it lists below it."""
         if self.as_json:
             self.result({"error": error.message, "details": list(error.details), "exit_code": error.exit_code})
-        if self._mute:
+        if self._mute and not isinstance(error, TeamError):
             return
         self._errors.print(f"[bold red]error:[/] {escape(printable(error.message))}")
         for detail in error.details:

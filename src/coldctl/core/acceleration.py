@@ -191,13 +191,14 @@ class UsedRows:
         """`tokens` are all that the model will see until `restore`; `padding` is the id that fills batches."""
         self._embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
         self._whole = self._embedding.weight
+        self.decay = 1.0  # what weight decay would have made of each of the other rows
         size = len(self._whole)
         seen = np.zeros(size, bool)
         # Ids up to the padding id keep their place, so that it stays what the model's config says.
         seen[: max(padding, getattr(model.config, "pad_token_id", None) or 0) + 1] = True
         for rows in tokens:
-            for start in range(0, len(rows.values), 1 << 24):
-                seen[rows.values[start : start + (1 << 24)]] = True
+            for piece in rows.pieces():
+                seen[piece] = True
         kind = getattr(model.config, "model_type", "")
         self.active = kind in _PLAIN_EMBEDDINGS and self._whole.requires_grad and 4 * int(seen.sum()) < 3 * size
         if not self.active:
@@ -211,11 +212,11 @@ class UsedRows:
         """Token ids, int64 of any shape, as rows of the smaller embedding."""
         return self._places[tokens] if self.active else tokens
 
-    def restore(self, decay: float) -> None:
+    def restore(self) -> None:
         """Put the whole embedding back: trained rows as they are, the others times `decay`."""
         if not self.active:
             return
         with torch.no_grad():
-            whole = self._whole.detach() * decay if decay != 1.0 else self._whole.detach()
+            whole = self._whole.detach() * self.decay if self.decay != 1.0 else self._whole.detach()
             whole[self._kept] = self._embedding.weight.detach()
         self._embedding.weight = nn.Parameter(whole)

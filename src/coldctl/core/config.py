@@ -20,6 +20,7 @@ from coldctl.core import manifest
 from coldctl.core.errors import ConfigError
 
 CONFIG_LIMIT = 4 << 20  # bytes of a TOML file
+_LONGEST_NAME = 200  # bytes; file systems take 255, and hidden siblings and logs need some
 HIGHEST_RANK = 4096  # of a low-rank adapter
 
 Metric = Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman"]
@@ -239,6 +240,8 @@ def derived_seed(seed: int, *parts: object) -> int:
 
 def check_name(name: str, where: str) -> None:
     """A name becomes a directory. Raises ConfigError if it cannot be one, or would lead elsewhere."""
+    if len(name.encode(errors="replace")) > _LONGEST_NAME:
+        raise ConfigError(f"{where}: a name of {len(name)} characters is too long for a directory: shorten it")
     if not name or name.startswith(".") or set(name) & set('/\\\0\n\r\t"'):
         raise ConfigError(f"{where}: {name!r} cannot name a directory: no slashes, no leading dot")
 
@@ -249,6 +252,8 @@ def check_finetuning(config: FinetuneConfig) -> None:
         raise ConfigError(f"--lora-rank {config.lora_rank} is out of range: at most {HIGHEST_RANK}")
     if config.shots_per_class and not config.shots:
         raise ConfigError("--shots-per-class says how --shots counts: give --shots, too")
+    if config.label_smoothing == 1:
+        raise ConfigError("--label-smoothing 1 leaves nothing to learn: it is a share below 1")
     for flag, given in (
         ("--fisher", config.fisher),
         ("--anchor", config.anchor),

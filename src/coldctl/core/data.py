@@ -24,6 +24,7 @@ from coldctl.core.ragged import Texts, TextSpool
 from coldctl.core.sources import FORMATS, FileSource, HubSource, Row
 
 SPLITS = ("train", "validation", "test")
+_ALIASES = {"validation": ("dev", "valid", "val")}
 REGRESSION_METRICS = ("pearson", "spearman")
 MULTILABEL_METRICS = ("accuracy", "macro_f1")
 _HELD_OUT = 0.1
@@ -111,6 +112,10 @@ def load(config: DatasetConfig, limits: Limits, seed: int) -> Dataset:
     train = _limited_train(train, limits, derived_seed(seed, config.name, "train"), config)
     validation = _limited(validation, limits.validation, derived_seed(seed, config.name, "validation cap"))
     test = _limited(test, limits.test, derived_seed(seed, config.name, "test cap"))
+    if not labels and np.ptp(train.labels) == 0:
+        raise DataError(
+            f"{config.name}: all {len(train)} training labels are {train.labels[0]}: there is nothing to learn"
+        )
     if labels and np.all(train.labels == train.labels[0]):
         only = "one class" if train.labels.ndim == 1 else "the same classes"
         raise DataError(f"{config.name}: the {len(train)} training examples left have {only} only: allow more of them")
@@ -208,7 +213,8 @@ def _cut(train: Split, classes: int, seed: int, config: DatasetConfig) -> tuple[
     chosen = stratified(train.labels, count, seed)
     if len(chosen) == len(train):
         raise DataError(
-            f"{config.name}: {len(train)} training examples are too few to hold some out: give more, or other splits"
+            f"{config.name}: {len(train)} training examples of {classes} classes are too few to hold some out: give more, "
+            "other splits, or the right column with --label"
         )
     return train.take(np.delete(np.arange(len(train)), chosen)), train.take(chosen)
 
@@ -294,8 +300,8 @@ def _chosen(config: DatasetConfig, source: FileSource | HubSource) -> dict[str, 
             chosen[split] = (given,) if isinstance(given, str) else given
             if absent := [name for name in chosen[split] if name not in there]:
                 raise DataError(f"{config.name}: {source.label} has no split {absent[0]!r}: it has {_some(there)}")
-        elif split in there:
-            chosen[split] = (split,)
+        elif names := [name for name in (split, *_ALIASES.get(split, ())) if name in there]:
+            chosen[split] = (names[0],)
     if "train" not in chosen:
         raise DataError(f"{config.name}: {source.label} has no train split: it has {_some(there)}")
     if "test" not in chosen and "validation" in chosen:
@@ -418,7 +424,13 @@ class _Collected:
         name = self._config.name
         if self._no_class is not None:
             where, value = self._no_class
-            raise DataError(f"{name}: {where}, has no usable label ({value!r}): give it one or remove it")
+            number = isinstance(value, float) and np.isfinite(value)
+            remedy = (
+                'set metric = "spearman" in a suite if numbers are to be predicted'
+                if number
+                else "give it one or remove it"
+            )
+            raise DataError(f"{name}: {where}, has no usable label ({value!r}): {remedy}")
         if self._overflow:
             raise DataError(
                 f"{name}: {self.split} has more than {_MOST_CLASSES} classes: name the column of the labels with --label, "

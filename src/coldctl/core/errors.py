@@ -56,5 +56,9 @@ class DeclinedError(ColdctlError):
     exit_code = 3
 
 
+class TeamError(DeclinedError):
+    """One of several processes that train together failed where the others cannot know: all of them must end."""
+
+
 class WorkerError(DeclinedError):
     """A worker process ended without an answer, killed from outside or out of memory."""

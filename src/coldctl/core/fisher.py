@@ -10,7 +10,7 @@ from torch import nn
 from coldctl.core import layout
 from coldctl.core.checkpoint import modern_name
 from coldctl.core.model import body_of, collate
-from coldctl.core.training import Examples, Place, negative_log_likelihoods
+from coldctl.core.training import Examples, Place, negative_log_likelihoods, problem_of
 
 EXAMPLES = 1024  # of the training examples, drawn by seed: the estimate is a mean
 
@@ -25,6 +25,8 @@ def write_fisher(model: nn.Module, examples: Examples, place: Place, folder: Pat
     body = body_of(model)
     sums = {name: torch.zeros_like(value) for name, value in body.named_parameters() if value.requires_grad}
     parameters = dict(body.named_parameters())
+    # The variance of what a regression leaves open is unknown; that of its labels keeps units out of the result.
+    variance = float(examples.labels.var()) or 1.0 if problem_of(model) == "regression" else 1.0
     chosen = np.random.default_rng(seed).permutation(len(examples))[:EXAMPLES]
     task = f"{place.name}: Fisher information"
     place.progress.begin(task, len(chosen), "examples")
@@ -33,7 +35,7 @@ def write_fisher(model: nn.Module, examples: Examples, place: Place, folder: Pat
         logits = model(**collate(examples.encoded, one, place.padding, place.device)).logits.float()
         labels = torch.from_numpy(np.ascontiguousarray(examples.labels[one])).to(place.device)
         labels = labels if labels.dtype == torch.int64 else labels.float()
-        negative_log_likelihoods(model, logits, labels).sum().backward()  # type: ignore[no-untyped-call]
+        (negative_log_likelihoods(model, logits, labels).sum() / variance).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, total in sums.items():
                 gradient = parameters[name].grad

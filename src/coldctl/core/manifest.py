@@ -39,6 +39,7 @@ class DatasetRecord(TypedDict, total=False):
     fingerprint: str
     num_train: int
     num_validation: int
+    num_test: int
     labels: list[str]
 
 

@@ -100,6 +100,16 @@ def share_body(models: Sequence[nn.Module]) -> None:
         setattr(model, str(model.base_model_prefix), body_of(models[0]))
 
 
+def check_vocabulary(encoded: Encoded, model: nn.Module) -> None:
+    """Raise ModelError if there are token ids that the model has no embedding of."""
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    largest = max((int(part.max()) for part in encoded.tokens.pieces()), default=0)
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer gives token {largest}, the model has {rows}: they do not belong together, take both from one base"
+        )
+
+
 def length_limit(tokenizer: Any, model_config: Any, wanted: int) -> int:
     """Tokens per example: as many as wanted, but no more than the model has positions for."""
     positions = getattr(model_config, "max_position_embeddings", None) or _LENGTH_LIMIT

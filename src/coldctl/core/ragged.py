@@ -12,6 +12,7 @@ from typing import IO, Any, overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+_PIECE = 1 << 22  # elements looked at in one go
 _IN_MEMORY = 1 << 20  # elements up to which a file would only cost time
 _BATCH = 4096  # texts that are moved at a time
 
@@ -36,6 +37,12 @@ class Ragged:
     def lengths(self) -> NDArray[np.int64]:
         """Elements per row, int64 [rows]."""
         return np.diff(self.offsets)
+
+    def pieces(self) -> Iterator[NDArray[Any]]:
+        """All values in pieces of a bounded size, so that a pass over a mapped file stays small in memory."""
+        for start in range(0, len(self.values), _PIECE):
+            yield self.values[start : start + _PIECE]
+            self.release()
 
     def release(self) -> None:
         """Give back the memory of what was read from the file; it comes back when it is asked for again."""

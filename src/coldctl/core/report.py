@@ -174,7 +174,8 @@ def training_chart(curve: Sequence[tuple[int, float, float]], title: str, metric
 
     steps, losses, scores = ([row[column] for row in curve] for column in range(3))
     figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6, 4.8), layout="constrained")
-    for axis, values, words in zip(axes, (losses, scores), ("training loss", f"validation {metric}"), strict=True):
+    titles = ("training loss, mean since the last validation", f"validation {metric}")
+    for axis, values, words in zip(axes, (losses, scores), titles, strict=True):
         axis.plot(steps, values, color=_GAIN, linewidth=1.5, marker="o", markersize=3)
         axis.set_title(words, loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
@@ -183,6 +184,7 @@ def training_chart(curve: Sequence[tuple[int, float, float]], title: str, metric
     best = int(np.argmax(scores))
     axes[1].plot(steps[best], scores[best], marker="o", markersize=8, markerfacecolor="none", color=_LOSS)
     axes[1].set_title(f"validation {metric}, kept: {scores[best]:.1f} at step {steps[best]}", loc="left", fontsize=10)
+    axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_xlabel("step")
     figure.suptitle(_plain(title), fontsize=10, x=0.01, ha="left")
     _save(figure, path, 110)

@@ -5,12 +5,15 @@ process (rank 0) reads, decides and writes; the others follow. Without such a la
 """
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from coldctl.core.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -48,18 +51,31 @@ class Team:
             for tensor in tensors:
                 distributed.broadcast(tensor, src=0)
 
-    def sum_gradients(self, parameters: Iterable[Any]) -> None:
-        """Replace each gradient by the sum over the team."""
-        if self.size > 1:
-            import torch
-            from torch import distributed
+    def gathered(self, value: T) -> list[T]:
+        """Everyone's value, by rank."""
+        if self.size == 1:
+            return [value]
+        from torch import distributed
 
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-            distributed.all_reduce(flat)
-            sizes = [gradient.numel() for gradient in gradients]
-            for gradient, part in zip(gradients, torch.split(flat, sizes), strict=True):
-                gradient.copy_(part.view_as(gradient))
+        self._meet()
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def sum_gradients(self, parameters: Iterable[Any], loss: Any) -> Any:
+        """Replace each gradient by the sum over the team; return the sum of the losses."""
+        if self.size == 1:
+            return loss
+        import torch
+        from torch import distributed
+
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([loss.reshape(1), *(gradient.reshape(-1) for gradient in gradients)])
+        distributed.all_reduce(flat)
+        total, *parts = torch.split(flat, [1, *(gradient.numel() for gradient in gradients)])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return total.reshape(())
 
     def summed(self, array: NDArray[Any], device: Any) -> NDArray[np.float64]:
         """The sum of everyone's array, float64."""
@@ -84,22 +100,25 @@ class Team:
 
 
 def find() -> Team:
-    """The team that a launcher's environment describes."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
+    """The team that a launcher's environment describes. Raises ConfigError."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         return Team()
-    return Team(
-        int(os.environ["RANK"]),
-        size,
-        int(os.environ.get("LOCAL_RANK", "0")),
-        int(os.environ.get("LOCAL_WORLD_SIZE", str(size))),
-    )
+    size = os.environ["WORLD_SIZE"]
+    try:
+        return Team(
+            int(os.environ["RANK"]),
+            int(size),
+            int(os.environ.get("LOCAL_RANK", "0")),
+            int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        )
+    except ValueError:
+        raise ConfigError(
+            "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: start with torchrun, or unset them"
+        ) from None
 
 
 def disband() -> None:
     """Leave the team in order, if there is one."""
-    import sys
-
     if "torch.distributed" in sys.modules:
         from torch import distributed
 

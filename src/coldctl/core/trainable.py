@@ -1,5 +1,6 @@
 """What of a model is trained: all of it, all but its first layers, or low-rank adapters (PEFT) and the head."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from coldctl.core.config import FinetuneConfig
 from coldctl.core.errors import ConfigError, ModelError
 from coldctl.core.model import body_of
 
+_BEHIND = ("pooler", "final_norm")  # what a body has behind its last layer
+
 
 def restrict(model: nn.Module, config: FinetuneConfig, base_name: str, seed: int) -> Any | None:
     """Freeze what `config` says, in place; with `lora_rank` also put adapters in and return PEFT's wrapper.
@@ -17,15 +20,15 @@ def restrict(model: nn.Module, config: FinetuneConfig, base_name: str, seed: int
     Raises ConfigError for what the architecture does not have.
     """
     body = body_of(model)
-    if config.freeze_embeddings or config.freeze_layers:
-        _embeddings(body).requires_grad_(requires_grad=False)  # gradients would have to pass the frozen layers
+    if config.freeze_embeddings:
+        _embeddings(body).requires_grad_(requires_grad=False)
     layers = _layers(body) if config.freeze_layers else []
     if config.freeze_layers > len(layers):
         raise ConfigError(
             f"--freeze-layers {config.freeze_layers}: {base_name} has {len(layers)} layers that can be frozen"
         )
-    for layer in layers[: config.freeze_layers]:
-        layer.requires_grad_(requires_grad=False)
+    if config.freeze_layers:
+        _freeze_below(body, layers[config.freeze_layers :])
     return _with_adapters(model, config, base_name, seed) if config.lora_rank else None
 
 
@@ -57,7 +60,12 @@ def _with_adapters(model: nn.Module, config: FinetuneConfig, base_name: str, see
         raise ModelError(f"{base_name} has no linear layers in its body: --lora-rank cannot adapt it")
     if getattr(body, "pooler", None) is not None:
         whole.append("pooler")  # as fresh as the head
+    shapes = [module.weight.shape for module in body.modules() if isinstance(module, nn.Linear)]
+    smallest = min(min(shape) for shape in shapes)
+    if config.lora_rank > smallest:
+        raise ConfigError(f"--lora-rank {config.lora_rank}: the smallest matrix of {base_name} has the rank {smallest}")
     torch.manual_seed(seed)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="peft|transformers")
     adapters = peft.LoraConfig(
         task_type="SEQ_CLS",
         r=config.lora_rank,
@@ -66,6 +74,14 @@ def _with_adapters(model: nn.Module, config: FinetuneConfig, base_name: str, see
         modules_to_save=whole,
     )
     return peft.get_peft_model(model, adapters)
+
+
+def _freeze_below(body: nn.Module, trained: list[nn.Module]) -> None:
+    """Freeze all but the trained layers and what comes behind them: gradients need not pass the frozen ones."""
+    kept = {id(value) for layer in trained for value in layer.parameters()}
+    for name, value in body.named_parameters():
+        if id(value) not in kept and not name.startswith(_BEHIND):
+            value.requires_grad = False
 
 
 def _embeddings(body: nn.Module) -> nn.Module:

@@ -1,8 +1,8 @@
 """The training loop, for finetuning, few-shot and multitask alike.
 
 AdamW, linear decay, length-aware batches, early stopping, the best weights kept. Everything that is drawn depends
-on (seed, step) alone, so a training that goes on from its last checkpoint ends with the bits of one that was never
-stopped (on the CPU; elsewhere as far as the device's kernels are deterministic).
+on (seed, step) and the process's rank alone, so a training that goes on from its last checkpoint ends with the bits
+of one that was never stopped (on the CPU; elsewhere as far as the device's kernels are deterministic).
 """
 
 import json
@@ -25,7 +25,7 @@ from torch import nn
 from coldctl.core.acceleration import Masks, UsedRows, fast_dropout, first_token_only
 from coldctl.core.config import FinetuneConfig, derived_seed
 from coldctl.core.errors import DeclinedError
-from coldctl.core.model import Encoded, body_of, collate
+from coldctl.core.model import Encoded, body_of, check_vocabulary, collate
 from coldctl.core.progress import Progress
 from coldctl.core.team import Team
 from coldctl.core.training_log import Log
@@ -51,7 +51,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Head:
-    """One dataset's part in a training: its model (several may share a body), its examples, its measure.
+    """One dataset's part in a training: its model (all share one body), its examples, its measure.
 
     `measure` turns validation predictions into a score, higher is better.
     """
@@ -98,8 +98,11 @@ def train(heads: Sequence[Head], config: FinetuneConfig, place: Place, *, seed: 
     leaves the best weights in the models. Raises DeclinedError if the loss is not finite.
     """
     models = [head.model for head in heads]
-    for model in models:
-        model.to(place.device).train()
+    assert all(body_of(model) is body_of(models[0]) for model in models)
+    for head in heads:
+        check_vocabulary(head.training.encoded, head.model)
+        check_vocabulary(head.validation.encoded, head.model)
+        head.model.to(place.device).train()
     with ExitStack() as stack:
         masks, rows = None, None
         if config.compile:
@@ -111,14 +114,16 @@ def train(heads: Sequence[Head], config: FinetuneConfig, place: Place, *, seed: 
             if not config.anchor:
                 seen = [part.encoded.tokens for head in heads for part in (head.training, head.validation)]
                 rows = UsedRows(models[0], seen, place.padding)
+                stack.callback(rows.restore)
         training = _Training(heads, config, place, seed, masks, rows)
         try:
             training.resume()
             training.run()
-            training.take_best()
-        finally:
-            if rows is not None:
-                rows.restore(training.best_decay)
+        except torch.OutOfMemoryError:
+            raise DeclinedError(
+                f"{place.name}: out of memory beside the batch: train less with --lora-rank or --freeze-layers"
+            ) from None
+        training.take_best()
     for model in models:
         model.eval()
     return training.result()
@@ -145,7 +150,9 @@ class _Training:
         self.per_epoch = sum(math.ceil(len(head.training) / config.batch_size) for head in heads)
         self.total = self.per_epoch * config.epochs
         self.micro = config.micro_batch or config.batch_size
+        self.labels = [_Scale(head) for head in heads]
         self.step, self.since_best, self.decay, self.best_decay = 0, 0, 1.0, 1.0
+        self.saved_best = 0  # the step of the best weights that the last checkpoint names
         self.best, self.best_step = -math.inf, 0
         self.stopped = "all epochs done"
         self.curve: list[tuple[int, float, float]] = []
@@ -158,10 +165,13 @@ class _Training:
 
     def run(self) -> None:
         place = self.place
-        batch_size = self.config.batch_size
-        place.progress.begin(place.name, self.total * batch_size, "examples")
-        place.progress.advance(place.name, self.step * batch_size)
-        saved, saving = time.monotonic(), 0.0
+        examples = self.config.epochs * sum(len(head.training) for head in self.heads)
+        place.progress.begin(place.name, examples, "examples")
+        place.progress.advance(place.name, examples * self.step // self.total)
+        if place.log is not None:
+            place.log.begin(self.step)
+        begun = saved = time.monotonic()
+        saving = 0.0
         while self.step < self.total and self.since_best < self.config.patience:
             epoch, done = divmod(self.step, self.per_epoch)
             for number, (head, batch) in enumerate(self._batches(epoch)):
@@ -173,11 +183,13 @@ class _Training:
                     if self.since_best >= self.config.patience:
                         self.stopped = f"no improvement in {self.config.patience} validations"
                         break
-                if time.monotonic() - saved >= max(place.checkpoint_seconds, _SAVING_SHARE * saving):
-                    begun = time.monotonic()
+                now = time.monotonic()
+                # Sooner at the beginning, so that at most about half of a young training is lost.
+                wait = min(place.checkpoint_seconds, max(1.0, saved - begun))
+                if self.place.checkpoint_seconds < math.inf and now - saved >= max(wait, _SAVING_SHARE * saving):
                     self._save()
                     saved = time.monotonic()
-                    saving = saved - begun
+                    saving = saved - now
         place.progress.end(place.name)
 
     def _batches(self, epoch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -201,7 +213,7 @@ class _Training:
         config, place = self.config, self.place
         started = time.perf_counter()
         loss, tokens = self._gradients(number, batch)
-        place.team.sum_gradients(self.parameters.values())
+        loss = place.team.sum_gradients(self.parameters.values(), loss)
         for parameter, start in self.anchors:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - start, alpha=config.anchor)
@@ -218,11 +230,13 @@ class _Training:
         self.seconds += time.perf_counter() - started
         detail = ""
         if self.step % 5 == 0 or self.step == 1:
-            value, per_second = loss.item(), 1 / max(self.seconds, 1e-9)
-            best = f", validation {self.best:.1f}" if self.curve else ""
-            detail = f"loss {value:.3f}{best}, {self.seen * per_second:.0f} examples/s, {self.tokens * per_second:.0f} tokens/s"
+            value, per_second = self._finite(loss), 1 / max(self.seconds, 1e-9)
+            best = f", best validation {self.best:.1f}" if self.curve else ""
+            speed = {"examples_per_second": self.seen * per_second, "tokens_per_second": self.tokens * per_second}
+            detail = f"loss {value:.3f}{best}, {speed['examples_per_second']:.0f} examples/s, "
+            detail += f"{speed['tokens_per_second']:.0f} tokens/s"
             if place.log is not None:
-                place.log.add(self.step, {"loss": value, "learning_rate": rate})
+                place.log.add(self.step, {"loss": value, "learning_rate": rate, **speed})
         place.progress.advance(place.name, len(batch), detail)
 
     def _gradients(self, number: int, batch: NDArray[np.int64]) -> tuple[torch.Tensor, int]:
@@ -235,7 +249,7 @@ class _Training:
                     raise DeclinedError(
                         f"{self.place.name}: out of memory with one example at a time: lower --max-length"
                     ) from None
-                self.micro = max(1, min(self.micro, len(batch)) // 2)
+                self.micro = max(1, min(self.micro, math.ceil(len(batch) / self.place.team.size)) // 2)
                 self.optimizer.zero_grad(set_to_none=True)
                 if self.place.device.type == "cuda":
                     torch.cuda.empty_cache()
@@ -249,7 +263,7 @@ class _Training:
         if self.masks is not None:
             self.masks.seed(self.seed, self.step, team.rank)
         weights = self.class_weights[number]
-        labels = _labels(head, batch)
+        labels = self.labels[number].of(batch)
         total = float(weights[labels].sum()) if len(weights) else float(len(batch))
         mine = batch[team.rank :: team.size]
         if not len(mine):  # a last batch smaller than the team: take part with nothing
@@ -260,9 +274,8 @@ class _Training:
             inputs = self._inputs(head.training.encoded, part)
             with self.autocast:
                 logits = head.model(**inputs).logits
-            losses = _losses(
-                head.model, logits.float(), _labels(head, part).to(self.place.device), weights, config.label_smoothing
-            )
+            targets = self.labels[number].of(part).to(self.place.device)
+            losses = _losses(head.model, logits.float(), targets, weights, config.label_smoothing)
             piece = losses.sum() / total
             piece.backward()  # type: ignore[no-untyped-call]
             loss, tokens = loss + piece.detach(), tokens + inputs["input_ids"].numel()
@@ -278,11 +291,8 @@ class _Training:
 
     def _validate(self) -> None:
         config, place = self.config, self.place
-        shares = np.array([float(torch.stack(self.losses).double().mean())])
-        loss = float(place.team.summed(shares, place.device)[0])
+        loss = self._finite(torch.stack(self.losses).double().mean())
         self.losses.clear()
-        if not math.isfinite(loss):
-            raise DeclinedError(f"{place.name}: the training diverged (its loss is not finite): lower --learning-rate")
         scores = []
         for head in self.heads:
             encoded = head.validation.encoded
@@ -291,7 +301,7 @@ class _Training:
         self.curve.append((self.step, loss, score))
         place.progress.advance(place.name, 0, f"loss {loss:.3f}, validation {score:.1f}")
         if place.log is not None:
-            place.log.add(self.step, {"validation": score})
+            place.log.add(self.step, {"mean_loss": loss, "validation": score})
         improved = score > self.best + 100 * config.epsilon
         self.since_best = 0 if improved else self.since_best + 1
         if score > self.best:
@@ -300,12 +310,25 @@ class _Training:
                 _write(
                     self._best_file(self.step), {name: value.detach() for name, value in self.parameters.items()}, {}
                 )
+                self._prune()
+
+    def _finite(self, loss: torch.Tensor) -> float:
+        value = loss.item()
+        if not math.isfinite(value):
+            raise DeclinedError(
+                f"{self.place.name}: the training diverged (its loss is not finite): lower --learning-rate"
+            )
+        return value
 
     def take_best(self) -> None:
         """Put the weights with the best validation score back into the models."""
         if self.best_step and self.best_step != self.step and self.place.team.leads:
             _copy_into(self.parameters, load_file(self._best_file(self.best_step)))
         self.place.team.share([value.detach() for value in self.parameters.values()])
+        if self.rows is not None:
+            self.rows.decay = self.best_decay
+        for labels in self.labels:
+            labels.fold()
 
     def _best_file(self, step: int) -> Path:
         return self.place.folder / f"best-{step:08d}.safetensors"
@@ -316,14 +339,21 @@ class _Training:
         """Write all that a later process needs to go on from here."""
         if not self.place.team.leads:
             return
+        self._finite(self.losses[-1] if self.losses else torch.zeros(()))
         tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
         for name, value in self.parameters.items():
             for key in ("exp_avg", "exp_avg_sq"):
                 if value in self.optimizer.state:
                     tensors[f"{key}.{name}"] = self.optimizer.state[value][key]
         _write(self.place.folder / _STATE, tensors, self._progress())
+        self.saved_best = self.best_step
+        self._prune()
+
+    def _prune(self) -> None:
+        """Keep the best weights, and those that the last checkpoint calls the best."""
+        wanted = {self._best_file(self.best_step), self._best_file(self.saved_best)}
         for path in self.place.folder.glob("best-*.safetensors"):
-            if path != self._best_file(self.best_step):
+            if path not in wanted:
                 path.unlink()
 
     def _progress(self) -> dict[str, Any]:
@@ -331,6 +361,10 @@ class _Training:
             "step": self.step, "since_best": self.since_best, "best": self.best, "best_step": self.best_step,
             "decay": self.decay, "best_decay": self.best_decay, "micro": self.micro, "curve": self.curve,
             "losses": [float(loss) for loss in self.losses],
+            "steps": {
+                name: float(self.optimizer.state[value]["step"])
+                for name, value in self.parameters.items() if value in self.optimizer.state
+            },
         }  # fmt: skip
 
     def resume(self) -> None:
@@ -340,9 +374,9 @@ class _Training:
         if state is None:
             return
         for name, value in self.parameters.items():
-            if f"exp_avg.{name}" in state["names"]:
+            if name in state["steps"]:
                 self.optimizer.state[value] = {
-                    "step": torch.tensor(float(state["step"]), device=value.device),
+                    "step": torch.tensor(state["steps"][name], device=value.device),
                     "exp_avg": torch.zeros_like(value),
                     "exp_avg_sq": torch.zeros_like(value),
                 }
@@ -351,7 +385,7 @@ class _Training:
             _copy_into(tensors, load_file(place.folder / _STATE))
         place.team.share([value.detach() for value in tensors.values()])
         self.step, self.since_best, self.micro = state["step"], state["since_best"], state["micro"]
-        self.best, self.best_step = state["best"], state["best_step"]
+        self.best, self.best_step, self.saved_best = state["best"], state["best_step"], state["best_step"]
         self.decay, self.best_decay = state["decay"], state["best_decay"]
         self.curve = [(step, loss, score) for step, loss, score in state["curve"]]
         self.losses = [torch.tensor(value, device=place.device) for value in state["losses"]]
@@ -376,7 +410,7 @@ class _Training:
             return None
         if state["best_step"] and not self._best_file(state["best_step"]).is_file():
             return None
-        return state | {"names": set(shapes)}
+        return state
 
     def result(self) -> Trained:
         return Trained(self.best, self.step, self.stopped, self.seconds, self.seen, self.tokens, tuple(self.curve))
@@ -401,11 +435,17 @@ def _predict(
     problem = problem_of(model)
     outputs = int(model.config.num_labels) if problem == "multi_label_classification" else 1  # type: ignore[union-attr, arg-type]
     result = np.zeros((len(encoded), outputs))
+    queue = list(sorted_batches(encoded.lengths, batch_size))[place.team.rank :: place.team.size][::-1]
     with torch.inference_mode():
-        for number, batch in enumerate(sorted_batches(encoded.lengths, batch_size)):
-            if number % place.team.size != place.team.rank:
+        while queue:
+            batch = queue.pop()
+            try:
+                logits = model(**inputs(batch)).logits.float()
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                queue += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
                 continue
-            logits = model(**inputs(batch)).logits.float()
             if problem == "single_label_classification":
                 logits = logits.argmax(-1, keepdim=True)
             elif problem == "multi_label_classification":
@@ -467,9 +507,37 @@ def _losses(
     )
 
 
-def _labels(head: Head, batch: NDArray[np.int64]) -> torch.Tensor:
-    labels = torch.from_numpy(np.ascontiguousarray(head.training.labels[batch]))
-    return labels if problem_of(head.model) == "single_label_classification" else labels.float()
+class _Scale:
+    """The labels of a head as its training sees them: numbers are brought to mean 0 and deviation 1.
+
+    Else a training whose labels lie far from 0 learns little but where they lie.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._problem = problem_of(head.model)
+        labels = head.training.labels
+        numbers = self._problem == "regression" and len(labels) > 0
+        self._mean = float(labels.mean()) if numbers else 0.0
+        self._deviation = (float(labels.std()) or 1.0) if numbers else 1.0
+
+    def of(self, batch: NDArray[np.int64]) -> torch.Tensor:
+        """Labels of the examples in `batch`: int64 [n], or float32 [n] or [n, classes]."""
+        labels = self._head.training.labels[batch]
+        if self._problem == "regression":
+            labels = (labels - self._mean) / self._deviation
+        tensor = torch.from_numpy(np.ascontiguousarray(labels))
+        return tensor if self._problem == "single_label_classification" else tensor.float()
+
+    def fold(self) -> None:
+        """Let the model's last layer give numbers in the labels' own units."""
+        if self._problem != "regression":
+            return
+        layers = [module for module in self._head.model.modules() if isinstance(module, nn.Linear)]
+        last = [layer for layer in layers if layer.out_features == 1 and layer.weight.requires_grad][-1]
+        with torch.no_grad():
+            last.weight.mul_(self._deviation)
+            last.bias.mul_(self._deviation).add_(self._mean)
 
 
 def _class_weights(head: Head, config: FinetuneConfig) -> torch.Tensor:

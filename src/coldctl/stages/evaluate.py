@@ -6,6 +6,7 @@ baseline.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +39,7 @@ CELL_SCHEMA = 2
 # Settings of [finetune] that say how a contribution is made; a measurement trains everything, freely.
 _CONTRIBUTORS_OWN = (
     "anchor", "compile", "fisher", "freeze_embeddings", "freeze_layers", "lora_rank", "shots", "shots_per_class",
-    "max_train_examples", "max_validation_examples", "max_test_examples",
+    "max_train_examples", "max_validation_examples", "max_test_examples", "seed",
 )  # fmt: skip
 _GROUPS = ("all", "seen", "unseen")
 
@@ -398,8 +399,15 @@ def _finetune(
     seed = derived_seed(cell.seed, "evaluate", cell.protocol, *(entry.name for entry in cell.datasets))
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
         name = f"{cell.title}, {cell.protocol}, seed {cell.seed}"
-        place = Place(models.device_of_choice(), tokenizer.pad_token_id, Path(scratch), progress, name)
-        trained = train(heads, replace(cell.finetuning, anchor=0.0, compile=False, seed=seed), place, seed=seed)
+        place = Place(
+            models.device_of_choice(),
+            tokenizer.pad_token_id,
+            Path(scratch),
+            progress,
+            name,
+            checkpoint_seconds=math.inf,
+        )
+        trained = train(heads, replace(cell.finetuning, anchor=0.0, compile=False), place, seed=seed)
     predictions = [predict(head.model, test.encoded, place) for head, test in zip(heads, tests, strict=True)]
     return predictions, {"validation": trained.best_score, "steps": trained.steps, "stopped": trained.stopped}
 

@@ -3,7 +3,8 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from coldctl.core.config import (
     identity,
 )
 from coldctl.core.encodings import open_adapter
-from coldctl.core.errors import ConfigError
+from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedError, TeamError
 from coldctl.core.manifest import Manifest
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
 from coldctl.core.report import training_chart
 from coldctl.core.storage import LocalFolder
-from coldctl.core.training_log import open_log
+from coldctl.core.training_log import Log, open_log
 from coldctl.engines import local
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
@@ -82,32 +83,29 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
     started = time.perf_counter()
     peers = team.find()
     destination = Path(job.destination)
-    config = job.config
-    output.refuse_overlap(destination, [job.base.place, *([] if data.is_hub(job.dataset.path) else [job.dataset.path])])
-    dataset = data.load(job.dataset, _limits(config), config.seed)
-    source = open_checkpoint(job.base.folder, job.base.name)
-    base_digest = source.manifest["body_digest"] if source.manifest else body_digest(source)
-    number = job.iteration or (((source.manifest or {}).get("iteration") or 0) + 1)
-    key = identity(
-        "finetune", config, base=base_digest, dataset=dataset.fingerprint, name=job.name, metric=job.dataset.metric,
-        iteration=number, license=job.dataset.license,
-    )  # fmt: skip
-    if peers.agreed(peers.leads and output.is_done(destination, key, overwrite=job.overwrite)):
-        return Finetuned(job.name, job.destination, True, manifest.read(destination), 0.0, None, None)
-    if not peers.leads:  # it computes its share and writes nothing
-        with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-            trained = _train(job, dataset, Path(scratch), number, threads, progress, peers)
-        return Finetuned(job.name, job.destination, False, {}, 0.0, None, trained.stopped)
-    _tell(job, dataset, progress)
-    with output.writing(destination, key, overwrite=job.overwrite) as partial:
-        trained = _train(job, dataset, partial, number, threads, progress, peers)
-        for name in layout.TOKENIZER_FILES:
-            if source.folder.has(name):
-                (partial / name).write_bytes(source.folder.read(name))
-        document = manifest.write(
-            partial, _manifest(job, dataset, source, base_digest, partial, number, key, trained, threads)
-        )
-        shutil.rmtree(partial / layout.TRAINING)
+    with ExitStack() as stack:
+        work, folder, error = None, None, None
+        try:
+            work = _prepared(job)
+            if peers.leads and not output.is_done(destination, work.key, overwrite=job.overwrite):
+                folder = stack.enter_context(output.writing(destination, work.key, overwrite=job.overwrite))
+        except ColdctlError as caught:
+            error = caught
+        if _together(peers, work, error, done=folder is None):
+            return Finetuned(job.name, job.destination, True, manifest.read(destination), 0.0, None, None)
+        assert work is not None
+        if folder is None:  # a process that computes its share and writes nothing
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldctl-")))
+        try:
+            _tell(job, work.dataset, progress)
+            trained = _train(job, work, folder, threads, progress, peers)
+            document = _manifest(job, work, folder, trained, threads) if peers.leads else {}
+        except (ColdctlError, OSError) as caught:
+            if isinstance(caught, DeclinedError):  # there is nothing to go on from
+                shutil.rmtree(folder / layout.TRAINING, ignore_errors=True)
+            if peers.size > 1:
+                raise TeamError(f"{job.name}, process {peers.rank}: {caught}") from caught
+            raise
     seconds = time.perf_counter() - started
     return Finetuned(job.name, job.destination, False, document, seconds, trained.rate, trained.stopped)
 
@@ -183,14 +181,27 @@ def finetune_all(
 ) -> list[local.Outcome[Finetuned]]:
     """Run the jobs, `count` side by side, and `announce` each contribution as it is done.
 
-    The outcomes are in the order of the jobs. One failure stops no other.
+    The outcomes are in the order of the jobs. One failure stops no other, but for that of one process among several.
     """
     outcomes = []
     for outcome in local.run(finetune, jobs, count, progress):
+        if isinstance(outcome.error, TeamError):
+            raise outcome.error
         outcomes.append(outcome)
         if outcome.result is not None:
             announce(outcome.result)
     return sorted(outcomes, key=lambda outcome: outcome.index)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a job is made from, and its identity."""
+
+    dataset: data.Dataset
+    source: Checkpoint
+    base_digest: str
+    number: int
+    key: str
 
 
 @dataclass(frozen=True)
@@ -201,6 +212,57 @@ class _Learned:
     metrics: dict[str, dict[str, float]]
     rate: float | None
     stopped: str
+
+
+def _prepared(job: Job) -> _Prepared:
+    """Read the dataset and the base's headers."""
+    output.refuse_overlap(
+        Path(job.destination), [job.base.place, *([] if data.is_hub(job.dataset.path) else [job.dataset.path])]
+    )
+    if job.watching.log:
+        _refuse_log_inside(job)
+    dataset = data.load(job.dataset, _limits(job.config), job.config.seed)
+    if dataset.regression or dataset.multilabel:
+        for flag, given in (
+            ("--class-weights", job.config.class_weights != "none"),
+            ("--label-smoothing", job.config.label_smoothing),
+        ):
+            if given:
+                raise DataError(
+                    f"{dataset.name}: {flag} is for one class per example, its labels are others: leave it out"
+                )
+    source = open_checkpoint(job.base.folder, job.base.name)
+    base_digest = source.manifest["body_digest"] if source.manifest else body_digest(source)
+    number = job.iteration or (((source.manifest or {}).get("iteration") or 0) + 1)
+    key = identity(
+        "finetune", job.config, base=base_digest, dataset=dataset.fingerprint, name=job.name, metric=job.dataset.metric,
+        iteration=number, license=job.dataset.license,
+    )  # fmt: skip
+    return _Prepared(dataset, source, base_digest, number, key)
+
+
+def _refuse_log_inside(job: Job) -> None:
+    """A log inside the contribution would go to strangers with it, and stand in the way of writing it."""
+    place, folder = Path(job.destination).resolve(), Path(job.watching.folder).resolve()
+    if folder.is_relative_to(place) or folder / job.name == place:
+        raise ConfigError(
+            f"--log-folder {job.watching.folder} lies in the contribution {place}: give one outside of it"
+        )
+
+
+def _together(peers: team.Team, work: _Prepared | None, error: ColdctlError | None, *, done: bool) -> bool:
+    """Let all processes of a team raise what one of them found; return whether the leader has nothing to do."""
+    if peers.size == 1:
+        if error is not None:
+            raise error
+        return done
+    found = peers.gathered((work.key if work else None, error))
+    for rank, (_, theirs) in enumerate(found):
+        if theirs is not None:
+            raise type(theirs)(f"process {rank}: {theirs.message}" if rank else theirs.message, theirs.details)
+    if len({key for key, _ in found}) > 1:
+        raise ConfigError("the processes see different data or bases: give all of them the same files and flags")
+    return peers.agreed(done)
 
 
 def _limits(config: FinetuneConfig) -> data.Limits:
@@ -227,55 +289,49 @@ def _tell(job: Job, dataset: data.Dataset, progress: Progress) -> None:
         progress.note(f"{job.name}: the labels are numbers with fractions, so this is a regression, scored by spearman")
 
 
-def _manifest(
-    job: Job,
-    dataset: data.Dataset,
-    source: Checkpoint,
-    base_digest: str,
-    partial: Path,
-    number: int,
-    key: str,
-    learned: _Learned,
-    threads: int,
-) -> Manifest:
-    """The contribution's manifest, with the digests of what stands in `partial`."""
+def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, threads: int) -> Manifest:
+    """Complete the contribution in `folder`: tokenizer files, no checkpoints any more, the manifest last."""
     config = job.config
+    for name in layout.TOKENIZER_FILES:
+        if work.source.folder.has(name):
+            (folder / name).write_bytes(work.source.folder.read(name))
+    shutil.rmtree(folder / layout.TRAINING, ignore_errors=True)
     if config.lora_rank:
-        written = open_adapter(LocalFolder(partial), job.name, source)
+        written = open_adapter(LocalFolder(folder), job.name, work.source)
     else:
-        written = open_checkpoint(LocalFolder(partial), job.name)
-    before = source.manifest
+        written = open_checkpoint(LocalFolder(folder), job.name)
+    before = work.source.manifest
     ancestor: dict[str, Any] = (
         manifest.shortened(before)
         if before
-        else {"kind": "pretrained", "name": job.base.name, "body_digest": base_digest}
+        else {"kind": "pretrained", "name": job.base.name, "body_digest": work.base_digest}
     )
-    return {
+    document: Manifest = {
         "kind": "contribution",
         "name": job.name,
-        "iteration": number,
+        "iteration": work.number,
         "encoding": "adapter" if config.lora_rank else "full",
-        "identity": key,
+        "identity": work.key,
         "body_digest": body_digest(written),
         "outside_body": outside_body(written),
-        "base": {"name": ancestor["name"], "body_digest": base_digest},
+        "base": {"name": ancestor["name"], "body_digest": work.base_digest},
         "config": as_record(config),
         "environment": manifest.environment(_PACKAGES, device=learned.device, threads=threads),
         "license": job.dataset.license,
         "dataset": {
             "name": job.dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "num_train": len(dataset.train),
-            "num_validation": len(dataset.validation),
-            "labels": list(dataset.labels),
+            "fingerprint": work.dataset.fingerprint,
+            "num_train": len(work.dataset.train),
+            "num_validation": len(work.dataset.validation),
+            "num_test": len(work.dataset.test),
+            "labels": list(work.dataset.labels),
         },
         "metrics": learned.metrics,
     }
+    return manifest.write(folder, document)
 
 
-def _train(
-    job: Job, dataset: data.Dataset, partial: Path, number: int, threads: int, progress: Progress, peers: team.Team
-) -> _Learned:
+def _train(job: Job, work: _Prepared, folder: Path, threads: int, progress: Progress, peers: team.Team) -> _Learned:
     """Train, save weights and pictures. Everything that needs torch is below here."""
     import torch
 
@@ -285,8 +341,8 @@ def _train(
     from coldctl.core.training import Examples, Head, Place, predict, train
 
     torch.set_num_threads(max(1, threads // peers.local_size))
-    config = job.config
-    seed = derived_seed(config.seed, "finetune", number, job.name)
+    config, dataset = job.config, work.dataset
+    seed = derived_seed(config.seed, "finetune", work.number, job.name)
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
         base = job.base.local(Path(scratch))
         tokenizer = models.load_tokenizer(base)
@@ -298,33 +354,41 @@ def _train(
         for split in (dataset.train, dataset.validation, dataset.test)
     )
     metric = data.metric_of(job.dataset, dataset)
-    watching = job.watching
-    log = (
-        open_log(watching.log, Path(watching.folder), job.name, as_record(config))
-        if watching.log and peers.leads
-        else None
-    )
-    place = Place(
-        models.device_of_choice(peers.local_rank), tokenizer.pad_token_id, partial / layout.TRAINING, progress, job.name,
-        peers, log, watching.checkpoint_seconds,
-    )  # fmt: skip
-    head = Head(model, training, validation, lambda found: scoring.score(metric, validation.labels, found))
-    trained = train([head], config, place, seed=seed)
-    reached = scoring.score(metric, test.labels, predict(model, test.encoded, place))
-    if log is not None:
-        log.add(trained.steps, {"test": reached})
-        log.close()
+    with _log(job, peers) as log:
+        place = Place(
+            models.device_of_choice(peers.local_rank), tokenizer.pad_token_id, folder / layout.TRAINING, progress,
+            job.name, peers, log, job.watching.checkpoint_seconds,
+        )  # fmt: skip
+        head = Head(model, training, validation, lambda found: scoring.score(metric, validation.labels, found))
+        trained = train([head], config, place, seed=seed)
+        reached = scoring.score(metric, test.labels, predict(model, test.encoded, place))
+        if log is not None:
+            log.add(trained.steps, {"test": reached})
     if peers.leads:
         if config.fisher:
-            write_fisher(model, training, place, partial, seed)
+            write_fisher(model, training, place, folder, seed)
         if adapted is None:
-            model.cpu().save_pretrained(partial)  # type: ignore[operator]
+            model.cpu().save_pretrained(folder)  # type: ignore[operator]
         else:
-            trainable.save_adapter(adapted.cpu(), partial, job.base.name)
-        training_chart(trained.curve, f"{job.name}: {trained.stopped}", metric, partial / layout.TRAINING_CHART)
+            trainable.save_adapter(adapted.cpu(), folder, job.base.name)
+        training_chart(trained.curve, f"{job.name}: {trained.stopped}", metric, folder / layout.TRAINING_CHART)
     return _Learned(
         place.device.type,
         {"validation": {metric: trained.best_score}, "test": {metric: reached}},
         trained.examples / trained.seconds if trained.seconds else None,
         trained.stopped,
     )
+
+
+@contextmanager
+def _log(job: Job, peers: team.Team) -> Iterator[Log | None]:
+    """The log that was asked for, in the process that leads."""
+    kind = job.watching.log
+    if not kind or not peers.leads:
+        yield None
+        return
+    log = open_log(kind, Path(job.watching.folder), job.name, as_record(job.config))
+    try:
+        yield log
+    finally:
+        log.close()
