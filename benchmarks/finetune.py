@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("assets/demo/movies"), help="train, validation, test .jsonl")
     parser.add_argument("--examples", type=int, default=640)
     parser.add_argument("--validation", type=int, default=160)
+    parser.add_argument("--test", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", default="", help="sections: throughput,start,memory,suite")
     parser.add_argument("--contestant", choices=[*CONTESTANTS, "suite"], help=argparse.SUPPRESS)
@@ -114,6 +115,7 @@ def child(options: argparse.Namespace, name: str, seed: int, *more: str) -> dict
     """One contestant in a process of its own."""
     line = [sys.executable, __file__, "--contestant", name, "--seed", str(seed), "--base", str(options.base)]
     line += ["--data", str(options.data), "--examples", str(options.examples), "--validation", str(options.validation)]
+    line += ["--test", str(options.test)]
     ran = subprocess.run([*line, *more], stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **OFFLINE})
     result: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
     return result
@@ -127,6 +129,7 @@ def contest(options: argparse.Namespace) -> dict[str, float]:
     splits = {split: read(options.data / f"{split}.jsonl") for split in ("train", "validation", "test")}
     splits["train"] = splits["train"][: options.examples]
     splits["validation"] = splits["validation"][: options.validation]
+    splits["test"] = splits["test"][: options.test]
     work = ours if options.contestant in ("coldctl", "plain") else trainer
     result: dict[str, float] = work(options, splits)
     if not options.measure_memory:

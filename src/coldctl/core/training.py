@@ -291,7 +291,7 @@ class _Training:
 
     def _validate(self) -> None:
         config, place = self.config, self.place
-        loss = self._finite(torch.stack(self.losses).double().mean())
+        loss = self._finite(torch.stack(self.losses).cpu().double().mean())  # MPS has no float64
         self.losses.clear()
         scores = []
         for head in self.heads:
