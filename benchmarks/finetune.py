@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=160)
     parser.add_argument("--test", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="of the suites")
     parser.add_argument("--only", default="", help="sections: throughput,start,memory,suite")
     parser.add_argument("--contestant", choices=[*CONTESTANTS, "suite"], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -385,7 +386,7 @@ def suite(options: argparse.Namespace) -> None:
                 (part / f"{split}.jsonl").write_text("\n".join(some), encoding="utf-8")
             text += f'[[dataset]]\nname = "part-{number}"\npath = "./part-{number}"\n'
         (folder / "suite.toml").write_text(text)
-        for _ in range(3):
+        for _ in range(options.repeats):
             shutil.rmtree(folder / "out", ignore_errors=True)
             line = [sys.executable, "-m", "coldctl", "finetune", "--suite", folder / "suite.toml", "--base", options.base,
                     "--output", folder / "out", "--quiet"]  # fmt: skip
