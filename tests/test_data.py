@@ -371,3 +371,12 @@ def test_classes_that_never_vary_are_predicted_as_they_are() -> None:
     assert scoring.score("accuracy", labels[test], found) > 80
     assert strength in probe.GRID
     assert reached > 80
+
+
+@pytest.mark.parametrize("name", ["dev", "valid", "val"])
+def test_a_validation_file_may_have_its_other_usual_names(name: str, tmp_path: Path) -> None:
+    folder = tiny.make_dataset(tmp_path / "data")
+    whole = data.load(data.single(str(folder), DatasetConfig("", "")), data.Limits(), 0)
+    (folder / "validation.jsonl").rename(folder / f"{name}.jsonl")
+    renamed = data.load(data.single(str(folder), DatasetConfig("", "")), data.Limits(), 0)
+    assert renamed.fingerprint == whole.fingerprint

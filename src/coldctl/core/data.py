@@ -82,6 +82,15 @@ class Dataset:
         """Whether an example may have several classes, or none."""
         return self.train.labels.ndim == 2
 
+    def overlaps(self) -> list[str]:
+        """What a reader of the scores should know about examples that stand in more than one place, in words."""
+        counts = (
+            (self.leaked, "test examples also stand in its train or validation split"),
+            (self.repeated, "validation examples also stand in its train split"),
+            (self.duplicated, "train examples repeat an earlier one"),
+        )
+        return [f"{count} {what}" for count, what in counts if count]
+
 
 @dataclass(frozen=True)
 class Limits:

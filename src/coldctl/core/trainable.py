@@ -65,7 +65,6 @@ def _with_adapters(model: nn.Module, config: FinetuneConfig, base_name: str, see
     if config.lora_rank > smallest:
         raise ConfigError(f"--lora-rank {config.lora_rank}: the smallest matrix of {base_name} has the rank {smallest}")
     torch.manual_seed(seed)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="peft|transformers")
     adapters = peft.LoraConfig(
         task_type="SEQ_CLS",
         r=config.lora_rank,
@@ -73,7 +72,9 @@ def _with_adapters(model: nn.Module, config: FinetuneConfig, base_name: str, see
         target_modules=inside,
         modules_to_save=whole,
     )
-    return peft.get_peft_model(model, adapters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what transformers and PEFT say to each other
+        return peft.get_peft_model(model, adapters)
 
 
 def _freeze_below(body: nn.Module, trained: list[nn.Module]) -> None:

@@ -117,7 +117,7 @@ def evaluate(
         results = json.loads((destination / layout.RESULTS).read_text(encoding="utf-8"))
         return Evaluated(destination, results, unchanged=True)
     for dataset in datasets:
-        for sentence in _overlaps(loaded[dataset.name]):
+        for sentence in loaded[dataset.name].overlaps():
             progress.note(f"{dataset.name}: {sentence}")
     with output.writing(destination, key, overwrite=overwrite) as unfinished:
         folder = _cell_folder(destination, unfinished)
@@ -184,16 +184,6 @@ def default_baseline(model: Model) -> Model:
 def _load(dataset: DatasetConfig, config: EvaluateConfig) -> data.Dataset:
     limits = data.Limits(config.max_train_examples, config.max_validation_examples, config.max_test_examples)
     return data.load(dataset, limits, config.seed)
-
-
-def _overlaps(dataset: data.Dataset) -> list[str]:
-    """What a reader of the scores should know about examples that stand in more than one place."""
-    counts = (
-        (dataset.leaked, "test examples also stand in its train or validation split"),
-        (dataset.repeated, "validation examples also stand in its train split"),
-        (dataset.duplicated, "train examples repeat an earlier one"),
-    )
-    return [f"{count} {what}" for count, what in counts if count]
 
 
 def _digest(model: Model) -> str:

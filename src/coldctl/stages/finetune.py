@@ -277,14 +277,10 @@ def _limits(config: FinetuneConfig) -> data.Limits:
 
 def _tell(job: Job, dataset: data.Dataset, progress: Progress) -> None:
     """What a person should know about the dataset before trusting the scores."""
-    for count, words in (
-        (dataset.leaked, f"of {len(dataset.test)} test examples also stand in train or validation"),
-        (dataset.repeated, "validation examples also stand in train"),
-        (dataset.duplicated, "training examples repeat an earlier one"),
-        (dataset.unlabelled, "examples without a label are left out"),
-    ):
-        if count:
-            progress.note(f"{job.name}: {count} {words}")
+    for sentence in dataset.overlaps():
+        progress.note(f"{job.name}: {sentence}")
+    if dataset.unlabelled:
+        progress.note(f"{job.name}: {dataset.unlabelled} examples without a label are left out")
     if dataset.regression and job.dataset.metric not in data.REGRESSION_METRICS:
         progress.note(f"{job.name}: the labels are numbers with fractions, so this is a regression, scored by spearman")
 
