@@ -1,7 +1,8 @@
 # make iterate   set up what is missing, then run full rounds: finetune, fuse, evaluate
+# make experiment EXPERIMENT=FILE.toml   full rounds under several settings, and their curves side by side
 # make test      set up what is missing, then run the tests
 .SUFFIXES:
-.PHONY: iterate publish test test-peers lint format bench bench-finetune assets setup clean help
+.PHONY: iterate experiment publish test test-peers lint format bench bench-finetune assets setup clean help
 
 PYTHON = python3
 ITERATIONS = 1
@@ -12,6 +13,8 @@ RUN = runs/demo
 SAMPLE =
 # GATE=1 keeps the last good base model when a fused model is surely worse than its own base.
 GATE =
+# What `make experiment` compares.
+EXPERIMENT = configs/experiments/contributors.toml
 # Where `make publish` writes, and what it publishes.
 TO = runs/published
 MODEL = $(RUN)
@@ -32,6 +35,11 @@ publish: $(ready)
 	@evaluation=$$($(bin)/coldctl status "$(RUN)" --evaluation) && \
 	$(bin)/coldctl publish "$(MODEL)" --config "$(CONFIG)" --to "$(TO)" --evaluation "$$evaluation" \
 		$(if $(LICENSE),--license "$(LICENSE)")
+
+# Which of several settings is better: one run per variant, then their curves side by side.
+experiment: $(ready) $(demo)
+	@PATH="$(CURDIR)/$(bin):$$PATH" EXPERIMENT="$(EXPERIMENT)" TO="$(if $(filter file,$(origin TO)),runs/$(basename $(notdir $(EXPERIMENT))),$(TO))" \
+		JOBS="$(JOBS)" sh scripts/experiment.sh
 
 test: $(ready)
 	$(bin)/python -m pytest

@@ -4,7 +4,7 @@
 set -eu
 
 [ "$GATE" = 0 ] && GATE=
-plan="${SAMPLE:+--sample $SAMPLE} ${GATE:+--gate}"
+plan="${SAMPLE:+--sample $SAMPLE} ${GATE:+--gate} ${TARGET:+--target $TARGET}"
 # shellcheck disable=SC2086 # flags without spaces
 iterations=$(coldctl plan "$RUN" --config "$CONFIG" --iterations "$ITERATIONS" $plan)
 pretrained=$(coldctl status "$RUN" --pretrained)

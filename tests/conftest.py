@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ import tiny
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_caches = tempfile.TemporaryDirectory(prefix="coldctl-")  # nor write to the cache of whoever runs it
+os.environ["COLDCTL_CACHE"] = _caches.name
 
 
 @dataclass(frozen=True)

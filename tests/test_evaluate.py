@@ -2,15 +2,20 @@
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import numpy as np
 import pytest
 
 import tiny
-from coldctl.core import leaderboard
+from coldctl.core import data, feature_cache, leaderboard
+from coldctl.core.config import DatasetConfig
 from conftest import Ran, suite_text
 
 Run = Callable[..., Ran]
@@ -122,3 +127,254 @@ def test_the_published_ranking_is_reproduced() -> None:
     assert found.published_baseline == pytest.approx(76.22, abs=0.01)
     assert found.published_deviation == 0.36
     assert found.rank == sum(float(other["avg"] or 0) > 78.475 for other in list(rows.values())[1:-1]) + 1
+
+
+def validated(folder: Path) -> Any:
+    """An evaluation's `results.json`, which its schema must accept."""
+    schema = json.loads((Path(leaderboard.__file__).with_name("results.schema.json")).read_text())
+    results = json.loads((folder / "results.json").read_text())
+    jsonschema.validate(results, schema)
+    return results
+
+
+def test_results_follow_their_schema(tmp_path: Path, base: Path, suite: Path, coldctl: Run) -> None:
+    other = tiny.perturb(base, tmp_path / "other", seed=1)
+    ran = coldctl("evaluate", other, "--baseline", base, "--suite", suite, "--output", tmp_path / "out", "--protocol",
+                  "linear-probe", "--protocol", "few-shot", "--shots", 8, "--seeds", 2, "--jobs", 1)  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    results = validated(tmp_path / "out")
+    for entry in results["results"]:
+        for item in entry["seeds"]:
+            cell = json.loads((tmp_path / "out" / "cells" / f"{item['cell']}.json").read_text())
+            assert (cell["protocol"], cell["seed"], cell["model"]) == (
+                entry["protocol"], item["seed"], results["models"][0]["body_digest"],
+            )  # fmt: skip
+    del results["results"][0]["gain_interval"]
+    (tmp_path / "out" / "results.json").write_text(json.dumps(results))
+    with pytest.raises(jsonschema.ValidationError):
+        validated(tmp_path / "out")
+
+
+def test_features_are_kept_across_outputs(
+    tmp_path: Path, base: Path, suite: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run
+) -> None:
+    monkeypatch.setenv("COLDCTL_CACHE", str(tmp_path / "cache"))
+    other = tiny.perturb(base, tmp_path / "other", seed=1)
+
+    def results(output: str, *flags: object) -> str:
+        ran = coldctl("evaluate", other, "--baseline", base, "--suite", suite, "--output", tmp_path / output,
+                      "--jobs", 1, *flags)  # fmt: skip
+        assert ran.code == 0, ran.stderr
+        return (tmp_path / output / "results.json").read_text()
+
+    first = results("one")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "features").iterdir()}
+    assert len(files) == 6  # two models, three datasets
+    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+    size = {path.stat().st_size for path in files}
+    # What is read is what is used: other features under the same name give other results.
+    victim = sorted(files)[0]
+    whole = victim.read_bytes()
+    victim.write_bytes(sorted(files)[1].read_bytes())
+    swapped = results("swapped")
+    assert {path.stat().st_size for path in files} == size
+    assert swapped != first
+    # What is damaged is computed anew.
+    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert results("two") == first
+    assert victim.read_bytes() == whole
+    assert results("three", "--pooling", "first") != first
+    assert len(list((tmp_path / "cache" / "features").iterdir())) == 12
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    tmp_path: Path, base: Path, suite: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COLDCTL_CACHE", str(tmp_path / "file"))
+    ran = coldctl("evaluate", tiny.perturb(base, tmp_path / "other", seed=1), "--baseline", base, "--suite", suite,
+                  "--output", tmp_path / "out", "--jobs", 1)  # fmt: skip
+    assert ran.code == 0
+    assert "features are not cached" in ran.stderr
+
+
+def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLDCTL_CACHE", str(tmp_path))
+    monkeypatch.setattr(feature_cache, "LIMIT", 3000)
+    computed = []
+
+    def features(number: int) -> np.ndarray[Any, Any]:
+        computed.append(number)
+        return np.full((10, 25), number, np.float32)
+
+    for place, number in enumerate((0, 1, 0, 2)):
+        found = feature_cache.cached({"number": number}, lambda: [features(number)], pytest.fail)  # noqa: B023
+        assert found[0][0, 0] == number
+        for path in (tmp_path / "features").iterdir():  # clocks of file systems are coarse
+            if path.stat().st_mtime > 1e6:
+                os.utime(path, (place, place))
+    assert computed == [0, 1, 2]
+    feature_cache.cached({"number": 0}, lambda: [features(0)], pytest.fail)
+    feature_cache.cached({"number": 1}, lambda: [features(1)], pytest.fail)
+    assert computed == [0, 1, 2, 1]
+
+
+def test_test_examples_in_another_training_split_are_counted(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "suite.toml").write_text(suite_text("base"))
+    for seed, name in enumerate(("red", "green", "blue")):
+        tiny.make_dataset(tmp_path / name, seed=seed)
+    test = (tmp_path / "blue" / "test.jsonl").read_text().splitlines()
+    with (tmp_path / "red" / "train.jsonl").open("a") as file:
+        file.write("".join(f"{line}\n" for line in test[:5]))
+    ran = coldctl("evaluate", tiny.perturb(base, tmp_path / "other", seed=1), "--baseline", base, "--suite",
+                  tmp_path / "suite.toml", "--output", tmp_path / "out", "--jobs", 1)  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    wanted = [{"test_of": "blue", "train_of": "red", "examples": 5, "num_test": 24}]
+    assert validated(tmp_path / "out")["overlaps"] == wanted
+    sentence = "5 of the 24 test examples of blue also stand in the training split of red"
+    for name in ("report.md", "report.html"):
+        assert sentence in (tmp_path / "out" / name).read_text()
+    assert sentence in ran.stderr
+
+
+def rounds(coldctl: Run, run: Path, suite: Path, iterations: int) -> None:
+    """What `make iterate` does, with one job."""
+    assert coldctl("plan", run, "--config", suite, "--target", iterations).code == 0
+    for number in range(1, iterations + 1):
+        place = run / f"iteration-{number:03d}"
+        for command in (
+            ("finetune", "--suite", suite, "--base", run, "--output", run, "--jobs", 1),
+            ("fuse", place / "contributions", "--config", suite, "--base", run, "--output", place / "fused"),
+            ("evaluate", place / "fused", "--suite", suite, "--output", place / "evaluation", "--jobs", 1,
+             "--baseline", json.loads(coldctl("status", run, "--json").stdout)["pretrained"]),
+            ("promote", run),
+        ):  # fmt: skip
+            ran = coldctl(*command)
+            assert ran.code == 0, (command, ran.stderr)
+
+
+def test_a_dataset_split_over_contributors(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    for seed, name in enumerate(("red", "green", "blue")):
+        tiny.make_dataset(tmp_path / name, seed=seed)
+    suite = tmp_path / "suite.toml"
+    suite.write_text(suite_text("base").replace('name = "red"\n', 'name = "red"\ncontributors = 3\n'))
+    ran = coldctl("finetune", "--suite", suite, "--base", base, "--output", tmp_path / "all", "--jobs", 1, "--json")
+    assert ran.code == 0, ran.stderr
+    records = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "all").glob("*/coldctl.json")}
+    assert sorted(records) == ["green", "red-1", "red-2", "red-3"]
+    shares = [records[f"red-{part}"]["dataset"] for part in (1, 2, 3)]
+    assert [share["num_train"] for share in shares] == [16, 16, 16]
+    assert [share["num_validation"] for share in shares] == [6, 5, 5]
+    assert {share["num_test"] for share in shares} == {24}
+    assert len({share["fingerprint"] for share in shares}) == 3
+    dataset = DatasetConfig("red", str(tmp_path / "red"), contributors=3)
+    parts = [data.load(replace(dataset, part=part), data.Limits(), 0) for part in (1, 2, 3)]
+    whole = data.load(dataset, data.Limits(), 0)
+    assert sorted(text for part in parts for text in part.train.texts) == sorted(whole.train.texts)
+    only = coldctl(
+        "finetune", "--suite", suite, "--base", base, "--output", tmp_path / "one", "--only", "red-2", "--jobs", 1
+    )
+    assert only.code == 0, only.stderr
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["red-2"]
+    suite.write_text(suite.read_text().replace("contributors = 3", "contributors = 40"))
+    many = coldctl(
+        "finetune", "--suite", suite, "--base", base, "--output", tmp_path / "many", "--only", "red-02", "--jobs", 1
+    )
+    assert many.code == 2
+    assert "cannot be shared among 40 contributors" in many.stderr
+
+
+def test_an_experiment_compares_the_curves_of_its_variants(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    for seed, name in enumerate(("red", "green", "blue")):
+        tiny.make_dataset(tmp_path / name, seed=seed)
+    (tmp_path / "suite.toml").write_text(suite_text("base"))
+    (tmp_path / "plans").mkdir()
+    plan = tmp_path / "plans" / "experiment.toml"
+    plan.write_text(
+        'config = "../suite.toml"\niterations = 2\n[[variant]]\nname = "whole"\n'
+        '[[variant]]\nname = "split"\niterations = 1\nfinetune.epochs = 2\ndataset.red.contributors = 2\n'
+    )
+    ran = coldctl("variants", plan, "--output", tmp_path / "runs")
+    assert ran.stdout == "2 whole\n1 split\n"
+    assert coldctl("variants", plan, "--output", tmp_path / "runs").code == 0
+    rounds(coldctl, tmp_path / "runs" / "whole", tmp_path / "runs" / "whole.toml", 2)
+    rounds(coldctl, tmp_path / "runs" / "split", tmp_path / "runs" / "split.toml", 1)
+    assert (
+        coldctl("plan", tmp_path / "runs" / "split", "--config", tmp_path / "runs" / "split.toml", "--target", 1).stdout
+        == ""
+    )
+    contributions = tmp_path / "runs" / "split" / "iteration-001" / "contributions"
+    assert sorted(path.name for path in contributions.iterdir()) == ["green", "red-1", "red-2"]
+    runs = tmp_path / "runs"
+    ran = coldctl("evaluate", runs / "whole", runs / "split", "--suite", runs / "whole.toml",
+                  "--output", tmp_path / "runs" / "evaluation", "--jobs", 1)  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    results = validated(tmp_path / "runs" / "evaluation")
+    assert [(model["name"], model["run"], model["iteration"]) for model in results["models"]] == [
+        ("whole/iteration-001", "whole", 1), ("whole/iteration-002", "whole", 2), ("split/iteration-001", "split", 1),
+    ]  # fmt: skip
+    assert (tmp_path / "runs" / "evaluation" / "curve.png").is_file()
+    report = (tmp_path / "runs" / "evaluation" / "report.md").read_text()
+    assert "| whole | 2 |" in report
+    assert "| split | 1 |" in report
+    plan.write_text(plan.read_text().replace("epochs = 2", "epochs = 3"))
+    changed = coldctl("variants", plan, "--output", tmp_path / "runs")
+    assert changed.code == 2
+    assert "another experiment" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no configuration"),
+        ('config = "none.toml"', "no configuration file"),
+        ('config = "suite.toml"', "has no variants"),
+        ('config = "suite.toml"\n[[variant]]\nname = "a/b"', "cannot name a directory"),
+        ('config = "suite.toml"\n[[variant]]\nname = "a"\nfinetune.epoch = 1', "did you mean 'epochs'"),
+        ('config = "suite.toml"\n[[variant]]\nname = "a"\ndataset.rde.contributors = 2', "no dataset 'rde'"),
+        ('config = "suite.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "a"', "two variants"),
+        ('config = "suite.toml"\niterations = 0\n[[variant]]\nname = "a"', "at least 1"),
+        ('config = "suite.toml"\ndatasets = ["x"]\n[[variant]]\nname = "a"', "no dataset 'x'"),
+    ],
+)
+def test_mistakes_in_an_experiment_are_named(tmp_path: Path, text: str, words: str, coldctl: Run) -> None:
+    (tmp_path / "suite.toml").write_text(suite_text("base"))
+    (tmp_path / "experiment.toml").write_text(text)
+    ran = coldctl("variants", tmp_path / "experiment.toml", "--output", tmp_path / "runs")
+    assert ran.code == 2
+    assert words in ran.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_experiments_that_ship_are_sound(tmp_path: Path, coldctl: Run) -> None:
+    files = sorted((Path(__file__).parents[1] / "configs" / "experiments").glob("*.toml"))
+    assert len(files) == 4
+    for file in files:
+        ran = coldctl("variants", file, "--output", tmp_path / file.stem, "--json")
+        assert ran.code == 0, ran.stderr
+        assert len(ran.json["variants"]) >= 2
+
+
+def test_a_whole_run_is_measured_with_multitask_as_a_level(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    for seed, name in enumerate(("red", "green", "blue")):
+        tiny.make_dataset(tmp_path / name, seed=seed)
+    suite = tmp_path / "suite.toml"
+    suite.write_text(suite_text("base"))
+    rounds(coldctl, tmp_path / "run", suite, 2)
+    page = (tmp_path / "run" / "iteration-002" / "evaluation" / "report.html").read_text()
+    assert "Over iterations" in page  # with what iteration 1 found
+    assert "Over iterations" not in (tmp_path / "run" / "iteration-001" / "evaluation" / "report.html").read_text()
+    ran = coldctl("evaluate", tmp_path / "run", "--suite", suite, "--output", tmp_path / "out", "--protocol", "linear-probe",
+                  "--protocol", "multitask", "--jobs", 1, "--json")  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    measured = {(entry["model"], entry["protocol"]) for entry in ran.json["results"]}
+    assert measured == {
+        ("iteration-001", "linear-probe"), ("iteration-002", "linear-probe"), ("iteration-002", "multitask"),
+    }  # fmt: skip
+    report = (tmp_path / "out" / "report.md").read_text().split("## Over iterations")[1]
+    assert "| pretrained model |" in report
+    assert "| multitask |" in report

@@ -498,8 +498,8 @@ def evaluate(
         }  # fmt: skip
         settings = resolve(EvaluateConfig, file, flags)
         finetuning = resolve(FinetuneConfig, file, {"seed": seed})
-        found = [model for item in models for model in stage.models_of(item, revision)]
-        against = reference.resolve(baseline, revision) if baseline else stage.default_baseline(found[0])
+        found = stage.candidates_of(models, revision)
+        against = reference.resolve(baseline, revision) if baseline else stage.default_baseline(found[0].model)
         with screen.progress() as progress:
             done = stage.evaluate(
                 found,
@@ -647,6 +647,7 @@ def plan(
         Path, typer.Option("--config", metavar="FILE.toml", help="[run] names the base; the suite, the settings.")
     ],
     iterations: Annotated[int, typer.Option(min=0, help="New iterations; an unmet target is finished first.")] = 1,
+    target: Annotated[int | None, typer.Option(min=0, help="Iterations in all, in place of --iterations.")] = None,
     sample: Annotated[
         int | None, typer.Option(min=0, help="Contributors per iteration, drawn by seed; 0: all.")
     ] = None,
@@ -664,11 +665,34 @@ def plan(
 
         file = read(config)
         settings = resolve(RunConfig, file, {"sample": sample})
-        numbers = stage.plan(run, file, settings, iterations=iterations, seed=seed or 0, gate=gate)
+        numbers = stage.plan(run, file, settings, iterations=iterations, seed=seed or 0, gate=gate, target=target)
         if as_json:
             screen.result({"run": str(run), "iterations": numbers})
         else:
             sys.stdout.write("".join(f"{number:03d}\n" for number in numbers))
+
+
+@app.command(epilog="Example: coldctl variants configs/experiments/federated.toml --output runs/federated")
+def variants(
+    experiment: Annotated[Path, typer.Argument(metavar="FILE.toml", help="What is varied, and how.")],
+    output: Annotated[Path, typer.Option("--output", help="Folder of the variants' configurations and runs.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    _seed: NoSeed = None,
+    _jobs: NoJobs = 0,
+    _engine: NoEngine = "local",
+    _config: NoConfig = None,
+    _overwrite: NoOverwrite = False,
+) -> None:
+    """Write the configurations that an experiment compares, and print each one's name and iterations."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.stages import plan as stage
+
+        found = stage.variants(experiment, output)
+        if as_json:
+            screen.result({"variants": [{"name": item.name, "iterations": item.iterations} for item in found]})
+        else:
+            sys.stdout.write("".join(f"{item.iterations} {item.name}\n" for item in found))
 
 
 @app.command(epilog="Example: coldctl promote runs/demo")

@@ -140,11 +140,17 @@ class PublishConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """One `[[dataset]]` of a suite. `path` is absolute or a Hub reference once the file is read."""
+    """One `[[dataset]]` of a suite. `path` is absolute or a Hub reference once the file is read.
+
+    With `contributors` above 1 its training and validation examples are shared out among so many contributors, as in
+    federated learning; `part` is the share of one of them, counted from 1, and 0 means all of it.
+    """
 
     name: str
     path: str
     role: Literal["seen", "unseen"] = "seen"
+    contributors: int = 1
+    part: int = 0
     metric: Metric = "accuracy"
     text: Columns = "text"
     text_pair: Columns | None = None
@@ -174,7 +180,9 @@ SECTIONS: Mapping[str, type] = {
     "publish": PublishConfig,
 }
 _AT_MOST_ONE = {"warmup", "label_smoothing"}
-_POSITIVE = {"epochs", "batch_size", "learning_rate", "max_length", "validate_every", "patience", "seeds"}
+_POSITIVE = {
+    "epochs", "batch_size", "learning_rate", "max_length", "validate_every", "patience", "seeds", "contributors",
+}  # fmt: skip
 
 C = TypeVar("C")
 
@@ -184,20 +192,27 @@ def read(path: Path | None) -> ConfigFile:
 
     Raises ConfigError for a file that is missing, no TOML, or has unknown keys or wrong types.
     """
-    if path is None:
-        return ConfigFile()
+    return ConfigFile() if path is None else parsed(document_of(path), path)
+
+
+def document_of(path: Path) -> dict[str, Any]:
+    """A TOML file as plain values. Raises ConfigError for a file that is missing, too large, or no TOML."""
     try:
         data = path.read_bytes()
         if len(data) > CONFIG_LIMIT:
             raise ConfigError(f"{path} is larger than {CONFIG_LIMIT >> 20} MiB: this is no configuration file")
-        document = tomllib.loads(data.decode("utf-8"))
+        return tomllib.loads(data.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {path}: check the path") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
-    _refuse_unknown(document, [*SECTIONS, "dataset"], f"{path}")
+
+
+def parsed(document: Mapping[str, Any], path: Path) -> ConfigFile:
+    """The document of the file at `path`, checked. Raises ConfigError for unknown keys and wrong types."""
+    refuse_unknown(document, [*SECTIONS, "dataset"], f"{path}")
     sections: dict[str, Mapping[str, Any]] = {}
     for name, kind in SECTIONS.items():
         table = document.get(name, {})
@@ -207,7 +222,7 @@ def read(path: Path | None) -> ConfigFile:
         sections[name] = dict(table)
     digest = manifest.digest_of(document)
     if base := sections["run"].get("base"):
-        sections["run"] = {**sections["run"], "base": _located(base, path.parent)}
+        sections["run"] = {**sections["run"], "base": located(base, path.parent)}
     return ConfigFile(path, sections, _datasets(document.get("dataset", []), path), digest)
 
 
@@ -244,6 +259,21 @@ def check_name(name: str, where: str) -> None:
         raise ConfigError(f"{where}: a name of {len(name)} characters is too long for a directory: shorten it")
     if not name or name.startswith(".") or set(name) & set('/\\\0\n\r\t"'):
         raise ConfigError(f"{where}: {name!r} cannot name a directory: no slashes, no leading dot")
+
+
+def contributors_of(datasets: Sequence[DatasetConfig]) -> list[tuple[str, DatasetConfig]]:
+    """The contributors of a suite by name, each with its dataset, or with its part of one that several share."""
+    found: list[tuple[str, DatasetConfig]] = []
+    for dataset in datasets:
+        if dataset.role != "seen":
+            continue
+        if dataset.part or dataset.contributors == 1:
+            found.append((dataset.name, dataset))
+            continue
+        width = len(str(dataset.contributors))
+        parts = range(1, dataset.contributors + 1)
+        found += [(f"{dataset.name}-{part:0{width}d}", dataclasses.replace(dataset, part=part)) for part in parts]
+    return found
 
 
 def check_finetuning(config: FinetuneConfig) -> None:
@@ -291,15 +321,20 @@ def _datasets(tables: Any, path: Path) -> tuple[DatasetConfig, ...]:
             raise ConfigError(f"{where} must be a table")
         dataset = _build(DatasetConfig, table, where)
         check_name(dataset.name, where)
-        datasets.append(dataclasses.replace(dataset, path=_located(dataset.path, path.parent)))
-    names = [dataset.name for dataset in datasets]
+        datasets.append(dataclasses.replace(dataset, path=located(dataset.path, path.parent)))
+        if dataset.part > dataset.contributors:
+            raise ConfigError(
+                f"{where}: part = {dataset.part} is out of range: there are {dataset.contributors} contributors"
+            )
+    contributors = contributors_of(datasets)
+    names = [dataset.name for dataset in datasets] + [name for name, dataset in contributors if name != dataset.name]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(f"{path}: two datasets are called {doubled[0]!r}: give each a name of its own")
     return tuple(datasets)
 
 
-def _located(reference: str, folder: Path) -> str:
-    """Paths in a file are relative to the file; Hub ids and URLs stay as they are."""
+def located(reference: str, folder: Path) -> str:
+    """A reference as a file in `folder` means it: its paths are relative to it, Hub ids and URLs stay as they are."""
     if "://" in reference or reference.startswith("hf:"):
         return reference
     path = (folder / Path(reference).expanduser()).resolve()
@@ -311,7 +346,7 @@ def _build(kind: type[C], table: Mapping[str, Any], where: str, *, complete: boo
     """Make a config dataclass from plain values. Raises ConfigError for unknown keys and wrong types."""
     hints = typing.get_type_hints(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    _refuse_unknown(table, [f.name for f in fields], where)
+    refuse_unknown(table, [f.name for f in fields], where)
     if complete and (missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in table]):
         raise ConfigError(f"{where}: {missing[0]!r} is missing: add it")
     values = {key: _checked(value, hints[key], f"{where}: {key}") for key, value in table.items()}
@@ -327,7 +362,8 @@ def _build(kind: type[C], table: Mapping[str, Any], where: str, *, complete: boo
     return kind(**values)
 
 
-def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise ConfigError for a key that is not known, with the nearest one that is."""
     for key in table:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)

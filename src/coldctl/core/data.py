@@ -71,6 +71,7 @@ class Dataset:
     repeated: int  # validation examples whose text (and pair) also stand in train
     duplicated: int  # train examples that repeat the text (and pair) of an earlier one
     unlabelled: int  # rows left out because their source marks them as without a label
+    train_digests: NDArray[np.uint64]  # of the texts of all its training examples, sorted, whatever the limits
 
     @property
     def regression(self) -> bool:
@@ -81,6 +82,10 @@ class Dataset:
     def multilabel(self) -> bool:
         """Whether an example may have several classes, or none."""
         return self.train.labels.ndim == 2
+
+    def tested_in(self, other: "Dataset") -> int:
+        """How many test examples of this dataset, as limited, also stand in the training split of `other`."""
+        return int(_among(_digests(self.test), other.train_digests).sum())
 
     def overlaps(self) -> list[str]:
         """What a reader of the scores should know about examples that stand in more than one place, in words."""
@@ -117,7 +122,9 @@ def load(config: DatasetConfig, limits: Limits, seed: int) -> Dataset:
         train, test = _cut(train, len(labels), derived_seed(0, config.name, "test"), config)
     if validation is None:
         train, validation = _cut(train, len(labels), derived_seed(seed, config.name, "validation"), config)
-    leaked, repeated, duplicated = _overlaps(train, validation, test)
+    train_digests, (leaked, repeated, duplicated) = _overlaps(train, validation, test)
+    if config.part:
+        train, validation = _share(train, "train", config, seed), _share(validation, "validation", config, seed)
     train = _limited_train(train, limits, derived_seed(seed, config.name, "train"), config)
     validation = _limited(validation, limits.validation, derived_seed(seed, config.name, "validation cap"))
     test = _limited(test, limits.test, derived_seed(seed, config.name, "test cap"))
@@ -130,7 +137,17 @@ def load(config: DatasetConfig, limits: Limits, seed: int) -> Dataset:
         raise DataError(f"{config.name}: the {len(train)} training examples left have {only} only: allow more of them")
     fingerprint = _fingerprint(labels, train, validation, test)
     dataset = Dataset(
-        config.name, labels, train, validation, test, fingerprint, leaked, repeated, duplicated, unlabelled
+        config.name,
+        labels,
+        train,
+        validation,
+        test,
+        fingerprint,
+        leaked,
+        repeated,
+        duplicated,
+        unlabelled,
+        train_digests,
     )
     metric_of(config, dataset)  # a metric that cannot be computed is refused before anything is learned
     return dataset
@@ -228,11 +245,29 @@ def _cut(train: Split, classes: int, seed: int, config: DatasetConfig) -> tuple[
     return train.take(np.delete(np.arange(len(train)), chosen)), train.take(chosen)
 
 
-def _overlaps(train: Split, validation: Split, test: Split) -> tuple[int, int, int]:
-    """Test examples that stand in the others, validation examples that stand in train, repetitions within train."""
+def _share(split: Split, kind: str, config: DatasetConfig, seed: int) -> Split:
+    """What `config.part` of its contributors has of a split: disjoint shares, each class dealt out in turn."""
+    if len(split) < config.contributors:
+        raise DataError(
+            f"{config.name}: {len(split)} {kind} examples cannot be shared among {config.contributors} contributors: "
+            "give fewer contributors or more examples"
+        )
+    generator = np.random.default_rng(derived_seed(seed, config.name, kind, "contributors"))
+    order = generator.permutation(len(split))
+    if split.labels.dtype == np.int64:  # otherwise there are no classes to deal out evenly
+        order = order[np.argsort(split.labels[order], kind="stable")]
+    return split.take(np.sort(order[config.part - 1 :: config.contributors]))
+
+
+def _overlaps(train: Split, validation: Split, test: Split) -> tuple[NDArray[np.uint64], tuple[int, int, int]]:
+    """The sorted digests of train, and how many examples stand twice.
+
+    Counted are test examples that stand in the others, validation examples that stand in train, and repetitions
+    within train.
+    """
     first, second, third = (np.sort(_digests(split)) for split in (train, validation, test))
     leaked = _among(third, first) | _among(third, second)
-    return int(leaked.sum()), int(_among(second, first).sum()), int(np.sum(first[1:] == first[:-1]))
+    return first, (int(leaked.sum()), int(_among(second, first).sum()), int(np.sum(first[1:] == first[:-1])))
 
 
 def _among(values: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:

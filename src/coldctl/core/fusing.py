@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from coldctl.core import layout, manifest, merge
+from coldctl.core import charts, layout, manifest, merge
 from coldctl.core.candidates import Candidate
 from coldctl.core.checkpoint import (
     Checkpoint,
@@ -51,7 +51,6 @@ from coldctl.core.passes import (
 from coldctl.core.progress import Progress
 from coldctl.core.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
 from coldctl.core.reference import Model
-from coldctl.core.report import fuse_chart, prepare_charts
 from coldctl.core.statistics import UpdateStatistics, names_of, outliers
 from coldctl.core.storage import LocalFolder
 
@@ -155,7 +154,7 @@ class Fusion:
         if not accepted:
             self._accepted()
         if config.screen != "off":
-            prepare_charts()
+            charts.prepare()
         whole = self._in_name_order()
         statistics: UpdateStatistics | None = None
         proof: Proof | None = None
@@ -393,7 +392,7 @@ class Fusion:
             if source.has(file):
                 (folder / file).write_bytes(source.read(file))
         if main and self.config.screen != "off":
-            fuse_chart(records, folder / layout.FUSE_CHART)
+            charts.fuse_chart(records, folder / layout.FUSE_CHART)
         before = self.base_checkpoint.manifest
         ancestor = (
             manifest.shortened(before)

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from coldctl.core import data, layout, manifest, output, run, scoring
+from coldctl.core import curves, data, feature_cache, layout, manifest, output, run, scoring
 from coldctl.core.candidates import free_names
+from coldctl.core.charts import curve_chart, gain_chart
 from coldctl.core.checkpoint import body_digest, open_checkpoint
 from coldctl.core.config import (
     PROTOCOLS,
@@ -29,9 +30,10 @@ from coldctl.core.config import (
     identity,
 )
 from coldctl.core.errors import ConfigError, ModelError
+from coldctl.core.page import page
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, resolve
-from coldctl.core.report import gain_chart, markdown
+from coldctl.core.report import markdown, overlap_sentences
 from coldctl.engines import local
 
 SCHEMA = 1  # of results.json
@@ -45,6 +47,15 @@ _GROUPS = ("all", "seen", "unseen")
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A model to be measured, and which iteration of which run made it, if one did."""
+
+    model: Model
+    run: str | None = None
+    iteration: int | None = None
+
+
+@dataclass(frozen=True)
 class Contender:
     """A model under test, with the digest of its body."""
 
@@ -52,6 +63,8 @@ class Contender:
     model: Model
     body_digest: str
     files_digest: str  # of config and tokenizer, which decide what the same weights compute
+    run: str | None = None
+    iteration: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class Evaluated:
 
 
 def evaluate(
-    models: Sequence[Model],
+    models: Sequence[Candidate],
     baseline: Model,
     datasets: Sequence[DatasetConfig],
     destination: Path,
@@ -97,17 +110,17 @@ def evaluate(
     overwrite: bool,
     progress: Progress,
 ) -> Evaluated:
-    """Measure `models` against `baseline` on the suite and write `results.json`, `report.md` and `gain.png`.
+    """Measure `models` against `baseline` on the suite and write `results.json`, reports and charts.
 
     Raises ConfigError, DataError, ModelError or OutputError. If cells fail, those that succeeded are kept, and
     the first failure is raised with all of them listed.
     """
     if not datasets:
         raise ConfigError("the suite has no dataset: add [[dataset]] tables to it")
-    places = [model.place for model in (baseline, *models)]
+    places = [model.place for model in (baseline, *(item.model for item in models))]
     output.refuse_overlap(destination, [*places, *(item.path for item in datasets if not data.is_hub(item.path))])
     loaded = {dataset.name: _load(dataset, config) for dataset in datasets}
-    contenders = _contenders([baseline, *models])
+    contenders = _contenders([Candidate(baseline), *models])
     measured = [[item.name, item.body_digest, item.files_digest] for item in contenders]
     key = identity(
         "evaluate", config, finetuning=as_record(finetuning), models=measured,
@@ -116,43 +129,73 @@ def evaluate(
     if output.is_done(destination, key, overwrite=overwrite):
         results = json.loads((destination / layout.RESULTS).read_text(encoding="utf-8"))
         return Evaluated(destination, results, unchanged=True)
+    overlaps = _overlaps(loaded)
     for dataset in datasets:
         for sentence in loaded[dataset.name].overlaps():
             progress.note(f"{dataset.name}: {sentence}")
+    for sentence in overlap_sentences({"overlaps": [item for item in overlaps if item["test_of"] != item["train_of"]]}):
+        progress.note(sentence)
     with output.writing(destination, key, overwrite=overwrite) as unfinished:
         folder = _cell_folder(destination, unfinished)
         cells_of = partial(
             _cells, datasets=datasets, loaded=loaded, config=config, finetuning=finetuning, folder=folder
         )
-        cells = _measured(contenders, cells_of, config, jobs, progress)
+        compute = partial(_compute, known=_known_cells(destination, contenders), jobs=jobs, progress=progress)
+        cells = _measured(contenders, cells_of, compute, config, progress)
         results = _results(contenders, datasets, loaded, cells, config)
+        results["overlaps"] = overlaps
         (unfinished / layout.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        (unfinished / layout.REPORT).write_text(markdown(results), encoding="utf-8")
+        document: manifest.Manifest = {
+            "kind": "evaluation",
+            "name": contenders[-1].name,
+            "identity": key,
+            "body_digest": contenders[-1].body_digest,
+            "config": {"evaluate": as_record(config), "finetune": as_record(finetuning)},
+            "environment": manifest.environment(["torch", "transformers", "scikit-learn", "numpy"]),
+        }
+        panels = curves.panels(results, _earlier(destination, results, document))
+        origin = open_checkpoint(contenders[-1].model.folder, contenders[-1].name).manifest
+        (unfinished / layout.REPORT).write_text(markdown(results, panels), encoding="utf-8")
+        (unfinished / layout.PAGE).write_text(page(results, panels, document, origin), encoding="utf-8")
         gain_chart(results, unfinished / layout.GAIN_CHART)
-        manifest.write(
-            unfinished,
-            {
-                "kind": "evaluation",
-                "name": contenders[-1].name,
-                "identity": key,
-                "body_digest": contenders[-1].body_digest,
-                "config": {"evaluate": as_record(config), "finetune": as_record(finetuning)},
-                "environment": manifest.environment(["torch", "transformers", "scikit-learn", "numpy"]),
-            },
-        )
+        if panels:
+            curve_chart(panels, unfinished / layout.CURVE_CHART)
+        manifest.write(unfinished, document)
     return Evaluated(destination, results, unchanged=False)
 
 
-def models_of(reference: str, revision: str | None) -> list[Model]:
-    """The models that one argument means: a RUN stands for the fused models of all its iterations."""
-    path = Path(reference)
-    if not (path.is_dir() and run.is_run(path)):
-        return [resolve(reference, revision)]
-    numbers = layout.iteration_numbers(path)
-    found = [layout.fused(path, number) for number in numbers if layout.is_complete(layout.fused(path, number))]
-    if not found:
-        raise ModelError(f"{path} has no fused model yet: run `coldctl fuse` first, or `make iterate`")
-    return [Model(folder.parent.name, str(folder)) for folder in found]
+def candidates_of(references: Sequence[str], revision: str | None) -> list[Candidate]:
+    """The models that arguments mean: a RUN stands for the fused models of all its iterations.
+
+    They are called `iteration-NNN`, and with several RUNs `RUN/iteration-NNN`. Raises ModelError.
+    """
+    folders = [Path(reference).expanduser() for reference in references]
+    runs = {folder: folder.resolve().name for folder in folders if folder.is_dir() and run.is_run(folder)}
+    found = []
+    for reference, folder in zip(references, folders, strict=True):
+        if folder not in runs:
+            found.append(_candidate(resolve(reference, revision)))
+            continue
+        numbers = [n for n in layout.iteration_numbers(folder) if layout.is_complete(layout.fused(folder, n))]
+        if not numbers:
+            raise ModelError(f"{folder} has no fused model yet: run `coldctl fuse` first, or `make iterate`")
+        own = next(name for name in free_names(runs[folder]) if name not in {item.run for item in found})
+        for number in numbers:
+            place = layout.fused(folder, number)
+            name = place.parent.name if len(runs) == 1 else f"{own}/{place.parent.name}"
+            found.append(Candidate(Model(name, str(place)), own, number))
+    return found
+
+
+def _candidate(model: Model) -> Candidate:
+    """A single model; one that lies in a RUN is known by its iteration."""
+    path = Path(model.place)
+    enclosing = layout.enclosing_run(path) if path.is_dir() else None
+    if enclosing is not None:
+        for number in layout.iteration_numbers(enclosing):
+            if path.resolve() == layout.fused(enclosing, number):
+                return Candidate(model, enclosing.name, number)
+    return Candidate(model)
 
 
 def default_baseline(model: Model) -> Model:
@@ -197,25 +240,61 @@ def _files_digest(model: Model) -> str:
     return manifest.digest_of({name: manifest.digest_of_reader(folder.open(name)) for name in names})
 
 
-def _contenders(models: Sequence[Model]) -> list[Contender]:
+def _contenders(candidates: Sequence[Candidate]) -> list[Contender]:
     contenders: list[Contender] = []
-    for model in models:
-        taken = {item.name for item in contenders}
-        name = next(name for name in free_names(model.name) if name not in taken)
-        contenders.append(Contender(name, model, _digest(model), _files_digest(model)))
+    for item in candidates:
+        taken = {other.name for other in contenders}
+        name = next(name for name in free_names(item.model.name) if name not in taken)
+        digests = _digest(item.model), _files_digest(item.model)
+        contenders.append(Contender(name, item.model, *digests, item.run, item.iteration))
     return contenders
+
+
+def _overlaps(loaded: dict[str, data.Dataset]) -> list[dict[str, Any]]:
+    """Test examples, as limited, that also stand in the whole training split of a dataset of the suite."""
+    counts = (
+        (test, train, loaded[test].tested_in(loaded[train]), len(loaded[test].test))
+        for test in loaded
+        for train in loaded
+    )
+    return [
+        {"test_of": test, "train_of": train, "examples": count, "num_test": total}
+        for test, train, count, total in counts
+        if count
+    ]
+
+
+def _earlier(destination: Path, results: dict[str, Any], document: manifest.Manifest) -> list[dict[str, Any]]:
+    """What the RUN that `destination` belongs to found in its other iterations, where it can be compared."""
+    enclosing = layout.enclosing_run(destination.parent)
+    if enclosing is None:
+        return []
+    newest = max((model["iteration"] or 0 for model in results["models"]), default=0)
+    found = []
+    for number in layout.iteration_numbers(enclosing):
+        folder = layout.evaluation(enclosing, number)
+        if number >= newest or folder == destination.resolve() or not layout.is_complete(folder):
+            continue
+        other = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
+        alike = all(other.get(key) == results[key] for key in ("baseline", "fingerprints"))
+        if alike and manifest.read_unchanged(folder)["config"] == document["config"]:
+            found.append(other)
+    return found
 
 
 def _cell_folder(destination: Path, partial: Path) -> Path:
     """In a RUN all evaluations share their cells, so that the pretrained model is measured once."""
     enclosing = layout.enclosing_run(destination.parent)
-    folder = enclosing / "cells" if enclosing else partial / "cells"
-    if enclosing is None and (destination / "cells").is_dir() and not folder.exists():
-        folder.mkdir()
-        for cell in (destination / "cells").glob("*.json"):
-            (folder / cell.name).write_bytes(cell.read_bytes())
+    folder = enclosing / layout.CELLS if enclosing else partial / layout.CELLS
     folder.mkdir(exist_ok=True)
     return folder
+
+
+def _known_cells(destination: Path, contenders: Sequence[Contender]) -> list[Path]:
+    """Where measurements may lie already: the output that is replaced, and the runs that models come from."""
+    runs = (layout.enclosing_run(Path(item.model.place)) for item in contenders if Path(item.model.place).is_dir())
+    places = [destination, *(found for found in runs if found is not None)]
+    return [place / layout.CELLS for place in dict.fromkeys(places) if (place / layout.CELLS).is_dir()]
 
 
 def _seeds(protocol: str, config: EvaluateConfig) -> list[int]:
@@ -233,8 +312,12 @@ def _cells(
     folder: Path,
 ) -> list[Cell]:
     cells = []
+    newest = {item.run: item for item in sorted(contenders, key=lambda item: item.iteration or 0)}
+    several = {item.run for item in contenders if item.run is not None and item != newest[item.run]}
     for contender in contenders:
         for protocol in protocols:
+            if protocol == "multitask" and contender.run in several and contender != newest[contender.run]:
+                continue  # a line to hold the curves against, not a curve
             groups = [tuple(datasets)] if protocol == "multitask" else [(dataset,) for dataset in datasets]
             for group in groups:
                 for seed in _seeds(protocol, config):
@@ -251,20 +334,20 @@ def _cells(
 def _measured(
     contenders: Sequence[Contender],
     cells_of: Callable[..., list[Cell]],
+    compute: Callable[[Sequence[Cell]], None],
     config: EvaluateConfig,
-    jobs: int,
     progress: Progress,
 ) -> list[Cell]:
     """All cells, measured; with a shortlist only its models go beyond linear probing."""
     if not config.shortlist:
         cells = cells_of(contenders, config.protocol)
-        _compute(cells, jobs, progress)
+        compute(cells)
         return cells
     probes = cells_of(contenders, ["linear-probe"])
-    _compute(probes, jobs, progress)
+    compute(probes)
     chosen = _shortlisted(contenders, probes, config, progress)
     others = cells_of(chosen, [protocol for protocol in config.protocol if protocol != "linear-probe"])
-    _compute(others, jobs, progress)
+    compute(others)
     return [*probes, *others]
 
 
@@ -292,7 +375,12 @@ def _settings(protocol: str, config: EvaluateConfig, finetuning: FinetuneConfig)
     return settings | ({"shots": config.shots} if protocol == "few-shot" else {})
 
 
-def _compute(cells: Sequence[Cell], jobs: int, progress: Progress) -> None:
+def _compute(cells: Sequence[Cell], known: Sequence[Path], jobs: int, progress: Progress) -> None:
+    for cell in cells:
+        path = Path(cell.path)
+        for folder in known:
+            if not path.exists() and (folder / path.name).is_file():
+                output.write_text(path, (folder / path.name).read_text(encoding="utf-8"))
     unique = list({cell.path: cell for cell in cells if not Path(cell.path).exists()}.values())
     if not unique:
         return
@@ -315,10 +403,8 @@ def measure(cell: Cell, threads: int, progress: Progress) -> str:
 
     torch.set_num_threads(threads)
     loaded = [_load(dataset, cell.evaluation) for dataset in cell.datasets]
-    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-        folder = cell.contender.model.local(Path(scratch))
-        work = _probe if cell.protocol == "linear-probe" else _finetune
-        predictions, details = work(cell, loaded, folder, progress)
+    work = _probe if cell.protocol == "linear-probe" else _finetune
+    predictions, details = work(cell, loaded, progress)
     document = {
         "schema": CELL_SCHEMA,
         "model": cell.contender.body_digest,
@@ -333,25 +419,16 @@ def measure(cell: Cell, threads: int, progress: Progress) -> str:
     return cell.path
 
 
-def _probe(
-    cell: Cell, loaded: Sequence[data.Dataset], folder: Path, progress: Progress
-) -> tuple[list[Any], dict[str, Any]]:
+def _probe(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tuple[list[Any], dict[str, Any]]:
     (dataset,) = loaded
-    from coldctl.core import model as models
-    from coldctl.core.probe import features, probe
+    from coldctl.core.probe import probe
 
-    tokenizer, body = models.load_tokenizer(folder), models.load_body(folder)
-    length = models.length_limit(tokenizer, body.config, cell.evaluation.max_length)
-    device = models.device_of_choice()
-    body.to(device)
-    splits = (dataset.train, dataset.validation, dataset.test)
-    progress.begin(cell.title, sum(map(len, splits)), "texts")
-    train, validation, test = (
-        features(body, models.encode(tokenizer, split.texts, split.pairs, length), cell.evaluation.pooling,
-                 tokenizer.pad_token_id, device, progress, cell.title)
-        for split in splits
-    )  # fmt: skip
-    progress.end(cell.title)
+    key = {
+        "model": cell.contender.body_digest, "files": cell.contender.files_digest, "dataset": dataset.fingerprint,
+        "pooling": cell.evaluation.pooling, "max_length": cell.evaluation.max_length,
+        "versions": manifest.environment(["torch", "transformers", "tokenizers"]),
+    }  # fmt: skip
+    train, validation, test = feature_cache.cached(key, lambda: _features(cell, dataset, progress), progress.note)
     metric = data.metric_of(cell.datasets[0], dataset)
     predictions, strength, reached = probe(
         (train, dataset.train.labels),
@@ -362,10 +439,37 @@ def _probe(
     return [predictions], {"c": strength, "validation": reached}
 
 
-def _finetune(
-    cell: Cell, loaded: Sequence[data.Dataset], folder: Path, progress: Progress
-) -> tuple[list[Any], dict[str, Any]]:
+def _features(cell: Cell, dataset: data.Dataset, progress: Progress) -> list[Any]:
+    """What the cell's model makes of train, validation and test: float32 [examples, hidden size] each."""
+    from coldctl.core import model as models
+    from coldctl.core.probe import features
+
+    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+        folder = cell.contender.model.local(Path(scratch))
+        tokenizer, body = models.load_tokenizer(folder), models.load_body(folder)
+    length = models.length_limit(tokenizer, body.config, cell.evaluation.max_length)
+    device = models.device_of_choice()
+    body.to(device)
+    splits = (dataset.train, dataset.validation, dataset.test)
+    progress.begin(cell.title, sum(map(len, splits)), "texts")
+    found = [
+        features(body, models.encode(tokenizer, split.texts, split.pairs, length), cell.evaluation.pooling,
+                 tokenizer.pad_token_id, device, progress, cell.title)
+        for split in splits
+    ]  # fmt: skip
+    progress.end(cell.title)
+    return found
+
+
+def _finetune(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tuple[list[Any], dict[str, Any]]:
     """Finetune on one dataset, on few shots of it, or on all datasets with one body and a head for each."""
+    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+        return _trained(cell, loaded, cell.contender.model.local(Path(scratch)), Path(scratch), progress)
+
+
+def _trained(
+    cell: Cell, loaded: Sequence[data.Dataset], folder: Path, scratch: Path, progress: Progress
+) -> tuple[list[Any], dict[str, Any]]:
     from coldctl.core import model as models
     from coldctl.core.training import Examples, Head, Place, predict, train
 
@@ -387,17 +491,12 @@ def _finetune(
         tests.append(test)
     models.share_body([head.model for head in heads])
     seed = derived_seed(cell.seed, "evaluate", cell.protocol, *(entry.name for entry in cell.datasets))
-    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-        name = f"{cell.title}, {cell.protocol}, seed {cell.seed}"
-        place = Place(
-            models.device_of_choice(),
-            tokenizer.pad_token_id,
-            Path(scratch),
-            progress,
-            name,
-            checkpoint_seconds=math.inf,
-        )
-        trained = train(heads, replace(cell.finetuning, anchor=0.0, compile=False), place, seed=seed)
+    name = f"{cell.title}, {cell.protocol}, seed {cell.seed}"
+    place = Place(
+        models.device_of_choice(), tokenizer.pad_token_id, scratch / layout.TRAINING, progress, name,
+        checkpoint_seconds=math.inf,
+    )  # fmt: skip
+    trained = train(heads, replace(cell.finetuning, anchor=0.0, compile=False), place, seed=seed)
     predictions = [predict(head.model, test.encoded, place) for head, test in zip(heads, tests, strict=True)]
     return predictions, {"validation": trained.best_score, "steps": trained.steps, "stopped": trained.stopped}
 
@@ -414,7 +513,11 @@ def _results(
 ) -> dict[str, Any]:
     """`results.json`: one entry per model, dataset and protocol, then the averages over groups of datasets."""
     predictions = {}
+    files = {}
     for cell in cells:
+        files.update(
+            {(cell.contender.name, item.name, cell.protocol, cell.seed): Path(cell.path).stem for item in cell.datasets}
+        )
         found = json.loads(Path(cell.path).read_text(encoding="utf-8"))["predictions"]
         for dataset, part in zip(cell.datasets, found, strict=True):
             dtype = loaded[dataset.name].test.labels.dtype
@@ -435,14 +538,21 @@ def _results(
                 source = loaded[dataset.name]
                 outcome = scoring.Outcome(data.metric_of(dataset, source), source.test.labels, rows[0], rows[1])
                 drawn = scoring.resampled_gains(outcome, derived_seed(config.seed, "bootstrap", dataset.name))
-                entries.append(_entry(contender, dataset, protocol, outcome, seeds, drawn, certain=certain))
+                entry = _entry(contender, dataset, protocol, outcome, seeds, drawn, certain=certain)
+                for item in entry["seeds"]:
+                    for owner, field in ((contender, "cell"), (baseline, "baseline_cell")):
+                        item[field] = files[owner.name, dataset.name, protocol, item["seed"]]
+                entries.append(entry)
                 resamples.append(drawn)
             results += entries
             averages += _averages(contender, protocol, entries, resamples, certain=certain)
     return {
         "schema": SCHEMA,
         "baseline": {"name": baseline.name, "body_digest": baseline.body_digest},
-        "models": [{"name": item.name, "body_digest": item.body_digest} for item in others],
+        "models": [
+            {"name": item.name, "body_digest": item.body_digest, "run": item.run, "iteration": item.iteration}
+            for item in others
+        ],
         "fingerprints": {dataset.name: loaded[dataset.name].fingerprint for dataset in datasets},
         "results": results,
         "averages": averages,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from coldctl.core import data, layout, manifest, output, run, scoring, team
+from coldctl.core.charts import training_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import (
     DatasetConfig,
@@ -19,6 +20,7 @@ from coldctl.core.config import (
     as_record,
     check_finetuning,
     check_name,
+    contributors_of,
     derived_seed,
     identity,
 )
@@ -27,7 +29,6 @@ from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedEr
 from coldctl.core.manifest import Manifest
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
-from coldctl.core.report import training_chart
 from coldctl.core.storage import LocalFolder
 from coldctl.core.training_log import Log, open_log
 from coldctl.engines import local
@@ -121,17 +122,18 @@ def jobs_of_suite(
     overwrite: bool,
     watching: Watching = _UNWATCHED,
 ) -> list[Job]:
-    """One job per seen dataset, or per sampled one, or per one named in `only`.
+    """One job per contributor of the suite's seen datasets, or per sampled one, or per one named in `only`.
 
     In a RUN the contributions belong to its next iteration, and whether and how many are sampled is the run's
     own setting unless given. Raises ConfigError.
     """
     check_finetuning(config)
-    seen = [dataset for dataset in datasets if dataset.role == "seen"]
+    seen = contributors_of(datasets)
     if not seen:
         raise ConfigError('the suite has no seen dataset: mark those that contribute with role = "seen"')
-    if unknown := sorted(set(only) - {dataset.name for dataset in seen}):
-        raise ConfigError(f"no seen dataset is called {unknown[0]!r}: the suite has {', '.join(d.name for d in seen)}")
+    names = [name for name, _ in seen]
+    if unknown := sorted(set(only) - {*names, *(dataset.name for _, dataset in seen)}):
+        raise ConfigError(f"no seen dataset is called {unknown[0]!r}: the suite has {', '.join(names)}")
     number, seed = None, config.seed
     folder = destination
     if run.is_run(destination):
@@ -144,10 +146,9 @@ def jobs_of_suite(
         order = np.random.default_rng(derived_seed(seed, "contributors", number or 1)).permutation(len(seen))
         chosen = [seen[index] for index in sorted(order[:sample].tolist())]
     if only:
-        chosen = [dataset for dataset in seen if dataset.name in only]
+        chosen = [(name, dataset) for name, dataset in seen if name in only or dataset.name in only]
     return [
-        Job(dataset, base, str(folder / dataset.name), dataset.name, config, number, overwrite, watching)
-        for dataset in chosen
+        Job(dataset, base, str(folder / name), name, config, number, overwrite, watching) for name, dataset in chosen
     ]
 
 

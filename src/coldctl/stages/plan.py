@@ -1,6 +1,7 @@
-"""`coldctl plan` and `coldctl promote`: the two ends of an iteration, kept in `run.json`.
+"""`coldctl plan` and `coldctl promote`: the two ends of an iteration, kept in `run.json`; `coldctl variants` before them.
 
-`plan` says which iterations are still to be made, `promote` decides about the one that has just been.
+`plan` says which iterations are still to be made, `promote` decides about the one that has just been. `variants` writes
+the configurations of the runs that an experiment compares.
 """
 
 import json
@@ -8,17 +9,43 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from coldctl.core import layout, manifest, run, scoring
-from coldctl.core.config import ConfigFile, RunConfig
+from coldctl.core import experiment, layout, manifest, output, run, scoring
+from coldctl.core.config import ConfigFile, RunConfig, contributors_of
 from coldctl.core.errors import ConfigError, ManifestError
+from coldctl.core.experiment import Variant
 from coldctl.core.reference import resolve
 from coldctl.core.run import Iteration, Run
 
 
-def plan(folder: Path, file: ConfigFile, config: RunConfig, *, iterations: int, seed: int, gate: bool) -> list[int]:
+def variants(file: Path, folder: Path) -> list[Variant]:
+    """Write the configuration of each variant of an experiment into `folder`, as `NAME.toml`.
+
+    Raises ConfigError, also if one of that name is there that says something else: its run may have begun.
+    """
+    found = experiment.read(file, folder)
+    for variant in found:
+        path = folder / f"{variant.name}.toml"
+        if path.exists() and path.read_text(encoding="utf-8") != variant.text:
+            raise ConfigError(f"{path} is of another experiment than {file}: give another --output, or restore {file}")
+    for variant in found:
+        output.write_text(folder / f"{variant.name}.toml", variant.text)
+    return found
+
+
+def plan(
+    folder: Path,
+    file: ConfigFile,
+    config: RunConfig,
+    *,
+    iterations: int,
+    seed: int,
+    gate: bool,
+    target: int | None = None,
+) -> list[int]:
     """Start or extend a run and return the numbers of the iterations to be made, perhaps begun already.
 
-    Raises ConfigError if `[run]` names no base, or the config changed in the middle of an iteration.
+    `target` counts the run's iterations in all, in place of new `iterations`. Raises ConfigError if `[run]` names no base,
+    or the config changed in the middle of an iteration.
     """
     if not config.base:
         raise ConfigError(f'{file.path}: [run] names no base: add `base = "…"`, a directory or a Hub id')
@@ -27,9 +54,13 @@ def plan(folder: Path, file: ConfigFile, config: RunConfig, *, iterations: int, 
     if Path(base).is_absolute():  # relative, so that a run and its base can move together
         base = os.path.relpath(Path(base).resolve(), folder.resolve())
         base = base if base.startswith(".") else f"./{base}"
-    planned = Run(folder, base, config.revision, file.digest, config.sample, seed, gate, target=iterations)
+    wanted = iterations if target is None else target
+    planned = Run(folder, base, config.revision, file.digest, config.sample, seed, gate, target=wanted)
     if run.is_run(folder):
-        planned = run.extended(run.read(folder), planned, iterations, {dataset.name for dataset in file.datasets})
+        found = run.read(folder)
+        if target is not None:
+            iterations = max(0, target - found.decided)
+        planned = run.extended(found, planned, iterations, {name for name, _ in contributors_of(file.datasets)})
     elif folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} holds files but no {layout.RUN}: give a new directory as RUN")
     run.write(planned)
