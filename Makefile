@@ -2,7 +2,7 @@
 # make experiment EXPERIMENT=FILE.toml   full rounds under several settings, and their curves side by side
 # make test      set up what is missing, then run the tests
 .SUFFIXES:
-.PHONY: iterate experiment publish test test-peers lint format bench bench-finetune assets setup clean help
+.PHONY: iterate experiment publish test test-peers lint format bench bench-finetune bench-evaluate assets setup clean help
 
 PYTHON = python3
 ITERATIONS = 1
@@ -59,6 +59,9 @@ bench: $(ready)
 
 bench-finetune: $(ready) $(demo)
 	$(bin)/python benchmarks/finetune.py $(BENCH)
+
+bench-evaluate: $(ready) $(demo) .venv-peers/ready
+	$(bin)/python benchmarks/evaluate.py $(BENCH)
 
 # What other tools compute on the same inputs, in an environment of its own: they want other versions than we do.
 test-peers: .venv-peers/ready

@@ -6,6 +6,7 @@ page's own policy lets no script run but the one that it was written with.
 
 import base64
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.scoring import RESAMPLES
 
 _FOLDER = Path(__file__).parent
+_WORDS = ("name", "status", "reason", "dataset", "license", "body_digest")
+_NUMBERS = ("weight", "update_norm", "cosine_to_mean", "num_train")
 
 
 def page(results: Mapping[str, Any], panels: Sequence[Panel], evaluation: Manifest, origin: Manifest | None) -> str:
@@ -84,24 +87,37 @@ def _ranking(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _contributions(origin: Manifest | None) -> dict[str, Any] | None:
     """What the manifest of a fused model says of its contributions, and of those of the iterations before it."""
-    if origin is None or not (records := _fused(origin.get("contributions", []))):
+    records = _records(origin or {})
+    fused = [record for record in records if record["status"] == "fused" and record["update_norm"] is not None]
+    if origin is None or not fused:
         return None
     cosines: dict[str, dict[int, float]] = {}
     for document in (*origin.get("ancestors", []), origin):
         number = document.get("iteration")
-        for record in _fused(document.get("contributions", [])):
-            if number is not None and record.get("cosine_to_mean") is not None:
-                cosines.setdefault(record["name"], {})[number] = float(record["cosine_to_mean"] or 0.0)
+        for record in _records(document):
+            if isinstance(number, int) and record["status"] == "fused" and record["cosine_to_mean"] is not None:
+                cosines.setdefault(record["name"], {})[number] = record["cosine_to_mean"]
     return {
-        "model": origin["name"],
-        "norms": charts.as_svg(charts.norm_figure(records), "norms"),
+        "model": origin.get("name", ""),
+        "norms": charts.as_svg(charts.norm_figure(fused), "norms"),
         "cosines": charts.as_svg(charts.cosine_figure(cosines), "cosines") if cosines else None,
-        "records": origin["contributions"],
+        "records": records,
     }
 
 
-def _fused(records: Sequence[ContributionRecord]) -> list[ContributionRecord]:
-    return [record for record in records if record.get("status") == "fused" and record.get("update_norm") is not None]
+def _records(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The contributions that a manifest lists, every key there and numbers finite: strangers write manifests, too."""
+    found: list[ContributionRecord] = document.get("contributions", [])
+    return [
+        {key: str(record.get(key) or "") for key in _WORDS}
+        | {key: _number(record.get(key)) for key in _NUMBERS}
+        | {"verified": record.get("verified") is True}
+        for record in found
+    ]
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 @cache

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from coldctl.core.model import Encoded, collate
@@ -20,6 +21,7 @@ from coldctl.core.training import sorted_batches
 
 GRID = (0.001, 0.01, 0.1, 1.0)  # C, the inverse strength of the L2 penalty per example sum
 _ITERATIONS = 1000
+_TOLERANCE = 1e-5  # of the gradient
 _BATCH = 32
 
 Array = NDArray[Any]
@@ -70,7 +72,8 @@ def probe(
     best: tuple[float, float, Array] | None = None
     head = _head(train[1])
     for strength in GRID:
-        with warnings.catch_warnings():
+        # One thread: products this small take several times as long on two, and the result depends on no thread count.
+        with warnings.catch_warnings(), threadpool_limits(1):
             warnings.simplefilter("ignore")  # what stops short of convergence still is a probe; validation judges it
             head.fit(inputs, train[1], strength)
         reached = measure(validation[1], head.predict(known))
@@ -103,7 +106,7 @@ class _Logistic:
     def __init__(self) -> None:
         from sklearn.linear_model import LogisticRegression
 
-        self._model = LogisticRegression(max_iter=_ITERATIONS, tol=1e-4, warm_start=True)
+        self._model = LogisticRegression(max_iter=_ITERATIONS, tol=_TOLERANCE, warm_start=True)
 
     def fit(self, inputs: Array, labels: Array, strength: float) -> None:
         self._model.set_params(C=strength).fit(inputs, labels)

@@ -37,7 +37,7 @@ from coldctl.core.report import markdown, overlap_sentences
 from coldctl.engines import local
 
 SCHEMA = 1  # of results.json
-CELL_SCHEMA = 2
+CELL_SCHEMA = 3
 # Settings of [finetune] that say how a contribution is made; a measurement trains everything, freely.
 _CONTRIBUTORS_OWN = (
     "anchor", "compile", "fisher", "freeze_embeddings", "freeze_layers", "lora_rank", "shots", "shots_per_class",
