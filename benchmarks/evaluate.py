@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,6 @@ from stitched import train_head
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 BATCH = 32
-MERGE_FLAGS = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
 STITCHED = Path(__file__).with_name("stitched.py")
 
 
@@ -255,11 +255,13 @@ def stitched_round(options: argparse.Namespace, scratch: Path) -> dict[str, Any]
             sys.executable, STITCHED, "finetune", "--base", options.base, "--data", dataset.path, "--config", options.config,
             "--output", scratch / dataset.name,
         )  # fmt: skip
-    models = "".join(f"  - model: {scratch / dataset.name}\n    parameters: {{weight: 1.0}}\n" for dataset in seen)
+    files = [scratch / dataset.name / "model.safetensors" for dataset in seen]
+    models = "".join(f"  - model: {file}\n    parameters: {{weight: 1.0}}\n" for file in files)
     (scratch / "merge.yaml").write_text(f"models:\n{models}merge_method: linear\ndtype: float32\n")
-    seconds["merge"] = timed(
-        options.mergekit.parent / "mergekit-yaml", scratch / "merge.yaml", scratch / "merged", *MERGE_FLAGS
-    )
+    # mergekit-yaml 0.1.5 ends with a TypeError on a BERT without heads; its sister for bare tensors merges it.
+    program = options.mergekit.parent / "mergekit-pytorch"
+    seconds["merge"] = timed(program, scratch / "merge.yaml", scratch / "merged", "--quiet")
+    shutil.copy(scratch / seen[0].name / "config.json", scratch / "merged")
     scores: dict[str, dict[str, float]] = {"base": {}, "fused": {}}
     for name, model in (("base", options.base), ("fused", scratch / "merged")):
         for dataset in suite:
