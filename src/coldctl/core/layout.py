@@ -22,6 +22,8 @@ TRAINING = "training"  # checkpoints of a training, while it lasts
 FISHER = "fisher.safetensors"
 LEAVE_ONE_OUT = "leave-one-out"
 CARD = "README.md"
+SIGNATURE = "model.sig"
+ONNX_MODEL = "onnx/model.onnx"
 
 # What a tokenizer may consist of, over all the encoders and versions of transformers that people have.
 TOKENIZER_FILES = (

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from coldctl.core import layout
 from coldctl.core.errors import CheckpointError, ModelError
+from coldctl.core.progress import Progress
 
 SMALL_FILE_LIMIT = 256 << 20  # bytes; configs, tokenizers, manifests
 
@@ -230,6 +231,39 @@ def download(url: str, folder: Path) -> Path:
             continue  # never code, never pickles
         filesystem.get_file(f"{root}/{name}", str(folder / name))
     return folder
+
+
+def exists(url: str) -> bool:
+    """Whether there is anything at a URL. Raises ModelError for a scheme whose library is missing."""
+    filesystem, root = _filesystem(url)
+    return bool(filesystem.exists(root))
+
+
+def replace_folder(folder: Path, url: str, progress: Progress) -> None:
+    """Put the files of a local folder where `url` points, in place of what coldctl stored there before.
+
+    They are stored under a hidden sibling first and moved there by the store, the manifest last. Raises what the store raises.
+    """
+    filesystem, root = _filesystem(url)
+    parent, _, name = root.rpartition("/")
+    staging = f"{parent}/.{name}.partial"
+    if filesystem.exists(staging):
+        filesystem.rm(staging, recursive=True)
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    files.sort(key=lambda item: item == layout.MANIFEST)  # the manifest is last: it means "complete"
+    progress.begin("store", sum((folder / item).stat().st_size for item in files), "bytes")
+    for item in files:
+        filesystem.makedirs(f"{staging}/{item}".rpartition("/")[0], exist_ok=True)
+        filesystem.put_file(str(folder / item), f"{staging}/{item}")
+        progress.advance("store", (folder / item).stat().st_size)
+    progress.end("store")
+    if filesystem.exists(root):
+        filesystem.rm(root, recursive=True)
+    for item in files:
+        filesystem.makedirs(f"{root}/{item}".rpartition("/")[0], exist_ok=True)
+        filesystem.mv(f"{staging}/{item}", f"{root}/{item}")
+    if filesystem.exists(staging):
+        filesystem.rm(staging, recursive=True)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
