@@ -523,13 +523,24 @@ def evaluate(
 @app.command(epilog="Example: coldctl publish fused --to my-model --evaluation evaluation --license apache-2.0")
 def publish(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The fused model.")],
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where to publish it.")],
+    to: Annotated[str, typer.Option("--to", metavar="DIR|URL|hf://ORG/NAME", help="Where to publish it.")],
     evaluation: Annotated[
         Path | None, typer.Option("--evaluation", help="Directory that `coldctl evaluate` wrote.")
     ] = None,
     license_: Annotated[str | None, typer.Option("--license", help="Licence of the model (SPDX id).")] = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name on its card.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="The pretrained model's name on the Hub, for the card.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Round weights: float32, bfloat16, float16.")] = None,
+    onnx: Annotated[bool | None, typer.Option("--onnx", help="Add an ONNX model, checked by running it.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Larger weights are sharded. [dim]default: 5GB[/]")] = None,
+    sign_key: Annotated[
+        Path | None, typer.Option("--sign-key", metavar="KEY.pem", help="Sign all files (OpenSSF model signing).")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="On the Hub: make the new repository private.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="On the Hub: open a pull request.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent, and send nothing.")] = False,
     revision: Revision = None,
     config: Config = None,
     as_json: Json = False,
@@ -539,21 +550,42 @@ def publish(
     _jobs: NoJobs = 0,
     _engine: NoEngine = "local",
 ) -> None:
-    """Turn a fused model into a directory that anyone can load, with a model card."""
+    """Turn a fused model into a repository that anyone can load, with a model card: here, in a store or on the Hub."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.console import files_table
         from coldctl.core import reference
         from coldctl.stages import publish as stage
 
-        if "://" in str(to) or str(to).startswith("hf:"):
-            raise ConfigError(f"--to {to}: give a directory, and upload that with `hf upload`")
-        settings = resolve(
-            PublishConfig, read(config), {"license": license_, "name": name, "max_shard_size": max_shard_size}
-        )
+        given = {
+            "license": license_,
+            "name": name,
+            "base_model": base_model,
+            "dtype": dtype,
+            "onnx": onnx,
+            "max_shard_size": max_shard_size,
+        }
+        settings = resolve(PublishConfig, read(config), given)
         source = reference.resolve(model, revision)
         with screen.progress() as progress:
-            done = stage.publish(source, to, settings, evaluation=evaluation, overwrite=overwrite, progress=progress)
-        screen.say(f"{to}: {'complete already, left alone' if done.unchanged else 'published, loaded and compared'}")
-        screen.result(done.manifest)
+            target = stage.target_of(to, progress, private=private, create_pr=create_pr, dry_run=dry_run)
+            done = stage.publish(
+                source,
+                target,
+                settings,
+                evaluation=evaluation,
+                sign_key=sign_key,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        if done.unchanged:
+            screen.say(f"{done.place}: complete already, left alone")
+        elif dry_run:
+            screen.show(files_table(done.files))
+            screen.say(f"{done.place}: nothing was sent; {len(done.files)} files would be")
+        else:
+            screen.say(f"{done.place}: published, loaded and compared")
+        how = {"place": done.place, "unchanged": done.unchanged, "dry_run": dry_run}
+        screen.result({**done.manifest, **how, "sizes": done.files, "seconds": done.seconds})
 
 
 @app.command(epilog="Example: coldctl check contributions/ --base roberta-base")
@@ -561,6 +593,9 @@ def check(
     checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT_OR_FOLDER...", help="What to examine.")],
     base: Annotated[str | None, typer.Option("--base", metavar="MODEL", help="The base they should fit.")] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Read all data and verify digests.")] = False,
+    verify_key: Annotated[
+        Path | None, typer.Option("--verify-key", metavar="KEY.pem", help="Verify signatures by this public key.")
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -578,7 +613,7 @@ def check(
 
         model = reference.resolve(base, revision) if base else None
         with screen.progress() as progress:
-            report = stage.check(checkpoints, model, deep=deep, progress=progress)
+            report = stage.check(checkpoints, model, deep=deep, verify_key=verify_key, progress=progress)
         screen.show(check_table(report))
         screen.say(f"not examined: {'; '.join(report.not_examined)}")
         screen.result({"sound": report.sound, "checked": report.checked, "not_examined": report.not_examined})

@@ -3,7 +3,7 @@
 import json
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -201,6 +201,16 @@ def check_table(report: Any) -> Table:
         table.add_row(
             escape(printable(item.name)), escape(printable(item.kind)), str(item.tensors), size, "\n".join(findings)
         )
+    return table
+
+
+def files_table(files: Mapping[str, int]) -> Table:
+    """Files and their sizes, as `publish --dry-run` lists them."""
+    table = Table()
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    for name, size in files.items():
+        table.add_row(escape(printable(name)), f"{size:,}")
     return table
 
 

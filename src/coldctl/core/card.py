@@ -1,114 +1,295 @@
 """The model card of a published model: what it is, how it was made, what it gains, how to use it."""
 
-from collections.abc import Sequence
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from coldctl.core.manifest import ContributionRecord, Manifest
-from coldctl.core.report import escaped, score_table
+from coldctl.core import handwritten, layout, licenses
+from coldctl.core.lineage import generations, mermaid
+from coldctl.core.manifest import Manifest
+from coldctl.core.report import escaped, overlap_sentences, protocols_of, published, score_table, verdict_in_words
 
 PAPER = "https://arxiv.org/abs/2212.01378"
-
-_TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-A text encoder made by [coldctl](https://pypi.org/project/coldctl/) with ColD Fusion ([arXiv 2212.01378]({{ paper }})):
-a base model for finetuning, and a source of features for linear probing. {{ origin }}
-
-## How it works
-
-In each iteration contributors take the current base model, finetune it on a dataset that stays with them, and give
-back the finetuned body; the heads are dropped. The bodies are averaged, weight by weight, and the average is the base
-model of the next iteration. No data is shared, and each iteration moves one body down and one body up per contributor.
-
-## How it was made
-{{ history }}
-## Results
-{{ results }}
-## How to use
-
-Finetune it on your own data (`train`, `validation`, `test` files with columns `text` and `label`):
-
-```sh
-coldctl finetune MY_DATA --base {{ reference }} --output my-model
-```
-
-Features in PyTorch:
-
-```python
-import torch
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{{ reference }}")
-model = AutoModel.from_pretrained("{{ reference }}")
-inputs = tokenizer(["A text to encode."], return_tensors="pt")
-with torch.no_grad():
-    features = model(**inputs).last_hidden_state
-```
-
-## Citation
-
-```bibtex
-@inproceedings{don-yehiya-etal-2023-cold,
-    title = "{C}ol{D} Fusion: Collaborative Descent for Distributed Multitask Finetuning",
-    author = "Don-Yehiya, Shachar and Venezian, Elad and Raffel, Colin and Slonim, Noam and Katz, Yoav and Choshen, Leshem",
-    booktitle = "Proceedings of the 61st Annual Meeting of the Association for Computational Linguistics",
-    year = "2023",
-    url = "{{ paper }}",
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_TAGS = ("cold-fusion", "model-recycling", "coldctl", "sentence-transformers")
+_UNFOLDED = 3  # iterations whose contributions are shown without a click
+# What the Hub calls our metrics, and what it calls encoders that are older than its owners' names.
+_METRICS = {"macro_f1": "f1", "matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
+_OWNERS = {
+    "FacebookAI": ("roberta-base", "roberta-large", "xlm-roberta-base", "xlm-roberta-large"),
+    "google-bert": ("bert-base-uncased", "bert-base-cased", "bert-large-uncased", "bert-large-cased"),
+    "distilbert": ("distilbert-base-uncased", "distilbert-base-cased", "distilroberta-base"),
+    "albert": ("albert-base-v2", "albert-large-v2"),
 }
-```
-"""
+# Encoders with a TensorFlow class in transformers 4: the stem of its name, where it is not that of PyTorch's class.
+_TENSORFLOW = {
+    "albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "esm", "flaubert", "funnel",
+    "longformer", "mobilebert", "mpnet", "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta",
+}  # fmt: skip
 
 
-def card(
-    name: str, reference: str, license_: str, language: str, document: Manifest, results: dict[str, Any] | None
-) -> str:
-    """The card's Markdown with its YAML front matter. `results` is the content of a `results.json`, if there is one."""
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about. `document` is the manifest as far as it is known, `results` an evaluation of this model alone."""
+
+    name: str
+    reference: str  # what its users load it by
+    page: str | None  # the URL of its files, where it has one
+    language: str
+    base_model: str | None  # a Hub id that the publisher gave
+    model_config: Mapping[str, Any]
+    document: Manifest
+    results: dict[str, Any] | None
+    converted_from: str | None  # the dtype it was measured in, if it is published in another one
+    onnx: bool
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card, and the digests of its generated blocks, by which hand-written ones are told from them later."""
+
+    text: str
+    blocks: list[str]
+
+
+def card(subject: Subject, existing: str | None, known: Sequence[str]) -> Card:
+    """The card of `subject`, with what a person wrote into the `existing` one kept.
+
+    `known` are the digests of the existing card's generated blocks.
+    """
+    from huggingface_hub import ModelCard
+
+    document = subject.document
+    made_of = [item for generation in _generations(document) for item in generation.get("contributions", [])]
+    text = str(
+        ModelCard.from_template(
+            _front_matter(subject, existing),
+            template_path=str(_TEMPLATE),
+            title=escaped(subject.name),
+            introduction=_introduction(subject),
+            license_warnings=[
+                escaped(words) for words in licenses.warnings(str(document.get("license")), _distinct(made_of))
+            ],
+            paper=PAPER,
+            history=_history(document),
+            lineage=mermaid(generations(document)),
+            results=_results(subject),
+            reference=json.dumps(subject.reference, ensure_ascii=False),
+            shell_reference=shlex.quote(subject.reference),
+            tensorflow=_tensorflow_class(subject.model_config),
+            onnx=subject.onnx,
+            citation=_citation(subject),
+        )
+    )
+    head, body = _split(text)
+    blocks = handwritten.digests(body)
+    body = "\n\n".join(handwritten.blocks(body)) + "\n"
+    if existing is not None:
+        body = handwritten.keep(body, _split(existing)[1], known)
+    return Card(f"{head}\n{body}", blocks)
+
+
+def _front_matter(subject: Subject, existing: str | None) -> Any:
+    """The YAML of the card; keys and list entries of an existing card that we do not write are kept."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    pretrained = _pretrained(document)
+    document, results = subject.document, subject.results
+    entries = results["results"] if results else []
     evaluations = [
         EvalResult(
             task_type="text-classification",
             dataset_type=entry["dataset"],
             dataset_name=entry["dataset"],
-            metric_type=entry["metric"],
+            dataset_split="test",
+            metric_type=_METRICS.get(entry["metric"], entry["metric"]),
             metric_value=round(entry["mean"], 2),
             metric_name=f"{entry['metric']} ({entry['protocol']})",
+            metric_args=_provenance(entry, results or {}),
+            source_name="coldctl evaluate" if subject.page else None,
+            source_url=f"{subject.page}/{layout.RESULTS}" if subject.page else None,
         )
-        for entry in (results or {}).get("results", [])
+        for entry in entries
     ]
-    data = ModelCardData(
-        language=language,
-        license=license_,
-        tags=["cold-fusion", "model-recycling", "coldctl", "feature-extraction"],
-        base_model=pretrained if "/" in pretrained else None,  # a Hub id; a local directory's name would be a dead link
-        model_name=name if evaluations else None,
-        eval_results=evaluations or None,
-        pipeline_tag="feature-extraction",
+    kept: dict[str, Any] = {}
+    if existing is not None and existing.startswith("---"):
+        try:
+            kept = dict(ModelCard(existing, ignore_metadata_errors=True).data.to_dict())  # type: ignore[no-untyped-call]
+        except Exception:  # YAML that is none, by whoever wrote it: nothing of it can be kept
+            kept = {}
+    base_model = subject.base_model or _hub_id(_pretrained(document))
+    ours: dict[str, Any] = {
+        "language": subject.language,
+        "license": document.get("license"),
+        "library_name": "transformers",
+        "pipeline_tag": "feature-extraction",
+        "tags": list(dict.fromkeys([*_TAGS, *_list(kept.get("tags"))])),
+        "base_model": base_model,
+        "base_model_relation": ("merge" if _fused(document) else "finetune") if base_model else None,
+        "datasets": list(dict.fromkeys([*_datasets(document), *_list(kept.get("datasets"))])) or None,
+        "metrics": list(dict.fromkeys(_METRICS.get(entry["metric"], entry["metric"]) for entry in entries)) or None,
+    }
+    more = {key: value for key, value in kept.items() if key not in ours and key not in ("model-index", "model_name")}
+    return ModelCardData(
+        **ours, **more, model_name=subject.name if evaluations else None, eval_results=evaluations or None
     )
-    text = ModelCard.from_template(
-        data,
-        template_str=_TEMPLATE,
-        name=escaped(name),
-        reference=reference,
-        paper=PAPER,
-        origin=_origin(document, pretrained),
-        history=_history(document),
-        results=_results(results),
-    )
-    return str(text)
 
 
-def _origin(document: Manifest, pretrained: str) -> str:
-    """One sentence on how far the model has come."""
-    count = sum(bool(item.get("contributions")) for item in (*document.get("ancestors", []), document))
+def _provenance(entry: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """How a number was measured, beside it."""
+    return {
+        "protocol": entry["protocol"],
+        "seeds": [item["seed"] for item in entry["seeds"]],
+        "test_examples": entry["num_test"],
+        "role": entry["role"],
+        "baseline": results["baseline"]["name"],
+        "baseline_value": round(entry["baseline_mean"], 2),
+        "gain": round(entry["gain"], 2),
+        "gain_interval_95": [round(value, 2) for value in entry["gain_interval"]],
+        "verdict": entry["verdict"],
+        "body_digest": results["models"][0]["body_digest"],
+    }
+
+
+def _introduction(subject: Subject) -> str:
+    document = subject.document
+    count = len(_fused(document))
+    pretrained = f"`{(subject.base_model or _pretrained(document)).replace('`', '')}`"
+    words = f"A text encoder that started from {pretrained}"
+    if count:
+        many = f"{count} iterations" if count > 1 else "one iteration"
+        words += f" and went through {many} of finetuning and fusing by ColD Fusion ([arXiv 2212.01378]({PAPER}))"
+    words += ", made with [coldctl](https://pypi.org/project/coldctl/)."
+    words += " Use it as a base model for finetuning, or for its features."
     if not count:
-        return "Nothing was fused into it yet."
-    many = f"{count} iterations" if count > 1 else "one iteration"
-    return f"It started from `{pretrained.replace('`', '')}` and went through {many} of finetuning and fusing."
+        words += " Nothing was fused into it yet."
+    if subject.results:
+        words += " " + " ".join(_gains(subject.results))
+    return words
+
+
+def _gains(results: Mapping[str, Any]) -> list[str]:
+    """One sentence per protocol: how much better than the baseline it is, and how sure that is."""
+    sentences = []
+    for entry in results["averages"]:
+        if entry["group"] == "all":
+            low, high = entry["gain_interval"]
+            count = sum(item["protocol"] == entry["protocol"] for item in results["results"])
+            sentences.append(
+                f"By {entry['protocol']} on {count} datasets it scores {entry['mean']:.1f} on average, "
+                f"{escaped(results['baseline']['name'])} {entry['baseline_mean']:.1f}: a gain of {entry['gain']:+.1f} points "
+                f"(95 % interval {low:+.1f} … {high:+.1f}; {verdict_in_words(entry['verdict'])})."
+            )
+    return sentences
+
+
+def _history(document: Manifest) -> str:
+    """The iterations: what was fused how, and the contributions with their data, licences, weights and training."""
+    parts = []
+    fused = _fused(document)
+    for index, generation in enumerate(fused):
+        records: Sequence[Mapping[str, Any]] = generation["contributions"]
+        config = generation.get("config", {})
+        accepted = sum(item.get("status") == "fused" for item in records)
+        head = f"Iteration {generation.get('iteration') or index + 1}: {accepted} of {len(records)} contributions, "
+        head += f"fused by `{config.get('method', 'mean')}` with λ = {config.get('scale', '1')}"
+        rows = [
+            "| contribution | dataset | examples | licence | weight | training | |",
+            "|---|---|--:|---|--:|---|---|",
+        ]
+        rows += [_row(item) for item in records]
+        table = "\n".join(rows)
+        folded = index < len(fused) - _UNFOLDED
+        parts.append(
+            f"<details><summary>{head}</summary>\n\n{table}\n\n</details>" if folded else f"{head}.\n\n{table}"
+        )
+    environment = fused[-1].get("environment", {}) if fused else {}
+    if environment:
+        versions = ", ".join(f"{key} {value}" for key, value in environment.items() if isinstance(value, str))
+        parts.append(f"Fused with {escaped(versions)}.")
+    return "\n\n".join(parts) or "It was not fused: there are no iterations to tell of."
+
+
+def _row(item: Mapping[str, Any]) -> str:
+    training, environment = item.get("training") or {}, item.get("environment") or {}
+    words = [
+        form.format(training[key])
+        for key, form in (
+            ("epochs", "epochs: {}"), ("batch_size", "batch: {}"), ("learning_rate", "learning rate: {:g}"),
+            ("lora_rank", "LoRA rank: {}"),
+        )
+        if isinstance(training.get(key), int | float) and training[key]
+    ]  # fmt: skip
+    seconds, threads = environment.get("training_seconds"), environment.get("threads")
+    if isinstance(seconds, int | float):
+        words.append(
+            f"{seconds:.0f} s on {environment.get('device', '?')}" + (f", threads: {threads}" if threads else "")
+        )
+    refused = item.get("status") == "rejected"
+    note = f"refused: {escaped(item.get('reason') or 'no reason given')}" if refused else "fused"
+    cells = [
+        escaped(str(item.get("name", ""))),
+        escaped(item.get("dataset") or "not stated"),
+        str(item.get("num_train") or "not stated"),
+        escaped(item.get("license") or "not stated"),
+        f"{item.get('weight', 0.0):.3f}",
+        escaped(", ".join(words)) or "not stated",
+        note,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _results(subject: Subject) -> str:
+    results = subject.results
+    if not results:
+        return "This model was published without an evaluation."
+    name = results["models"][0]["name"]
+    parts = [
+        f"![gain per dataset]({layout.GAIN_CHART})",
+        f"Scores are percent on test splits, gains are points against {escaped(results['baseline']['name'])} with a 95 % "
+        "interval (crossed paired bootstrap over seeds and test examples). Datasets marked seen were those of contributors, "
+        f"unseen ones were only measured. All measurements with their provenance: [{layout.RESULTS}]({layout.RESULTS}), "
+        f"[{layout.REPORT}]({layout.REPORT}).",
+    ]
+    if subject.converted_from:
+        parts.append(f"Measured in {subject.converted_from}, before its weights were rounded for this repository.")
+    for protocol in protocols_of(results, name):
+        parts += [f"### {protocol.capitalize()}", "\n".join(score_table(results, name, protocol))]
+        if protocol == "finetune":
+            parts += [escaped(sentence) for sentence in published(results, name)]
+    if results.get("overlaps"):
+        parts.append("\n".join(f"- {escaped(sentence)}" for sentence in overlap_sentences(results)))
+    return "\n\n".join(parts)
+
+
+def _citation(subject: Subject) -> str:
+    """BibTeX of the model itself. A name is cut down to what BibTeX takes without a thought."""
+    document = subject.document
+    key = re.sub(r"[^A-Za-z0-9]+", "-", subject.name).strip("-").lower() or "model"
+    title = re.sub(r"[^\w .,:/+-]", "", subject.name)
+    year = str(document.get("created") or "")[:4]
+    fields = [f'title = "{{{title}}}"', *([f'year = "{year}"'] if year else [])]
+    if subject.page:
+        fields.append(f'url = "{subject.page.partition("/blob/")[0]}"')
+    fields.append(f'note = "Fused with coldctl, body {document["body_digest"]}"')
+    inner = "".join(f"    {field},\n" for field in fields)
+    return f"```bibtex\n@misc{{{key},\n{inner}}}\n```"
+
+
+def _generations(document: Manifest) -> list[dict[str, Any]]:
+    return [*document.get("ancestors", []), dict(document)]
+
+
+def _fused(document: Manifest) -> list[dict[str, Any]]:
+    return [generation for generation in _generations(document) if generation.get("contributions")]
+
+
+def _distinct(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Contributions of the same name and licence in several iterations, once."""
+    return list({(item.get("name"), item.get("license"), item.get("status")): item for item in records}.values())
 
 
 def _pretrained(document: Manifest) -> str:
@@ -116,35 +297,33 @@ def _pretrained(document: Manifest) -> str:
     return str(ancestors[0].get("name", "an encoder"))
 
 
-def _history(document: Manifest) -> str:
-    lines = []
-    generations: Sequence[dict[str, Any]] = [*document.get("ancestors", []), dict(document)]
-    for generation in generations:
-        contributions: list[ContributionRecord] = generation.get("contributions", [])
-        if not contributions:
-            continue
-        lines += ["", f"Iteration {generation.get('iteration', '?')}:", ""]
-        lines += ["| contribution | dataset | examples | licence | weight | |", "|---|---|--:|---|--:|---|"]
-        for item in contributions:
-            note = item.get("status", "") + (f": {escaped(item['reason'] or '')}" if item.get("reason") else "")
-            lines.append(
-                f"| {escaped(item.get('name', ''))} | {escaped(item.get('dataset') or 'not stated')} | "
-                f"{item.get('num_train') or 'not stated'} | {escaped(item.get('license') or 'not stated')} | "
-                f"{item.get('weight', 0.0):.3f} | {note} |"
-            )
-    return "\n".join([*lines, ""])
+def _hub_id(name: str) -> str | None:
+    """The Hub's name of a pretrained model; None for a directory's, which would be a dead link."""
+    if "/" in name:
+        return name
+    return next((f"{owner}/{name}" for owner, names in _OWNERS.items() if name in names), None)
 
 
-def _results(results: dict[str, Any] | None) -> str:
-    if not results:
-        return "\nThis model was published without an evaluation.\n"
-    name = results["models"][-1]["name"]
-    lines = [
-        "",
-        "![gain per dataset](gain.png)",
-        "",
-        f"Scores in percent, gains in points against {escaped(results['baseline']['name'])}.",
-    ]
-    for protocol in dict.fromkeys(entry["protocol"] for entry in results["results"]):
-        lines += ["", f"{protocol}:", "", *score_table(results, name, protocol)]
-    return "\n".join([*lines, ""])
+def _datasets(document: Manifest) -> list[str]:
+    """The contributions' datasets: by their Hub ids where they came from there, else as they were called."""
+    records = [item for generation in _fused(document) for item in generation["contributions"]]
+    names = [item.get("source") or item.get("dataset") for item in records if item.get("status") == "fused"]
+    return [str(name) for name in dict.fromkeys(names) if name]
+
+
+def _tensorflow_class(config: Mapping[str, Any]) -> str | None:
+    architectures = config.get("architectures") or []
+    known = config.get("model_type") in _TENSORFLOW and len(architectures) == 1
+    return f"TF{architectures[0]}" if known and str(architectures[0]).isidentifier() else None
+
+
+def _list(value: Any) -> list[str]:
+    items = value if isinstance(value, list) else [value] if value else []
+    return [str(item) for item in items]
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Front matter, with its fences, and the body of a card."""
+    match = re.match(r"---\s*\n.*?\n---[ \t]*\n", text.replace("\r\n", "\n"), flags=re.DOTALL)
+    clean = text.replace("\r\n", "\n")
+    return (clean[: match.end()], clean[match.end() :]) if match else ("", clean)

@@ -135,6 +135,9 @@ class PublishConfig:
     license: str | None = None
     name: str | None = None
     language: str = "en"
+    base_model: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    onnx: bool = False
     max_shard_size: str = "5GB"
 
 

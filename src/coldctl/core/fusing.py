@@ -55,6 +55,9 @@ from coldctl.core.statistics import UpdateStatistics, names_of, outliers
 from coldctl.core.storage import LocalFolder
 
 _SCALE = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\*)?auto|(?P<fixed>[0-9.eE+-]+)")
+# What a fused model tells of its contributions' training.
+_TRAINING = ("epochs", "batch_size", "learning_rate", "max_length", "lora_rank", "seed")
+_HARDWARE = ("device", "machine", "threads", "training_seconds")
 _EXAMPLES_SHARE = 2.0  # with --weights examples nobody counts for more than this many equal shares
 
 
@@ -431,7 +434,10 @@ def _record(item: Candidate, weight: float | None) -> ContributionRecord:
         "name": item.name,
         "dataset": data.get("name"),
         "num_train": data.get("num_train"),
+        "source": data.get("source"),
         "license": source.get("license") if source else None,
+        "training": _chosen(source.get("config"), _TRAINING) if source else {},
+        "environment": _chosen(source.get("environment"), _HARDWARE) if source else {},
         "body_digest": item.digest or item.stated_digest or "",
         "weight": weight or 0.0,
         "status": "fused" if fused else "rejected",
@@ -444,6 +450,12 @@ def _record(item: Candidate, weight: float | None) -> ContributionRecord:
         "update_share": item.update_share if fused else None,
         "notes": [_without_place(note, item) for note in item.notes],
     }
+
+
+def _chosen(record: Any, keys: Sequence[str]) -> dict[str, Any]:
+    """These keys of what a contribution states about itself, where they hold what they should."""
+    known = record if isinstance(record, dict) else {}
+    return {key: known[key] for key in keys if isinstance(known.get(key), int | float | str)}
 
 
 def _without_place(text: str, item: Candidate) -> str:

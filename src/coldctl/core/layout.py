@@ -39,6 +39,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
     "tokenizer.model",
 )
+SENTENCEPIECE_FILES = ("spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model")
 # Without one of these there is no vocabulary, whatever the other files say.
 VOCABULARY_FILES = (
     "tokenizer.json",

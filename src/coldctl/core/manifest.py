@@ -36,6 +36,7 @@ class DatasetRecord(TypedDict, total=False):
     """What a contribution says about its data: never an example of it."""
 
     name: str
+    source: str
     fingerprint: str
     num_train: int
     num_validation: int
@@ -49,7 +50,10 @@ class ContributionRecord(TypedDict, total=False):
     name: str
     dataset: str | None
     num_train: int | None
+    source: str | None
     license: str | None
+    training: dict[str, Any]
+    environment: dict[str, Any]
     body_digest: str
     weight: float
     status: Literal["fused", "rejected"]
@@ -86,6 +90,7 @@ class Manifest(TypedDict, total=False):
     metrics: dict[str, dict[str, float]]
     contributions: list[ContributionRecord]
     ancestors: list[dict[str, Any]]
+    card_blocks: list[str]
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
@@ -118,6 +123,11 @@ def environment(packages: Iterable[str], **more: Any) -> dict[str, Any]:
     return {"python": platform.python_version(), "machine": platform.machine(), **versions, **more}
 
 
+def now() -> str:
+    """The time as manifests write it: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
 def digest_of_reader(reader: Reader) -> str:
     """`sha256:…` of a file in any store; the reader is closed."""
     hasher = hashlib.sha256()
@@ -145,7 +155,7 @@ def write(folder: Path, manifest: Manifest, known: Mapping[str, str] | None = No
     whole: Manifest = {
         **manifest,
         "schema": SCHEMA,
-        "created": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "created": now(),
         "coldctl_version": __version__,
         "files": {name: known.get(name) or digest_of_file(folder / name) for name in names},
     }
@@ -218,7 +228,18 @@ def read_unchanged(folder: Path) -> Manifest:
 
 def shortened(manifest: Manifest) -> dict[str, Any]:
     """A manifest as its descendants carry it under `ancestors`: enough to draw the lineage, without files."""
-    kept = ("kind", "name", "iteration", "created", "body_digest", "base", "license", "dataset", "metrics")
+    kept = (
+        "kind",
+        "name",
+        "iteration",
+        "created",
+        "body_digest",
+        "base",
+        "license",
+        "dataset",
+        "metrics",
+        "environment",
+    )
     short: dict[str, Any] = {key: manifest[key] for key in kept if key in manifest}  # type: ignore[literal-required]
     if "contributions" in manifest:
         short["contributions"] = manifest["contributions"]
@@ -242,6 +263,7 @@ def _check_types(document: dict[str, Any], where: str) -> None:
         "contributions": list,
         "outside_body": dict,
         "ancestors": list,
+        "card_blocks": list,
         "iteration": (int, type(None)),
         "license": (str, type(None)),
     }

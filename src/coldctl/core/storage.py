@@ -120,10 +120,10 @@ class LocalFolder:
 
     def _inside(self, name: str) -> Path:
         """The file's real path; a stranger's checkpoint must not reach outside its own directory."""
-        if name != PurePosixPath(name).name:
+        if leads_outside(name):
             raise CheckpointError(f"{self.path}: {name!r} points outside the directory: do not use this checkpoint")
         path = self.path / name
-        if path.is_symlink():
+        if path.is_symlink() or (path.parent != self.path and path.parent.is_symlink()):
             real, home = path.resolve(), self.path.resolve()
             # The Hub's cache keeps snapshots/REVISION/NAME as links to blobs/SHA beside snapshots/.
             blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
@@ -170,7 +170,7 @@ class RemoteFolder:
 
     def read(self, name: str) -> bytes:
         """A small file's bytes."""
-        if name != PurePosixPath(name).name:
+        if leads_outside(name):
             raise CheckpointError(f"{self.label}: {name!r} points outside the directory: do not use this checkpoint")
         try:
             if self._filesystem.size(f"{self._root}/{name}") > SMALL_FILE_LIMIT:
@@ -183,7 +183,7 @@ class RemoteFolder:
 
     def open(self, name: str) -> Reader:
         """Open a file for range requests."""
-        if name != PurePosixPath(name).name:
+        if leads_outside(name):
             raise CheckpointError(f"{self.label}: {name!r} points outside the directory: do not use this checkpoint")
         return RemoteReader(self._filesystem, f"{self._root}/{name}")
 
@@ -198,6 +198,16 @@ class RemoteFolder:
             raise ModelError(f"cannot list {self.label}: {error}: check the URL and your credentials") from None
         for entry in listing:
             yield PurePosixPath(entry["name"]).name, entry["type"]
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a file name from a stranger is more than a name in the directory or in a folder directly inside it.
+
+    >>> [leads_outside(name) for name in ("a.json", "1_Pooling/config.json", "../a", "/etc/passwd", "a/../../b", "a/b/c")]
+    [False, False, True, True, True, True]
+    """
+    parts = PurePosixPath(name).parts
+    return not name or name != "/".join(parts) or len(parts) > 2 or ".." in parts or "\\" in name
 
 
 def is_url(reference: str) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from coldctl.core.errors import ColdctlError
 from coldctl.core.passes import differences
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
+from coldctl.core.storage import is_url
 
 NOT_EXAMINED = ("values (not-a-number, infinity)", "digests of files and body")
 NOT_EXAMINED_DEEP = ("whether its data or training were what its manifest says",)
@@ -45,8 +47,13 @@ class Report:
         return not any(item.problems for item in self.checked)
 
 
-def check(references: Sequence[str], base: Model | None, *, deep: bool, progress: Progress) -> Report:
-    """Examine checkpoints, and against `base` if one is given. Raises ModelError if there are none to be found."""
+def check(
+    references: Sequence[str], base: Model | None, *, deep: bool, verify_key: Path | None, progress: Progress
+) -> Report:
+    """Examine checkpoints, and against `base` if one is given; with `verify_key` whether they are as they were signed.
+
+    Raises ModelError if there are none to be found, ConfigError if the key cannot be read.
+    """
     base_checkpoint = open_checkpoint(base.folder, base.name) if base is not None else None
     base_digest = None
     if base_checkpoint is not None:
@@ -66,6 +73,8 @@ def check(references: Sequence[str], base: Model | None, *, deep: bool, progress
                 item.problems += _deep_problems(item.checkpoint)
             except ColdctlError as error:  # one unreadable checkpoint hides no other's verdict
                 item.problems.append(error.message)
+        if verify_key is not None:
+            item.problems += _unsigned(item, verify_key)
         checked.append(_checked(item))
         progress.advance("check", 1)
     progress.end("check")
@@ -74,6 +83,18 @@ def check(references: Sequence[str], base: Model | None, *, deep: bool, progress
     if base_checkpoint is not None and base_digest is None:
         undone = (*undone, "whether the base is the one they were finetuned from (it has no manifest, give --deep)")
     return Report(tuple(checked), (*undone, *missing))
+
+
+def _unsigned(item: Candidate, key: Path) -> list[str]:
+    """What is not as the owner of the key signed it."""
+    from coldctl.core import signing
+
+    if is_url(item.place):
+        return ["its signature cannot be verified where it is: copy it to a local directory"]
+    found = signing.problems(Path(item.place), key)
+    if not found:
+        item.notes.append("signed by the given key")
+    return found
 
 
 def _checked(item: Candidate) -> Checked:
@@ -95,7 +116,7 @@ def _deep_problems(checkpoint: Checkpoint) -> list[str]:
     problems += [
         f"{name} is not named in the manifest"
         for name in checkpoint.folder.names()
-        if name not in document["files"] and name != layout.MANIFEST
+        if name not in document["files"] and name not in (layout.MANIFEST, layout.SIGNATURE)
     ]
     return problems
 

@@ -212,6 +212,7 @@ class _Learned:
     device: str
     metrics: dict[str, dict[str, float]]
     rate: float | None
+    seconds: float
     stopped: str
 
 
@@ -313,10 +314,13 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
         "outside_body": outside_body(written),
         "base": {"name": ancestor["name"], "body_digest": work.base_digest},
         "config": as_record(config),
-        "environment": manifest.environment(_PACKAGES, device=learned.device, threads=threads),
+        "environment": manifest.environment(
+            _PACKAGES, device=learned.device, threads=threads, training_seconds=round(learned.seconds, 1)
+        ),
         "license": job.dataset.license,
         "dataset": {
             "name": job.dataset.name,
+            **({"source": job.dataset.path.removeprefix("hf:")} if data.is_hub(job.dataset.path) else {}),
             "fingerprint": work.dataset.fingerprint,
             "num_train": len(work.dataset.train),
             "num_validation": len(work.dataset.validation),
@@ -373,6 +377,7 @@ def _train(job: Job, work: _Prepared, folder: Path, threads: int, progress: Prog
         place.device.type,
         {"validation": {metric: trained.best_score}, "test": {metric: reached}},
         trained.examples / trained.seconds if trained.seconds else None,
+        trained.seconds,
         trained.stopped,
     )
 

@@ -1,101 +1,158 @@
-"""`coldctl publish`: a directory that others can load, with a card that says what it is and what it gains."""
+"""`coldctl publish`: a repository that others can find, load, trust and build on, with a card that says what it is."""
 
 import json
+import re
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coldctl.core import layout, manifest, output
-from coldctl.core.card import card
-from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint
+from coldctl.core import layout, licenses, manifest, output, privacy, tokenizer_files
+from coldctl.core.bare import WrittenBody, write_body, write_config
+from coldctl.core.card import Subject, card
+from coldctl.core.charts import gain_chart
+from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.config import PublishConfig, as_record, identity, size_in_bytes
-from coldctl.core.describe import bare_config
 from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.core.manifest import Manifest
+from coldctl.core.passes import DTYPE_NAMES
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
-from coldctl.core.storage import LocalFolder
-from coldctl.core.weights import Layout, WeightsWriter, file_order
+from coldctl.core.storage import is_url
+from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target
 
-_CHUNK = 8 << 20  # bytes copied at a time
-_TEXTS = ("A short sentence.", "Another one, a little longer than the first, so that the batch is padded.")
+# What an evaluation's directory gives to the published one.
+_EVALUATION_FILES = (layout.RESULTS, layout.REPORT, layout.PAGE)
+_POOLING = "1_Pooling"
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was published, and whether it already stood there."""
+    """What was published where, and whether it already stood there. `files` are names and sizes in bytes."""
 
-    path: Path
+    place: str
     manifest: Manifest
     unchanged: bool
+    files: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Work:
+    """One publication on its way: what goes in, and what was found out about it."""
+
+    model: Model
+    source: Checkpoint
+    config: PublishConfig
+    license: str
+    name: str
+    digest: str  # of the source's body
+    results: dict[str, Any] | None  # of this model alone
+    evaluation: Path | None
+    sign_key: Path | None
+    key: str
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def converted_from(self) -> str | None:
+        """The dtype of the source's weights, if they are published in another one."""
+        names = {code: name for name, code in DTYPE_NAMES.items()}
+        before = {names.get(tensor.dtype, tensor.dtype) for tensor in self.source.body.values() if tensor.floating}
+        return ", ".join(sorted(before)) if self.config.dtype and before != {self.config.dtype} else None
+
+
+def target_of(to: str, progress: Progress, *, private: bool, create_pr: bool, dry_run: bool) -> Target:
+    """The target that `--to` means; with `dry_run` one that is only looked at.
+
+    Raises ConfigError for a name that the Hub refuses, or a flag that only the Hub knows.
+    """
+    target: Target
+    if to.startswith("hf://"):
+        from coldctl.core import hub
+
+        target = hub.target(to, private=private, create_pr=create_pr)
+    elif private or create_pr:
+        flag = "--private" if private else "--create-pr"
+        raise ConfigError(f"{flag} is about repositories on the Hub: give --to hf://ORG/NAME, or leave it out")
+    elif to.startswith("hf:"):
+        raise ConfigError(f"--to {to}: write hf://{to.removeprefix('hf:').lstrip('/')}")
+    else:
+        target = StoreTarget(to, progress) if is_url(to) else LocalTarget(Path(to).expanduser())
+    return DryTarget(target) if dry_run else target
 
 
 def publish(
     model: Model,
-    destination: Path,
+    target: Target,
     config: PublishConfig,
     *,
     evaluation: Path | None,
+    sign_key: Path | None,
     overwrite: bool,
     progress: Progress,
 ) -> Published:
-    """Write `model` to `destination` as bare weights, config, tokenizer, card and manifest, and prove that it loads.
+    """Publish `model` at `target`: weights, config, tokenizer, card and manifest, loaded once as its users will load it.
 
     Raises ConfigError without a licence, ManifestError for an evaluation of another model, CheckpointError if the
-    written model does not give the source model's features.
+    written model does not give the source model's features, OutputError if the target cannot be written.
     """
-    output.refuse_overlap(destination, [model.place, *([evaluation] if evaluation else [])])
+    if isinstance(target, LocalTarget):
+        output.refuse_overlap(target.path, [model.place, *([evaluation] if evaluation else [])])
+    work = _prepared(model, target, config, evaluation, sign_key, progress)
+    if target.is_done(work.key, overwrite=overwrite):
+        standing = target.standing()[1]
+        assert standing is not None
+        return Published(target.label, standing, unchanged=True)
+    with target.writing() as sending:
+        document = _fill(work, target, sending)
+        files = {
+            path.relative_to(sending.folder).as_posix(): path.stat().st_size
+            for path in sorted(sending.folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".")
+        }
+    return Published(sending.place, document, unchanged=False, files=files, seconds=work.seconds)
+
+
+def _prepared(
+    model: Model,
+    target: Target,
+    config: PublishConfig,
+    evaluation: Path | None,
+    sign_key: Path | None,
+    progress: Progress,
+) -> _Work:
+    """Everything that can be refused before a byte is written."""
+    if sign_key is not None:
+        from coldctl.core import signing
+
+        signing.check_key(sign_key)
     source = open_checkpoint(model.folder, model.name)
     stated = source.manifest
-    digest = body_digest(source)
-    if stated is not None and stated["body_digest"] != digest:
-        raise CheckpointError(f"{source.label}: its body is not the one its manifest names: make or fetch it again")
     license_ = config.license or (stated.get("license") if stated else None)
     if not license_:
         raise ConfigError("no licence: give --license, for example --license apache-2.0 (an SPDX id)")
     if not any(source.folder.has(name) for name in layout.VOCABULARY_FILES):
         raise CheckpointError(f"{source.label} has no tokenizer: copy the base model's tokenizer files there")
+    digest = stated["body_digest"] if stated else body_digest(source)  # what is stated is proven while it is copied
     results = _evaluation(evaluation, digest) if evaluation else None
-    name = config.name or (stated["name"] if stated else model.name)
-    key = identity("publish", config, body=digest, evaluation=results or {})
-    if output.is_done(destination, key, overwrite=overwrite):
-        return Published(destination, manifest.read(destination), unchanged=True)
-    with output.writing(destination, None, overwrite=True) as partial:
-        digests = _copy_body(source, partial, config, progress)
-        _copy_rest(source, partial)
-        if evaluation is not None:
-            for file in (layout.RESULTS, layout.REPORT, layout.GAIN_CHART):
-                if (evaluation / file).is_file():
-                    (partial / file).write_bytes((evaluation / file).read_bytes())
-        with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-            _prove_loading(model.local(Path(scratch)), partial, progress)
-        document: Manifest = {
-            "kind": "published",
-            "name": name,
-            "iteration": stated.get("iteration") if stated else None,
-            "encoding": "full",
-            "identity": key,
-            "body_digest": digest,
-            "config": as_record(config),
-            "environment": manifest.environment(["torch", "transformers"]),
-            "license": license_,
-        }
-        if stated is not None:
-            for field in ("base", "contributions", "ancestors"):
-                if field in stated:
-                    document[field] = stated[field]
-        text = card(name, destination.name, license_, config.language, document, results)
-        (partial / layout.CARD).write_text(text, encoding="utf-8")
-        document = manifest.write(partial, document, digests)
-    return Published(destination, document, unchanged=False)
+    key = identity("publish", config, body=digest, evaluation=results or {}, signed=sign_key is not None)
+    name = config.name or _name(stated["name"] if stated else model.name, target)
+    return _Work(model, source, config, license_, name, digest, results, evaluation, sign_key, key, progress)
+
+
+def _name(given: str, target: Target) -> str:
+    """What the model is called: iterations of a run have only numbers, so these are called as their users will load them."""
+    return target.reference if re.fullmatch(r"iteration-\d+", given) else given
 
 
 def _evaluation(folder: Path, digest: str) -> dict[str, Any]:
+    """What an evaluation says about the body of this digest. Raises ManifestError if it says nothing."""
     manifest.read_unchanged(folder)
     results: dict[str, Any] = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
     measured = [item["body_digest"] for item in results["models"]]
-    if digest in measured:  # the card is about this model alone
+    if digest in measured:
         name = results["models"][measured.index(digest)]["name"]
         return {
             **results,
@@ -110,57 +167,121 @@ def _evaluation(folder: Path, digest: str) -> dict[str, Any]:
     raise ManifestError(f"{folder} evaluates no model: give the evaluation of this model")
 
 
-def _copy_body(source: Checkpoint, partial: Path, config: PublishConfig, progress: Progress) -> dict[str, str]:
-    """The body's tensors as they are, unprefixed, without heads. Returns the files' digests."""
-    layouts = [Layout(name, tensor.dtype, tensor.shape) for name, tensor in source.body.items()]
-    writer = WeightsWriter(partial, layouts, size_in_bytes(config.max_shard_size))
-    buffer = memoryview(bytearray(_CHUNK))
-    progress.begin("publish", sum(item.nbytes for item in layouts), "bytes")
-    try:
-        for item in file_order(layouts):
-            tensor = source.body[item.name]
-            itemsize = DTYPES[tensor.dtype].itemsize
-            for start in range(0, tensor.nbytes, _CHUNK):
-                part = buffer[: min(_CHUNK, tensor.nbytes - start)]
-                source.read_into(tensor, start // itemsize, part)
-                writer.write(part)
-                progress.advance("publish", len(part))
-        writer.close()
-    finally:
-        writer.abandon()
-        progress.end("publish")
-    return writer.digests
-
-
-def _copy_rest(source: Checkpoint, partial: Path) -> None:
-    document = bare_config(source.config, source.config.get("dtype") or source.config.get("torch_dtype"))
-    (partial / layout.MODEL_CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in layout.TOKENIZER_FILES:
-        if source.folder.has(name):
-            (partial / name).write_bytes(source.folder.read(name))
-
-
-def _prove_loading(before: Path, after: Path, progress: Progress) -> None:
-    """Load what was written as a user would, and compare its features with the source's. Raises CheckpointError."""
-    import torch
-
-    from coldctl.core import model as models
-
-    progress.note("loading what was written, and comparing its features with the source model's")
-    hidden = []
-    for folder in (before, after):
-        tokenizer, body = models.load_tokenizer(folder), models.load_body(folder)
-        encoded = models.encode(tokenizer, list(_TEXTS), None, models.length_limit(tokenizer, body.config, 64))
-        with torch.inference_mode():
-            batch = models.collate(encoded, [0, 1], tokenizer.pad_token_id, torch.device("cpu"))
-            hidden.append(body(**batch).last_hidden_state)
-    models.load_classifier(after, ("a", "b"), 0)
-    if not torch.equal(hidden[0], hidden[1]):
-        worst = float((hidden[0] - hidden[1]).abs().max())
+def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
+    """Make the whole repository in the directory of `sending`. Returns its manifest."""
+    folder, config, progress = sending.folder, work.config, work.progress
+    started = time.perf_counter()
+    body = write_body(work.source, folder, config.dtype, size_in_bytes(config.max_shard_size), progress)
+    if body.source_digest != work.digest:
         raise CheckpointError(
-            f"the published model's features differ from the source's by up to {worst:.2g}: nothing was published"
+            f"{work.source.label}: its body is not the one its manifest names: make or fetch it again"
         )
-    if body_digest(open_checkpoint(LocalFolder(after), "published")) != body_digest(
-        open_checkpoint(LocalFolder(before), "source")
-    ):
-        raise CheckpointError("the published body is not the source's: nothing was published")
+    write_config(work.source, folder, config.dtype)
+    for lack in tokenizer_files.copy(work.source.folder, folder):
+        progress.note(f"the tokenizer is complete but for {lack}")
+    _describe_pooling(work.source, folder)
+    _copy_evaluation(work, folder)
+    work.seconds["copy"] = time.perf_counter() - started
+    _prove(work, folder)
+    document = _document(work, body)
+    existing, before = target.standing()
+    subject = Subject(
+        name=work.name,
+        reference=target.reference,
+        page=target.page,
+        language=config.language,
+        base_model=config.base_model,
+        model_config=json.loads((folder / layout.MODEL_CONFIG).read_text(encoding="utf-8")),
+        document=document,
+        results=work.results,
+        converted_from=work.converted_from,
+        onnx=config.onnx,
+    )
+    written = card(subject, existing, before.get("card_blocks", []) if before else [])
+    (folder / layout.CARD).write_text(written.text, encoding="utf-8")
+    document["card_blocks"] = written.blocks
+    for generation in (*document.get("ancestors", []), document):
+        for words in licenses.warnings(work.license, generation.get("contributions", [])):
+            progress.note(f"licence: {words}")
+    document = manifest.write(folder, document, body.files)
+    privacy.search(folder, [work.model.place, *([str(work.evaluation)] if work.evaluation else [])])
+    if work.sign_key is not None:
+        from coldctl.core import signing
+
+        signing.sign(folder, work.sign_key)
+    number = document.get("iteration")
+    sending.tag = f"iteration-{number:03d}" if number else None
+    sending.message = f"{work.name}, iteration {number}" if number else work.name
+    return document
+
+
+def _document(work: _Work, body: WrittenBody) -> Manifest:
+    """The manifest of what is published, as far as it is known before the card is written."""
+    stated = work.source.manifest
+    document: Manifest = {
+        "kind": "published",
+        "name": work.name,
+        "iteration": stated.get("iteration") if stated else None,
+        "encoding": "full",
+        "created": manifest.now(),
+        "identity": work.key,
+        "body_digest": body.body_digest,
+        "config": as_record(work.config),
+        "environment": manifest.environment(["torch", "transformers"]),
+        "license": work.license,
+    }
+    if stated is None:
+        return document
+    if work.converted_from:  # other weights: the model they were rounded from is an ancestor of its own
+        document["base"] = {"name": stated["name"], "body_digest": body.source_digest}
+        document["ancestors"] = [*stated.get("ancestors", []), manifest.shortened(stated)]
+    else:
+        for field_ in ("base", "contributions", "ancestors"):
+            if field_ in stated:
+                document[field_] = stated[field_]
+    cleaned: Manifest = privacy.without_paths(document)
+    return cleaned
+
+
+def _describe_pooling(source: Checkpoint, folder: Path) -> None:
+    """What sentence-transformers reads: the encoder, then the mean over its tokens."""
+    width = source.config.get("hidden_size") or source.config.get("dim") or source.config.get("d_model")
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": _POOLING, "type": "sentence_transformers.models.Pooling"},
+    ]
+    pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    for name, content in (("modules.json", modules), (f"{_POOLING}/config.json", pooling)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_evaluation(work: _Work, folder: Path) -> None:
+    if work.evaluation is None or work.results is None:
+        return
+    for file in _EVALUATION_FILES:
+        if (work.evaluation / file).is_file():
+            (folder / file).write_bytes((work.evaluation / file).read_bytes())
+    alone = len(json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))["models"]) == 1
+    if alone and (work.evaluation / layout.GAIN_CHART).is_file():
+        (folder / layout.GAIN_CHART).write_bytes((work.evaluation / layout.GAIN_CHART).read_bytes())
+    else:  # the card's picture is of this model alone
+        gain_chart(work.results, folder / layout.GAIN_CHART)
+
+
+def _prove(work: _Work, folder: Path) -> None:
+    """Load what was written, and with `onnx` export and run it."""
+    from coldctl.core.proof import prove_loading
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+        prove_loading(work.model.local(Path(scratch)), folder, work.config.dtype)
+    work.seconds["loading"] = time.perf_counter() - started
+    work.progress.note(f"loaded as its users will load it, features compared: {work.seconds['loading']:.1f} s")
+    if work.config.onnx:
+        from coldctl.core.onnx_export import export
+
+        started = time.perf_counter()
+        worst = export(folder, folder / layout.ONNX_MODEL)
+        work.seconds["onnx"] = time.perf_counter() - started
+        work.progress.note(f"exported to ONNX and run: features differ by at most {worst:.1g}")

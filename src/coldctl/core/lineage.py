@@ -1,0 +1,91 @@
+"""The ancestry of a model, from its own manifest alone: as data, and as a Mermaid graph."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coldctl.core.manifest import Manifest
+
+_MOST_NODES = 150  # a larger graph is one that nobody reads, and Mermaid itself ends at 500 edges
+_LONGEST = 80  # characters of a name or a reason in a node
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One model of the ancestry, with the contributions that were fused into it (or refused)."""
+
+    kind: str
+    name: str
+    iteration: int | None
+    body_digest: str
+    contributions: tuple[dict[str, Any], ...]
+
+
+def generations(document: Manifest) -> list[Generation]:
+    """The generations from the pretrained model to the manifest's own, oldest first."""
+    ancestors: list[dict[str, Any]] = list(document.get("ancestors", []))
+    if not ancestors and "base" in document:  # a contribution names its base only
+        ancestors = [{"kind": "base", **document["base"]}]
+    return [_generation(entry) for entry in [*ancestors, dict(document)]]
+
+
+def mermaid(ancestry: Sequence[Generation]) -> str:
+    """A Mermaid flowchart: pretrained model, contributions, fused models; dotted, with its reason, what was refused.
+
+    >>> print(mermaid([Generation("pretrained", 'a "b"', None, "", ()), Generation("fused", "one", 1, "", ())]))
+    graph TD
+        model0["a #34;b#34;<br/>pretrained"]
+        model1["one<br/>fused"]
+        model0 --> model1
+    """
+    whole = sum(len(generation.contributions) for generation in ancestry) <= _MOST_NODES
+    lines = ["graph TD"]
+    for number, generation in enumerate(ancestry):
+        lines.append(f'    model{number}["{_text(generation.name)}<br/>{_text(generation.kind)}"]')
+        before = f"model{number - 1}"
+        if number and not generation.contributions:
+            lines.append(f"    {before} --> model{number}")
+        elif number and not whole:
+            lines.append(f'    {before} -- "{_counted(generation)}" --> model{number}')
+        elif number:
+            for index, item in enumerate(generation.contributions):
+                node = f"contribution{number}x{index}"
+                lines.append(f'    {node}(["{_text(_described(item))}"])')
+                lines.append(f"    {before} --> {node}")
+                if item.get("status") == "rejected":
+                    reason = _text(f"refused: {item.get('reason') or 'no reason given'}")
+                    lines.append(f'    {node} -. "{reason}" .-> model{number}')
+                else:
+                    lines.append(f"    {node} --> model{number}")
+    return "\n".join(lines)
+
+
+def _described(item: dict[str, Any]) -> str:
+    """A contribution in few words: its name, and its dataset where that is called otherwise."""
+    name, dataset = str(item.get("name", "?")), item.get("dataset")
+    return name if dataset in (None, name) else f"{name} on {dataset}"
+
+
+def _counted(generation: Generation) -> str:
+    refused = sum(item.get("status") == "rejected" for item in generation.contributions)
+    words = f"{len(generation.contributions) - refused} contributions"
+    return f"{words}, {refused} refused" if refused else words
+
+
+def _text(words: str) -> str:
+    """Plain text inside a quoted label: what Mermaid or HTML would read as markup becomes an entity code."""
+    clean = "".join(character for character in words if character.isprintable())
+    short = clean if len(clean) <= _LONGEST else clean[: _LONGEST - 1] + "…"
+    return "".join(
+        character if character.isalnum() or character in " -_.,:+…" else f"#{ord(character)};" for character in short
+    )
+
+
+def _generation(entry: dict[str, Any]) -> Generation:
+    return Generation(
+        str(entry.get("kind", "model")),
+        str(entry.get("name", "?")),
+        entry.get("iteration"),
+        str(entry.get("body_digest", "")),
+        tuple(item for item in entry.get("contributions", []) if isinstance(item, dict)),
+    )

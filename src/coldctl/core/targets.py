@@ -1,0 +1,167 @@
+"""Where a model can be published: a directory of this machine, a folder in a store that fsspec knows, the Hub."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from coldctl.core import layout, output, storage
+from coldctl.core.errors import CheckpointError, ModelError, OutputError
+from coldctl.core.manifest import Manifest, parse
+from coldctl.core.progress import Progress
+
+
+@dataclass
+class Sending:
+    """What is about to be published: its directory, filled by the caller, and what the target says of it afterwards."""
+
+    folder: Path
+    message: str = ""  # of a commit, where the target has commits
+    tag: str | None = None
+    place: str = ""  # where it stands now
+
+
+class Target(Protocol):
+    """A place that holds one published model."""
+
+    label: str  # how messages name it
+    reference: str  # what a user of the model writes to load it
+    page: str | None  # the URL of its files, if a browser can open them
+
+    def is_done(self, identity: str, *, overwrite: bool) -> bool:
+        """Whether it holds the same work already. Raises OutputError if it holds something else that must stay."""
+
+    def standing(self) -> tuple[str | None, Manifest | None]:
+        """The card and the manifest that stand there now, as far as they are readable."""
+
+    def writing(self) -> AbstractContextManager[Sending]:
+        """A directory to fill; it is published when the block ends, and only if it ends well."""
+
+
+@dataclass
+class LocalTarget:
+    """A directory of this machine, replaced by one rename."""
+
+    path: Path
+    page: str | None = None
+    label: str = field(init=False)
+    reference: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.label = str(self.path)
+        self.reference = self.path.resolve().name  # the whole path would tell where this machine keeps it
+
+    def is_done(self, identity: str, *, overwrite: bool) -> bool:
+        """As the protocol says."""
+        return output.is_done(self.path, identity, overwrite=overwrite)
+
+    def standing(self) -> tuple[str | None, Manifest | None]:
+        """As the protocol says."""
+        return _standing(storage.LocalFolder(self.path)) if self.path.is_dir() else (None, None)
+
+    @contextmanager
+    def writing(self) -> Iterator[Sending]:
+        """As the protocol says."""
+        with output.writing(self.path, None, overwrite=True) as partial:
+            yield Sending(partial, place=str(self.path))
+
+
+@dataclass
+class StoreTarget:
+    """A folder in a store such as `s3://` or `memory://`.
+
+    Everything is stored under a hidden sibling first, so that a connection that breaks leaves the folder as it was. Then
+    the store moves the files, the manifest last: stores know no rename of folders.
+    """
+
+    url: str
+    progress: Progress
+    page: str | None = None
+    label: str = field(init=False)
+    reference: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/")
+        self.label = self.url
+        self.reference = self.url.rsplit("/", 1)[-1]
+
+    def is_done(self, identity: str, *, overwrite: bool) -> bool:
+        """As the protocol says."""
+        _, document = self.standing()
+        if document is not None and document.get("identity") == identity:
+            return True
+        if overwrite:
+            return False
+        if document is not None:
+            raise OutputError(
+                f"{self.label} is complete but was made from something else: give --overwrite to replace it"
+            )
+        if _exists(self.url):
+            raise OutputError(f"{self.label} holds files that coldctl did not write: give another --to")
+        return False
+
+    def standing(self) -> tuple[str | None, Manifest | None]:
+        """As the protocol says."""
+        return _standing(storage.RemoteFolder(self.url)) if _exists(self.url) else (None, None)
+
+    @contextmanager
+    def writing(self) -> Iterator[Sending]:
+        """As the protocol says."""
+        with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+            sending = Sending(Path(scratch) / "published", place=self.url)
+            sending.folder.mkdir()
+            yield sending
+            try:
+                storage.replace_folder(sending.folder, self.url, self.progress)
+            except Exception as error:  # each store has exceptions of its own
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise OutputError(
+                    f"{self.label} could not be written ({reason}): check your credentials and the connection, and run "
+                    "the same command again"
+                ) from None
+
+
+@dataclass
+class DryTarget:
+    """Another target that is only asked what stands there: nothing is sent."""
+
+    target: Target
+
+    def __post_init__(self) -> None:
+        self.label, self.reference, self.page = self.target.label, self.target.reference, self.target.page
+
+    def is_done(self, identity: str, *, overwrite: bool) -> bool:
+        """As the protocol says."""
+        return self.target.is_done(identity, overwrite=overwrite)
+
+    def standing(self) -> tuple[str | None, Manifest | None]:
+        """As the protocol says."""
+        return self.target.standing()
+
+    @contextmanager
+    def writing(self) -> Iterator[Sending]:
+        """As the protocol says."""
+        with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+            folder = Path(scratch) / "published"
+            folder.mkdir()
+            yield Sending(folder, place=self.label)
+
+
+def _exists(url: str) -> bool:
+    try:
+        return storage.exists(url)
+    except Exception as error:  # each store has exceptions of its own
+        if isinstance(error, ModelError):
+            raise
+        raise OutputError(f"cannot look into {url}: {error}: check the URL and your credentials") from None
+
+
+def _standing(folder: storage.Folder) -> tuple[str | None, Manifest | None]:
+    card, document = None, None
+    with suppress(CheckpointError, UnicodeDecodeError):
+        card = folder.read(layout.CARD).decode("utf-8") if folder.has(layout.CARD) else None
+    if folder.has(layout.MANIFEST):
+        document = parse(folder.read(layout.MANIFEST), f"{folder.label}/{layout.MANIFEST}")
+    return card, document
