@@ -382,7 +382,9 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
                 return _checked(value, option, where)
             except ConfigError:
                 continue
-        raise ConfigError(f"{where} = {value!r} has the wrong type")
+        choices = [str(choice) for option in arguments for choice in typing.get_args(option)]
+        remedy = f": choose one of {', '.join(choices)}" if choices else " has the wrong type"
+        raise ConfigError(f"{where} = {value!r}{remedy}")
     if hint is type(None):
         if value is None:
             return None

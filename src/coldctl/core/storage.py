@@ -249,14 +249,20 @@ def exists(url: str) -> bool:
     return bool(filesystem.exists(root))
 
 
-def replace_folder(folder: Path, url: str, progress: Progress) -> None:
-    """Put the files of a local folder where `url` points, in place of what coldctl stored there before.
+def staging_of(url: str) -> str:
+    """Where a folder in a store is put together before it takes its place: a hidden sibling."""
+    parent, _, name = url.rstrip("/").rpartition("/")
+    return f"{parent}/.{name}.partial"
 
-    They are stored under a hidden sibling first and moved there by the store, the manifest last. Raises what the store raises.
+
+def replace_folder(folder: Path, url: str, progress: Progress) -> None:
+    """Put the files of a local folder where `url` points, in place of what stands there.
+
+    They are stored in `staging_of(url)` first and copied from there by the store itself, the manifest last: what is long
+    and may break leaves `url` alone. Raises what the store raises.
     """
     filesystem, root = _filesystem(url)
-    parent, _, name = root.rpartition("/")
-    staging = f"{parent}/.{name}.partial"
+    staging = _filesystem(staging_of(url))[1]
     if filesystem.exists(staging):
         filesystem.rm(staging, recursive=True)
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -267,13 +273,13 @@ def replace_folder(folder: Path, url: str, progress: Progress) -> None:
         filesystem.put_file(str(folder / item), f"{staging}/{item}")
         progress.advance("store", (folder / item).stat().st_size)
     progress.end("store")
-    if filesystem.exists(root):
-        filesystem.rm(root, recursive=True)
+    before = {path.removeprefix(f"{root}/") for path in filesystem.find(root)} if filesystem.exists(root) else set()
     for item in files:
         filesystem.makedirs(f"{root}/{item}".rpartition("/")[0], exist_ok=True)
-        filesystem.mv(f"{staging}/{item}", f"{root}/{item}")
-    if filesystem.exists(staging):
-        filesystem.rm(staging, recursive=True)
+        filesystem.cp_file(f"{staging}/{item}", f"{root}/{item}")
+    for item in sorted(before.difference(files)):
+        filesystem.rm_file(f"{root}/{item}")
+    filesystem.rm(staging, recursive=True)
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

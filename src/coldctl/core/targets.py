@@ -73,7 +73,8 @@ class StoreTarget:
     """A folder in a store such as `s3://` or `memory://`.
 
     Everything is stored under a hidden sibling first, so that a connection that breaks leaves the folder as it was. Then
-    the store moves the files, the manifest last: stores know no rename of folders.
+    the store copies the files, the manifest last: stores know no rename of folders. What breaks in between is gone on with
+    by the same command.
     """
 
     url: str
@@ -98,7 +99,7 @@ class StoreTarget:
             raise OutputError(
                 f"{self.label} is complete but was made from something else: give --overwrite to replace it"
             )
-        if _exists(self.url):
+        if _exists(self.url) and not _exists(f"{storage.staging_of(self.url)}/{layout.MANIFEST}"):
             raise OutputError(f"{self.label} holds files that coldctl did not write: give another --to")
         return False
 
