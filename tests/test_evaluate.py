@@ -338,10 +338,20 @@ def test_an_experiment_compares_the_curves_of_its_variants(tmp_path: Path, base:
         ('config = "suite.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "a"', "two variants"),
         ('config = "suite.toml"\niterations = 0\n[[variant]]\nname = "a"', "at least 1"),
         ('config = "suite.toml"\ndatasets = ["x"]\n[[variant]]\nname = "a"', "no dataset 'x'"),
+        ('config = "suite.toml"\ndatasets = "red"\n[[variant]]\nname = "a"', "datasets = 'red': it must be a list"),
+        ('config = "suite.toml"\ndatasets = 3\n[[variant]]\nname = "a"', "it must be a list"),
+        (
+            'config = "section.toml"\nfuse.density = 0.1\n[[variant]]\nname = "a"',
+            "section.toml: [fuse] must be a table",
+        ),
+        ('config = "table.toml"\n[[variant]]\nname = "a"', "table.toml: write each dataset as [[dataset]]"),
+        ('config = "suite.toml"\n[[variant]]\nname = "evaluation"', "'evaluation' is where the variants are compared"),
     ],
 )
 def test_mistakes_in_an_experiment_are_named(tmp_path: Path, text: str, words: str, coldctl: Run) -> None:
     (tmp_path / "suite.toml").write_text(suite_text("base"))
+    (tmp_path / "section.toml").write_text("fuse = 3")
+    (tmp_path / "table.toml").write_text("dataset = 3")
     (tmp_path / "experiment.toml").write_text(text)
     ran = coldctl("variants", tmp_path / "experiment.toml", "--output", tmp_path / "runs")
     assert ran.code == 2
