@@ -537,7 +537,11 @@ def _results(
                 ]
                 source = loaded[dataset.name]
                 outcome = scoring.Outcome(data.metric_of(dataset, source), source.test.labels, rows[0], rows[1])
-                drawn = scoring.resampled_gains(outcome, derived_seed(config.seed, "bootstrap", dataset.name))
+                drawn = scoring.resampled_gains(
+                    outcome,
+                    derived_seed(config.seed, "bootstrap", dataset.name),
+                    derived_seed(config.seed, "bootstrap", protocol) if protocol == "multitask" else None,
+                )
                 entry = _entry(contender, dataset, protocol, outcome, seeds, drawn, certain=certain)
                 for item in entry["seeds"]:
                     for owner, field in ((contender, "cell"), (baseline, "baseline_cell")):
