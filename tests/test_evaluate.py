@@ -155,6 +155,32 @@ def test_results_follow_their_schema(tmp_path: Path, base: Path, suite: Path, co
         validated(tmp_path / "out")
 
 
+def test_weights_that_changed_under_their_manifest_are_not_taken_for_the_old_ones(
+    tmp_path: Path, base: Path, suite: Path, contributions: Path, coldctl: Run
+) -> None:
+    model = shutil.copytree(contributions / "one", tmp_path / "model")
+
+    def evaluated(output: str) -> Ran:
+        return coldctl(
+            "evaluate", model, "--baseline", base, "--suite", suite, "--output", tmp_path / output, "--jobs", 1
+        )
+
+    assert evaluated("before").code == 0
+    shutil.copy2(tiny.perturb(model, tmp_path / "other", seed=1, scale=2) / "model.safetensors", model)
+    ran = evaluated("after")
+    assert ran.code == 2
+    assert "its manifest says" in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "after").exists()
+    (model / "coldctl.json").unlink()  # then it is a plain checkpoint
+    assert evaluated("after").code == 0
+    scores = [
+        json.loads((tmp_path / output / "results.json").read_text())["results"][0]["seeds"][0]["cell"]
+        for output in ("before", "after")
+    ]
+    assert scores[0] != scores[1]
+
+
 def test_features_are_kept_across_outputs(
     tmp_path: Path, base: Path, suite: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run
 ) -> None:

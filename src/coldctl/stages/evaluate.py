@@ -129,6 +129,7 @@ def evaluate(
     if output.is_done(destination, key, overwrite=overwrite):
         results = json.loads((destination / layout.RESULTS).read_text(encoding="utf-8"))
         return Evaluated(destination, results, unchanged=True)
+    _prove(contenders)
     overlaps = _overlaps(loaded)
     for dataset in datasets:
         for sentence in loaded[dataset.name].overlaps():
@@ -232,6 +233,17 @@ def _load(dataset: DatasetConfig, config: EvaluateConfig) -> data.Dataset:
 def _digest(model: Model) -> str:
     checkpoint = open_checkpoint(model.folder, model.name)
     return checkpoint.manifest["body_digest"] if checkpoint.manifest else body_digest(checkpoint)
+
+
+def _prove(contenders: Sequence[Contender]) -> None:
+    """Refuse a body that is not what its manifest states, since cells and features go by that. Raises ModelError."""
+    for item in contenders:
+        checkpoint = open_checkpoint(item.model.folder, item.name)
+        if checkpoint.manifest is not None and (actual := body_digest(checkpoint)) != item.body_digest:
+            raise ModelError(
+                f"{item.model.place}: its body is {actual[:19]}…, its manifest says {item.body_digest[:19]}…: fetch it "
+                f"again, or remove its {layout.MANIFEST} if it was changed on purpose"
+            )
 
 
 def _files_digest(model: Model) -> str:
