@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import tiny
 from coldctl.core import data, feature_cache, leaderboard
 from coldctl.core.config import DatasetConfig
+from coldctl.core.output import write_text
 from conftest import Ran, suite_text
 
 Run = Callable[..., Ran]
@@ -179,6 +181,15 @@ def test_weights_that_changed_under_their_manifest_are_not_taken_for_the_old_one
         for output in ("before", "after")
     ]
     assert scores[0] != scores[1]
+
+
+def test_commands_that_share_cells_may_write_the_same_one(tmp_path: Path) -> None:
+    """Two evaluations in one RUN both measure its pretrained model; neither may break or truncate the other's cell."""
+    text = "x" * (1 << 20)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: write_text(tmp_path / "cell.json", text), range(200)))
+    assert [path.name for path in tmp_path.iterdir()] == ["cell.json"]
+    assert (tmp_path / "cell.json").read_text() == text
 
 
 def test_features_are_kept_across_outputs(
