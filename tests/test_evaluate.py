@@ -425,3 +425,11 @@ def test_a_whole_run_is_measured_with_multitask_as_a_level(tmp_path: Path, base:
     report = (tmp_path / "out" / "report.md").read_text().split("## Over iterations")[1]
     assert "| pretrained model |" in report
     assert "| multitask |" in report
+    latest = tmp_path / "run" / "iteration-002"
+    text = suite.read_text()
+    for old, new in (('role = "unseen"', 'role = "seen"'), ('name = "red"', 'name = "red"\nmetric = "macro_f1"')):
+        suite.write_text(text.replace(old, new))  # then the iteration before was measured by something else
+        ran = coldctl("evaluate", latest / "fused", "--baseline", tmp_path / "base", "--suite", suite, "--overwrite",
+                      "--output", latest / "evaluation", "--jobs", 1)  # fmt: skip
+        assert ran.code == 0, ran.stderr
+        assert "Over iterations" not in (latest / "evaluation" / "report.html").read_text(), new

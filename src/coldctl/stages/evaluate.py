@@ -288,10 +288,18 @@ def _earlier(destination: Path, results: dict[str, Any], document: manifest.Mani
         if number >= newest or folder == destination.resolve() or not layout.is_complete(folder):
             continue
         other = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
-        alike = all(other.get(key) == results[key] for key in ("baseline", "fingerprints"))
-        if alike and manifest.read_unchanged(folder)["config"] == document["config"]:
+        if (
+            _measured_as(other) == _measured_as(results)
+            and manifest.read_unchanged(folder)["config"] == document["config"]
+        ):
             found.append(other)
     return found
+
+
+def _measured_as(results: dict[str, Any]) -> tuple[Any, ...]:
+    """What two evaluations must share, beside their settings, for their averages to be held against each other."""
+    suite = {(entry["dataset"], entry["role"], entry["metric"]) for entry in results["results"]}
+    return results["baseline"], results["fingerprints"], suite
 
 
 def _cell_folder(destination: Path, partial: Path) -> Path:
