@@ -18,6 +18,7 @@ import tiny
 from coldctl.core import data, feature_cache, leaderboard
 from coldctl.core.config import DatasetConfig
 from coldctl.core.output import write_text
+from coldctl.stages.evaluate import candidates_of
 from conftest import Ran, suite_text
 
 Run = Callable[..., Ran]
@@ -403,6 +404,24 @@ def test_the_experiments_that_ship_are_sound(tmp_path: Path, coldctl: Run) -> No
         ran = coldctl("variants", file, "--output", tmp_path / file.stem, "--json")
         assert ran.code == 0, ran.stderr
         assert len(ran.json["variants"]) >= 2
+
+
+def test_runs_are_told_apart_by_where_they_lie(tmp_path: Path, base: Path) -> None:
+    for folder in ("one", "two"):
+        fused = [tmp_path / folder / "demo" / f"iteration-00{number}" / "fused" for number in (1, 2)]
+        for place in fused:
+            shutil.copytree(base, place)
+            (place / "coldctl.json").touch()
+        (tmp_path / folder / "demo" / "run.json").touch()
+    one, two = (tmp_path / folder / "demo" for folder in ("one", "two"))
+
+    def runs(*places: Path) -> list[tuple[str | None, int | None]]:
+        return [(item.run, item.iteration) for item in candidates_of([str(place) for place in places], None)]
+
+    first, second = (place / "iteration-001" / "fused" for place in (one, two))
+    assert runs(first, second) == [("demo", 1), ("demo-2", 1)]
+    assert runs(first, one) == [("demo", 1), ("demo", 1), ("demo", 2)]  # the same run
+    assert runs(one, second) == [("demo", 1), ("demo", 2), ("demo-2", 1)]
 
 
 def test_a_whole_run_is_measured_with_multitask_as_a_level(tmp_path: Path, base: Path, coldctl: Run) -> None:

@@ -171,16 +171,17 @@ def candidates_of(references: Sequence[str], revision: str | None) -> list[Candi
     They are called `iteration-NNN`, and with several RUNs `RUN/iteration-NNN`. Raises ModelError.
     """
     folders = [Path(reference).expanduser() for reference in references]
-    runs = {folder: folder.resolve().name for folder in folders if folder.is_dir() and run.is_run(folder)}
+    runs = {folder for folder in folders if folder.is_dir() and run.is_run(folder)}
+    names: dict[Path, str] = {}
     found = []
     for reference, folder in zip(references, folders, strict=True):
         if folder not in runs:
-            found.append(_candidate(resolve(reference, revision)))
+            found.append(_candidate(resolve(reference, revision), names))
             continue
         numbers = [n for n in layout.iteration_numbers(folder) if layout.is_complete(layout.fused(folder, n))]
         if not numbers:
             raise ModelError(f"{folder} has no fused model yet: run `coldctl fuse` first, or `make iterate`")
-        own = next(name for name in free_names(runs[folder]) if name not in {item.run for item in found})
+        own = _run_name(folder, names)
         for number in numbers:
             place = layout.fused(folder, number)
             name = place.parent.name if len(runs) == 1 else f"{own}/{place.parent.name}"
@@ -188,15 +189,23 @@ def candidates_of(references: Sequence[str], revision: str | None) -> list[Candi
     return found
 
 
-def _candidate(model: Model) -> Candidate:
+def _candidate(model: Model, names: dict[Path, str]) -> Candidate:
     """A single model; one that lies in a RUN is known by its iteration."""
     path = Path(model.place)
     enclosing = layout.enclosing_run(path) if path.is_dir() else None
     if enclosing is not None:
         for number in layout.iteration_numbers(enclosing):
             if path.resolve() == layout.fused(enclosing, number):
-                return Candidate(model, enclosing.name, number)
+                return Candidate(model, _run_name(enclosing, names), number)
     return Candidate(model)
+
+
+def _run_name(folder: Path, names: dict[Path, str]) -> str:
+    """What a RUN is called: its directory's name, unless another of the RUNs in `names` is called so."""
+    place = folder.resolve()
+    if place not in names:
+        names[place] = next(name for name in free_names(place.name) if name not in names.values())
+    return names[place]
 
 
 def default_baseline(model: Model) -> Model:
