@@ -406,6 +406,14 @@ def test_the_experiments_that_ship_are_sound(tmp_path: Path, coldctl: Run) -> No
         assert len(ran.json["variants"]) >= 2
 
 
+def test_few_shot_without_shots_is_refused(tmp_path: Path, base: Path, suite: Path, coldctl: Run) -> None:
+    ran = coldctl("evaluate", base, "--baseline", base, "--suite", suite, "--output", tmp_path / "out", "--shots", 0,
+                  "--protocol", "few-shot", "--jobs", 1)  # fmt: skip
+    assert ran.code == 2
+    assert ran.stderr.strip() == "error: shots = 0 leaves few-shot nothing to train on: give --shots 1 or more"
+    assert not (tmp_path / "out").exists()
+
+
 def test_runs_are_told_apart_by_where_they_lie(tmp_path: Path, base: Path) -> None:
     for folder in ("one", "two"):
         fused = [tmp_path / folder / "demo" / f"iteration-00{number}" / "fused" for number in (1, 2)]

@@ -117,6 +117,8 @@ def evaluate(
     """
     if not datasets:
         raise ConfigError("the suite has no dataset: add [[dataset]] tables to it")
+    if "few-shot" in config.protocol and not config.shots:
+        raise ConfigError("shots = 0 leaves few-shot nothing to train on: give --shots 1 or more")
     places = [model.place for model in (baseline, *(item.model for item in models))]
     output.refuse_overlap(destination, [*places, *(item.path for item in datasets if not data.is_hub(item.path))])
     loaded = {dataset.name: _load(dataset, config) for dataset in datasets}
