@@ -406,6 +406,23 @@ def test_the_experiments_that_ship_are_sound(tmp_path: Path, coldctl: Run) -> No
         assert len(ran.json["variants"]) >= 2
 
 
+def test_a_training_is_not_taken_for_that_of_the_same_data_under_another_name(
+    tmp_path: Path, base: Path, dataset: Path, coldctl: Run
+) -> None:
+    """A training's seed goes by the dataset's name: a cell of another name would pair runs of different luck."""
+    other = tiny.perturb(base, tmp_path / "other", seed=1)
+    (tmp_path / "suite.toml").write_text(
+        "[finetune]\nepochs = 1\nbatch_size = 16\n"
+        + "".join(f'[[dataset]]\nname = "{name}"\npath = "{dataset}"\n' for name in ("one", "two"))
+    )
+    ran = coldctl("evaluate", other, "--baseline", base, "--suite", tmp_path / "suite.toml", "--output", tmp_path / "out",
+                  "--protocol", "linear-probe", "--protocol", "finetune", "--jobs", 1, "--json")  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    cells_of = {(entry["protocol"], entry["dataset"]): entry["seeds"][0]["cell"] for entry in ran.json["results"]}
+    assert cells_of["linear-probe", "one"] == cells_of["linear-probe", "two"]  # which has no seed
+    assert cells_of["finetune", "one"] != cells_of["finetune", "two"]
+
+
 def test_few_shot_without_shots_is_refused(tmp_path: Path, base: Path, suite: Path, coldctl: Run) -> None:
     ran = coldctl("evaluate", base, "--baseline", base, "--suite", suite, "--output", tmp_path / "out", "--shots", 0,
                   "--protocol", "few-shot", "--jobs", 1)  # fmt: skip

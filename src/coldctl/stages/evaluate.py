@@ -357,6 +357,8 @@ def _cells(
                         "datasets": [[loaded[dataset.name].fingerprint, dataset.metric] for dataset in group],
                         "protocol": protocol, "seed": seed, "settings": _settings(protocol, config, finetuning),
                     }  # fmt: skip
+                    if protocol != "linear-probe":
+                        depends["names"] = [dataset.name for dataset in group]  # a training's seed goes by them
                     path = folder / f"{manifest.digest_of(depends).removeprefix('sha256:')[:32]}.json"
                     cells.append(Cell(str(path), contender, group, protocol, seed, config, finetuning))
     return cells
