@@ -9,8 +9,9 @@ while read -r iterations name; do
     echo "$name" >&2
     RUN=$TO/$name CONFIG=$TO/$name.toml ITERATIONS=0 TARGET=$iterations JOBS="$JOBS" SAMPLE='' GATE='' sh scripts/iterate.sh </dev/null
     set -- "$@" "$TO/$name"
+    suite=$TO/$name.toml # the end of the list leaves `name` empty
 done <<EOF
 $variants
 EOF
 
-coldctl evaluate "$@" --suite "$TO/$name.toml" --output "$TO/evaluation" --jobs "$JOBS"
+coldctl evaluate "$@" --suite "$suite" --output "$TO/evaluation" --jobs "$JOBS"

@@ -150,6 +150,23 @@ def test_seeds_widen_the_interval() -> None:
     assert widths[1] > widths[0] + 5
 
 
+@pytest.mark.parametrize("metrics", [("accuracy",), ("accuracy", "macro_f1"), ("matthews",)])
+def test_what_shares_its_trainings_shares_their_luck(metrics: tuple[str, ...]) -> None:
+    """One training of all datasets is lucky for all: their average is no surer of its seeds than each of them."""
+    generator = np.random.default_rng(3)
+    outcomes = []
+    for dataset in range(8):
+        truth = generator.integers(0, 2, 1000)
+        wrong = generator.random((4, 1000)) < np.array([[0.10], [0.25], [0.15], [0.30]])
+        old = np.repeat(generator.random((1, 1000)) < 0.2, 4, 0)
+        outcomes.append(scoring.Outcome(metrics[dataset % len(metrics)], truth, truth ^ wrong, truth ^ old))
+    apart = np.mean([scoring.resampled_gains(outcome, seed) for seed, outcome in enumerate(outcomes)], 0)
+    together = np.mean([scoring.resampled_gains(outcome, seed, 99) for seed, outcome in enumerate(outcomes)], 0)
+    one = scoring.resampled_gains(outcomes[0], 0, 99)
+    assert together.std() > 2 * apart.std()
+    assert np.corrcoef(together, one)[0, 1] > 0.7
+
+
 @given(st.lists(st.integers(0, 4), min_size=5, max_size=200), st.integers(5, 60), st.integers(0, 9))
 def test_stratified_draws(labels: list[int], count: int, seed: int) -> None:
     chosen = stratified(labels, count, seed)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pytest
 import tiny
 from coldctl.core import data, feature_cache, leaderboard
 from coldctl.core.config import DatasetConfig
+from coldctl.core.output import write_text
+from coldctl.stages.evaluate import candidates_of
 from conftest import Ran, suite_text
 
 Run = Callable[..., Ran]
@@ -153,6 +156,41 @@ def test_results_follow_their_schema(tmp_path: Path, base: Path, suite: Path, co
     (tmp_path / "out" / "results.json").write_text(json.dumps(results))
     with pytest.raises(jsonschema.ValidationError):
         validated(tmp_path / "out")
+
+
+def test_weights_that_changed_under_their_manifest_are_not_taken_for_the_old_ones(
+    tmp_path: Path, base: Path, suite: Path, contributions: Path, coldctl: Run
+) -> None:
+    model = shutil.copytree(contributions / "one", tmp_path / "model")
+
+    def evaluated(output: str) -> Ran:
+        return coldctl(
+            "evaluate", model, "--baseline", base, "--suite", suite, "--output", tmp_path / output, "--jobs", 1
+        )
+
+    assert evaluated("before").code == 0
+    shutil.copy2(tiny.perturb(model, tmp_path / "other", seed=1, scale=2) / "model.safetensors", model)
+    ran = evaluated("after")
+    assert ran.code == 2
+    assert "its manifest says" in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "after").exists()
+    (model / "coldctl.json").unlink()  # then it is a plain checkpoint
+    assert evaluated("after").code == 0
+    scores = [
+        json.loads((tmp_path / output / "results.json").read_text())["results"][0]["seeds"][0]["cell"]
+        for output in ("before", "after")
+    ]
+    assert scores[0] != scores[1]
+
+
+def test_commands_that_share_cells_may_write_the_same_one(tmp_path: Path) -> None:
+    """Two evaluations in one RUN both measure its pretrained model; neither may break or truncate the other's cell."""
+    text = "x" * (1 << 20)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: write_text(tmp_path / "cell.json", text), range(200)))
+    assert [path.name for path in tmp_path.iterdir()] == ["cell.json"]
+    assert (tmp_path / "cell.json").read_text() == text
 
 
 def test_features_are_kept_across_outputs(
@@ -338,10 +376,20 @@ def test_an_experiment_compares_the_curves_of_its_variants(tmp_path: Path, base:
         ('config = "suite.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "a"', "two variants"),
         ('config = "suite.toml"\niterations = 0\n[[variant]]\nname = "a"', "at least 1"),
         ('config = "suite.toml"\ndatasets = ["x"]\n[[variant]]\nname = "a"', "no dataset 'x'"),
+        ('config = "suite.toml"\ndatasets = "red"\n[[variant]]\nname = "a"', "datasets = 'red': it must be a list"),
+        ('config = "suite.toml"\ndatasets = 3\n[[variant]]\nname = "a"', "it must be a list"),
+        (
+            'config = "section.toml"\nfuse.density = 0.1\n[[variant]]\nname = "a"',
+            "section.toml: [fuse] must be a table",
+        ),
+        ('config = "table.toml"\n[[variant]]\nname = "a"', "table.toml: write each dataset as [[dataset]]"),
+        ('config = "suite.toml"\n[[variant]]\nname = "evaluation"', "'evaluation' is where the variants are compared"),
     ],
 )
 def test_mistakes_in_an_experiment_are_named(tmp_path: Path, text: str, words: str, coldctl: Run) -> None:
     (tmp_path / "suite.toml").write_text(suite_text("base"))
+    (tmp_path / "section.toml").write_text("fuse = 3")
+    (tmp_path / "table.toml").write_text("dataset = 3")
     (tmp_path / "experiment.toml").write_text(text)
     ran = coldctl("variants", tmp_path / "experiment.toml", "--output", tmp_path / "runs")
     assert ran.code == 2
@@ -356,6 +404,49 @@ def test_the_experiments_that_ship_are_sound(tmp_path: Path, coldctl: Run) -> No
         ran = coldctl("variants", file, "--output", tmp_path / file.stem, "--json")
         assert ran.code == 0, ran.stderr
         assert len(ran.json["variants"]) >= 2
+
+
+def test_a_training_is_not_taken_for_that_of_the_same_data_under_another_name(
+    tmp_path: Path, base: Path, dataset: Path, coldctl: Run
+) -> None:
+    """A training's seed goes by the dataset's name: a cell of another name would pair runs of different luck."""
+    other = tiny.perturb(base, tmp_path / "other", seed=1)
+    (tmp_path / "suite.toml").write_text(
+        "[finetune]\nepochs = 1\nbatch_size = 16\n"
+        + "".join(f'[[dataset]]\nname = "{name}"\npath = "{dataset}"\n' for name in ("one", "two"))
+    )
+    ran = coldctl("evaluate", other, "--baseline", base, "--suite", tmp_path / "suite.toml", "--output", tmp_path / "out",
+                  "--protocol", "linear-probe", "--protocol", "finetune", "--jobs", 1, "--json")  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    cells_of = {(entry["protocol"], entry["dataset"]): entry["seeds"][0]["cell"] for entry in ran.json["results"]}
+    assert cells_of["linear-probe", "one"] == cells_of["linear-probe", "two"]  # which has no seed
+    assert cells_of["finetune", "one"] != cells_of["finetune", "two"]
+
+
+def test_few_shot_without_shots_is_refused(tmp_path: Path, base: Path, suite: Path, coldctl: Run) -> None:
+    ran = coldctl("evaluate", base, "--baseline", base, "--suite", suite, "--output", tmp_path / "out", "--shots", 0,
+                  "--protocol", "few-shot", "--jobs", 1)  # fmt: skip
+    assert ran.code == 2
+    assert ran.stderr.strip() == "error: shots = 0 leaves few-shot nothing to train on: give --shots 1 or more"
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_are_told_apart_by_where_they_lie(tmp_path: Path, base: Path) -> None:
+    for folder in ("one", "two"):
+        fused = [tmp_path / folder / "demo" / f"iteration-00{number}" / "fused" for number in (1, 2)]
+        for place in fused:
+            shutil.copytree(base, place)
+            (place / "coldctl.json").touch()
+        (tmp_path / folder / "demo" / "run.json").touch()
+    one, two = (tmp_path / folder / "demo" for folder in ("one", "two"))
+
+    def runs(*places: Path) -> list[tuple[str | None, int | None]]:
+        return [(item.run, item.iteration) for item in candidates_of([str(place) for place in places], None)]
+
+    first, second = (place / "iteration-001" / "fused" for place in (one, two))
+    assert runs(first, second) == [("demo", 1), ("demo-2", 1)]
+    assert runs(first, one) == [("demo", 1), ("demo", 1), ("demo", 2)]  # the same run
+    assert runs(one, second) == [("demo", 1), ("demo", 2), ("demo-2", 1)]
 
 
 def test_a_whole_run_is_measured_with_multitask_as_a_level(tmp_path: Path, base: Path, coldctl: Run) -> None:
@@ -378,3 +469,11 @@ def test_a_whole_run_is_measured_with_multitask_as_a_level(tmp_path: Path, base:
     report = (tmp_path / "out" / "report.md").read_text().split("## Over iterations")[1]
     assert "| pretrained model |" in report
     assert "| multitask |" in report
+    latest = tmp_path / "run" / "iteration-002"
+    text = suite.read_text()
+    for old, new in (('role = "unseen"', 'role = "seen"'), ('name = "red"', 'name = "red"\nmetric = "macro_f1"')):
+        suite.write_text(text.replace(old, new))  # then the iteration before was measured by something else
+        ran = coldctl("evaluate", latest / "fused", "--baseline", tmp_path / "base", "--suite", suite, "--overwrite",
+                      "--output", latest / "evaluation", "--jobs", 1)  # fmt: skip
+        assert ran.code == 0, ran.stderr
+        assert "Over iterations" not in (latest / "evaluation" / "report.html").read_text(), new

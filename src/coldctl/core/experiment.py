@@ -16,6 +16,7 @@ from coldctl.core import config
 from coldctl.core.errors import ConfigError
 
 _KEYS = ("config", "iterations", "datasets", "variant", *config.SECTIONS)
+_COMPARED = "evaluation"  # beside the variants' runs, where scripts/experiment.sh has them measured
 _VARIANT_KEYS = ("name", "iterations", "dataset", *config.SECTIONS)
 
 
@@ -38,8 +39,12 @@ def read(path: Path, folder: Path) -> list[Variant]:
     if not isinstance(document.get("config"), str):
         raise ConfigError(f'{path}: it names no configuration to vary: add config = "FILE.toml"')
     source = path.parent / document["config"]
-    common = _merged(config.document_of(source), {key: document[key] for key in config.SECTIONS if key in document})
+    original = config.document_of(source)
+    config.parsed(original, source)  # so that each mistake is blamed where it was made
+    common = _merged(original, {key: document[key] for key in config.SECTIONS if key in document})
     if wanted := document.get("datasets"):
+        if not isinstance(wanted, list):
+            raise ConfigError(f'{path}: datasets = {wanted!r}: it must be a list, such as ["tweets", "nyt"]')
         known = [table.get("name") for table in common.get("dataset", [])]
         if missing := [name for name in wanted if name not in known]:
             raise ConfigError(f"{path}: {source} has no dataset {missing[0]!r}: it has {', '.join(map(str, known))}")
@@ -53,6 +58,8 @@ def read(path: Path, folder: Path) -> list[Variant]:
         config.refuse_unknown(table, _VARIANT_KEYS, where)
         name, iterations = table.get("name"), table.get("iterations", document.get("iterations", 1))
         config.check_name(name if isinstance(name, str) else "", where)
+        if name == _COMPARED:
+            raise ConfigError(f"{where}: {name!r} is where the variants are compared: give it another name")
         if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
             raise ConfigError(f"{where}: iterations = {iterations!r}: it must be a whole number, at least 1")
         varied = _merged(common, {key: value for key, value in table.items() if key in config.SECTIONS})

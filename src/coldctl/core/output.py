@@ -8,8 +8,9 @@ import errno
 import fcntl
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from coldctl.core import layout, manifest
@@ -86,8 +87,8 @@ def writing(path: Path, identity: str | None, *, overwrite: bool) -> Iterator[Pa
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically: a hidden sibling, fsync, rename."""
-    partial = layout.partial(path)
+    """Write a small file atomically: a hidden sibling of the writer's own, fsync, rename. Others may do the same."""
+    partial = layout.partial(path.with_name(f"{path.name}.{threading.get_native_id()}"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
@@ -97,6 +98,8 @@ def write_text(path: Path, text: str) -> None:
         partial.replace(path)
         _sync(path.parent)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise _cannot_write(path, error) from None
 
 

@@ -64,29 +64,33 @@ def score(metric: str, truth: Array, predictions: Array) -> float:
     return 100.0 * float(value)
 
 
-def resampled_gains(outcome: Outcome, seed: int) -> NDArray[np.float64]:
-    """The gain in each of `RESAMPLES` crossed resamples, in points: float64 [RESAMPLES]."""
+def resampled_gains(outcome: Outcome, seed: int, trainings: int | None = None) -> NDArray[np.float64]:
+    """The gain in each of `RESAMPLES` crossed resamples, in points: float64 [RESAMPLES].
+
+    Examples are drawn by `seed`, and so are the seeds of the outcome's own trainings. Outcomes of the same trainings
+    (one body for several datasets) draw these by the same `trainings`, since they share their luck.
+    """
     generator = np.random.default_rng(seed)
     seeds, examples = outcome.predictions.shape[:2]
+    luck = np.random.default_rng((seed, 1) if trainings is None else trainings)
+    counts = luck.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)  # how often each seed was drawn
     if outcome.metric == "accuracy" or outcome.truth.ndim == 2:
         per_seed = _gains_of_right(outcome) if outcome.metric == "accuracy" else _gains_of_f1(outcome)
         even = np.full(examples, 1 / examples)
         step = max(1, _COUNTS // examples)  # all counts at once would take gigabytes
         sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
         found = np.concatenate([per_seed(generator.multinomial(examples, even, size)) for size in sizes])
-        chosen = generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
-        gains: NDArray[np.float64] = 100.0 * np.sum(chosen * found, axis=1)
+        gains: NDArray[np.float64] = 100.0 * np.sum(counts * found, axis=1) / seeds
         return gains
     gains = np.empty(RESAMPLES)
     measure = _fast_metric(outcome.metric)
     for resample in range(RESAMPLES):
         drawn = generator.integers(0, examples, (examples,))
-        rows = generator.integers(0, seeds, (seeds,))
         truth = outcome.truth[drawn]
         gains[resample] = np.mean(
             [
                 measure(truth, outcome.predictions[row][drawn]) - measure(truth, outcome.baseline[row][drawn])
-                for row in rows.tolist()
+                for row in np.repeat(np.arange(seeds), counts[resample]).tolist()
             ]
         )
     return 100.0 * gains

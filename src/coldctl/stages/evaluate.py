@@ -117,6 +117,8 @@ def evaluate(
     """
     if not datasets:
         raise ConfigError("the suite has no dataset: add [[dataset]] tables to it")
+    if "few-shot" in config.protocol and not config.shots:
+        raise ConfigError("shots = 0 leaves few-shot nothing to train on: give --shots 1 or more")
     places = [model.place for model in (baseline, *(item.model for item in models))]
     output.refuse_overlap(destination, [*places, *(item.path for item in datasets if not data.is_hub(item.path))])
     loaded = {dataset.name: _load(dataset, config) for dataset in datasets}
@@ -129,6 +131,7 @@ def evaluate(
     if output.is_done(destination, key, overwrite=overwrite):
         results = json.loads((destination / layout.RESULTS).read_text(encoding="utf-8"))
         return Evaluated(destination, results, unchanged=True)
+    _prove(contenders)
     overlaps = _overlaps(loaded)
     for dataset in datasets:
         for sentence in loaded[dataset.name].overlaps():
@@ -170,16 +173,17 @@ def candidates_of(references: Sequence[str], revision: str | None) -> list[Candi
     They are called `iteration-NNN`, and with several RUNs `RUN/iteration-NNN`. Raises ModelError.
     """
     folders = [Path(reference).expanduser() for reference in references]
-    runs = {folder: folder.resolve().name for folder in folders if folder.is_dir() and run.is_run(folder)}
+    runs = {folder for folder in folders if folder.is_dir() and run.is_run(folder)}
+    names: dict[Path, str] = {}
     found = []
     for reference, folder in zip(references, folders, strict=True):
         if folder not in runs:
-            found.append(_candidate(resolve(reference, revision)))
+            found.append(_candidate(resolve(reference, revision), names))
             continue
         numbers = [n for n in layout.iteration_numbers(folder) if layout.is_complete(layout.fused(folder, n))]
         if not numbers:
             raise ModelError(f"{folder} has no fused model yet: run `coldctl fuse` first, or `make iterate`")
-        own = next(name for name in free_names(runs[folder]) if name not in {item.run for item in found})
+        own = _run_name(folder, names)
         for number in numbers:
             place = layout.fused(folder, number)
             name = place.parent.name if len(runs) == 1 else f"{own}/{place.parent.name}"
@@ -187,15 +191,23 @@ def candidates_of(references: Sequence[str], revision: str | None) -> list[Candi
     return found
 
 
-def _candidate(model: Model) -> Candidate:
+def _candidate(model: Model, names: dict[Path, str]) -> Candidate:
     """A single model; one that lies in a RUN is known by its iteration."""
     path = Path(model.place)
     enclosing = layout.enclosing_run(path) if path.is_dir() else None
     if enclosing is not None:
         for number in layout.iteration_numbers(enclosing):
             if path.resolve() == layout.fused(enclosing, number):
-                return Candidate(model, enclosing.name, number)
+                return Candidate(model, _run_name(enclosing, names), number)
     return Candidate(model)
+
+
+def _run_name(folder: Path, names: dict[Path, str]) -> str:
+    """What a RUN is called: its directory's name, unless another of the RUNs in `names` is called so."""
+    place = folder.resolve()
+    if place not in names:
+        names[place] = next(name for name in free_names(place.name) if name not in names.values())
+    return names[place]
 
 
 def default_baseline(model: Model) -> Model:
@@ -232,6 +244,17 @@ def _load(dataset: DatasetConfig, config: EvaluateConfig) -> data.Dataset:
 def _digest(model: Model) -> str:
     checkpoint = open_checkpoint(model.folder, model.name)
     return checkpoint.manifest["body_digest"] if checkpoint.manifest else body_digest(checkpoint)
+
+
+def _prove(contenders: Sequence[Contender]) -> None:
+    """Refuse a body that is not what its manifest states, since cells and features go by that. Raises ModelError."""
+    for item in contenders:
+        checkpoint = open_checkpoint(item.model.folder, item.name)
+        if checkpoint.manifest is not None and (actual := body_digest(checkpoint)) != item.body_digest:
+            raise ModelError(
+                f"{item.model.place}: its body is {actual[:19]}…, its manifest says {item.body_digest[:19]}…: fetch it "
+                f"again, or remove its {layout.MANIFEST} if it was changed on purpose"
+            )
 
 
 def _files_digest(model: Model) -> str:
@@ -276,10 +299,18 @@ def _earlier(destination: Path, results: dict[str, Any], document: manifest.Mani
         if number >= newest or folder == destination.resolve() or not layout.is_complete(folder):
             continue
         other = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
-        alike = all(other.get(key) == results[key] for key in ("baseline", "fingerprints"))
-        if alike and manifest.read_unchanged(folder)["config"] == document["config"]:
+        if (
+            _measured_as(other) == _measured_as(results)
+            and manifest.read_unchanged(folder)["config"] == document["config"]
+        ):
             found.append(other)
     return found
+
+
+def _measured_as(results: dict[str, Any]) -> tuple[Any, ...]:
+    """What two evaluations must share, beside their settings, for their averages to be held against each other."""
+    suite = {(entry["dataset"], entry["role"], entry["metric"]) for entry in results["results"]}
+    return results["baseline"], results["fingerprints"], suite
 
 
 def _cell_folder(destination: Path, partial: Path) -> Path:
@@ -326,6 +357,8 @@ def _cells(
                         "datasets": [[loaded[dataset.name].fingerprint, dataset.metric] for dataset in group],
                         "protocol": protocol, "seed": seed, "settings": _settings(protocol, config, finetuning),
                     }  # fmt: skip
+                    if protocol != "linear-probe":
+                        depends["names"] = [dataset.name for dataset in group]  # a training's seed goes by them
                     path = folder / f"{manifest.digest_of(depends).removeprefix('sha256:')[:32]}.json"
                     cells.append(Cell(str(path), contender, group, protocol, seed, config, finetuning))
     return cells
@@ -537,7 +570,11 @@ def _results(
                 ]
                 source = loaded[dataset.name]
                 outcome = scoring.Outcome(data.metric_of(dataset, source), source.test.labels, rows[0], rows[1])
-                drawn = scoring.resampled_gains(outcome, derived_seed(config.seed, "bootstrap", dataset.name))
+                drawn = scoring.resampled_gains(
+                    outcome,
+                    derived_seed(config.seed, "bootstrap", dataset.name),
+                    derived_seed(config.seed, "bootstrap", protocol) if protocol == "multitask" else None,
+                )
                 entry = _entry(contender, dataset, protocol, outcome, seeds, drawn, certain=certain)
                 for item in entry["seeds"]:
                     for owner, field in ((contender, "cell"), (baseline, "baseline_cell")):
