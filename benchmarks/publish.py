@@ -42,7 +42,7 @@ def report(scratch: Path, runs: int) -> str:
     """Measure by turns, and say it in Markdown."""
     model = make_model(scratch)
     size = sum(path.stat().st_size for path in model.iterdir())
-    found: dict[str, list[float]] = {key: [] for key in ("copy", "synced", "publish", "loading")}
+    found: dict[str, list[float]] = {key: [] for key in ("copy", "synced", "publish", "work", "loading")}
     for _ in range(runs):
         for key, mode in (("copy", "cached"), ("synced", "sync")):
             found[key].append(timed(sys.executable, __file__, "copy", model, scratch / "out", mode)[0])
@@ -60,7 +60,9 @@ def report(scratch: Path, runs: int) -> str:
             "--json",
             "--quiet",
         )
-        found["loading"].append(json.loads(said)["seconds"]["loading"])
+        spent = json.loads(said)["seconds"]
+        found["loading"].append(spent["loading"])
+        found["work"].append(spent["copy"])
         found["publish"].append(seconds - found["loading"][-1])
         shutil.rmtree(scratch / "out")
     medians = {key: statistics.median(values) for key, values in found.items()}
@@ -76,6 +78,7 @@ def report(scratch: Path, runs: int) -> str:
         "copy": "copy the files and hash them",
         "synced": "copy the files, fsync and hash them",
         "publish": "`coldctl publish`, without its check by loading",
+        "work": "of that reading, proving, writing, hashing and syncing the files",
         "loading": "its check by loading, imports included",
     }
     lines += [
@@ -84,6 +87,7 @@ def report(scratch: Path, runs: int) -> str:
     ]
     lines += ["", "| claim | measured | aim |", "| --- | --: | --: |"]
     lines.append(f"| publish / copy and hash | {medians['publish'] / medians['copy']:.2f} × | at most 2 × |")
+    lines.append(f"| its work on the files / copy, fsync and hash | {medians['work'] / medians['synced']:.2f} × | |")
     lines.append(f"| publish / copy, fsync and hash | {medians['publish'] / medians['synced']:.2f} × | |")
     return "\n".join(lines)
 
