@@ -2,7 +2,7 @@
 # make experiment EXPERIMENT=FILE.toml   full rounds under several settings, and their curves side by side
 # make test      set up what is missing, then run the tests
 .SUFFIXES:
-.PHONY: iterate experiment publish test test-peers lint format bench bench-finetune bench-evaluate assets setup clean help
+.PHONY: iterate experiment publish test test-peers test-tensorflow lint format bench bench-finetune bench-evaluate assets setup clean help
 
 PYTHON = python3
 ITERATIONS = 1
@@ -71,6 +71,16 @@ test-peers: .venv-peers/ready
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt \
 		--editable . mergekit flwr pytest hypothesis
+	@touch $@
+
+# The card's TensorFlow block and the tokenizers of transformers 4, whose last TensorFlow classes want older versions than we do.
+test-tensorflow: $(ready) $(demo) .venv-tensorflow/ready
+	TENSORFLOW_PYTHON="$(CURDIR)/.venv-tensorflow/bin/python" $(bin)/python -m pytest tests/tensorflow -rA --show-capture=stdout
+
+.venv-tensorflow/ready: constraints-tensorflow.txt
+	$(PYTHON) -m venv .venv-tensorflow
+	.venv-tensorflow/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-tensorflow.txt \
+		transformers tensorflow-cpu tf-keras
 	@touch $@
 
 assets: $(demo)

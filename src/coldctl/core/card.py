@@ -81,6 +81,7 @@ def card(subject: Subject, existing: str | None, known: Sequence[str]) -> Card:
             reference=json.dumps(subject.reference, ensure_ascii=False),
             shell_reference=shlex.quote(subject.reference),
             tensorflow=_tensorflow_class(subject.model_config),
+            padding=_unusual_padding(subject.model_config),
             onnx=subject.onnx,
             citation=_citation(subject),
         )
@@ -315,6 +316,13 @@ def _tensorflow_class(config: Mapping[str, Any]) -> str | None:
     architectures = config.get("architectures") or []
     known = config.get("model_type") in _TENSORFLOW and len(architectures) == 1
     return f"TF{architectures[0]}" if known and str(architectures[0]).isidentifier() else None
+
+
+def _unusual_padding(config: Mapping[str, Any]) -> int | None:
+    """The padding id from which positions are counted, where TensorFlow's class takes another one for granted."""
+    counts = config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
+    padding = config.get("pad_token_id", 1)
+    return padding if counts and isinstance(padding, int) and padding != 1 else None
 
 
 def _list(value: Any) -> list[str]:
