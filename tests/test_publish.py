@@ -461,3 +461,28 @@ def test_a_head_of_the_source_is_left_behind(contributions: Path, tmp_path: Path
     with safe_open(tmp_path / "p" / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if name.startswith(("classifier", "bert."))]  # noqa: SIM118
     assert json.loads((tmp_path / "p" / "config.json").read_text())["architectures"] == ["BertModel"]
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "distilbert", "electra", "mpnet", "modernbert", "deberta-v2", "xlm-roberta"]
+)
+def test_a_tokenizer_is_completed_and_stays_the_same(kind: str, tmp_path: Path, coldctl: Run) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    tiny.make_base(kind, tmp_path / "base")
+    source = tmp_path / "source"  # as version 5 of transformers saves it: tokenizer.json and tokenizer_config.json
+    AutoModel.from_pretrained(tmp_path / "base").save_pretrained(source)
+    AutoTokenizer.from_pretrained(tmp_path / "base").save_pretrained(source)
+    texts = ["A plain sentence.", "Numbers like 3,141.59, and a déjà vu!", " two  blanks"]
+    wanted = AutoTokenizer.from_pretrained(source)(texts)["input_ids"]
+    ran = coldctl("publish", source, "--to", tmp_path / "p", "--license", "mit")
+    assert ran.code == 0, ran.stderr
+    assert AutoTokenizer.from_pretrained(tmp_path / "p")(texts)["input_ids"] == wanted
+    model = json.loads((tmp_path / "p" / "tokenizer.json").read_text())["model"]
+    files = {"BPE": ("vocab.json", "merges.txt"), "WordPiece": ("vocab.txt",)}.get(model["type"], ())
+    for name in files:
+        assert (tmp_path / "p" / name).is_file()
+    if model["type"] == "BPE":
+        assert all(isinstance(merge, str) for merge in model["merges"])
+    if model["type"] == "Unigram":
+        assert "SentencePiece" in ran.stderr
