@@ -428,6 +428,8 @@ def test_wrong_input_is_one_line_and_leaves_the_target(
         ((fused, "--to", "hf://org/bad..name", "--license", "mit"), "no name for the Hub"),
         ((fused, "--to", "nowhere://x/y", "--license", "mit"), "nowhere"),
         ((fused, "--to", fused, "--license", "mit"), "own input"),
+        ((fused, "--to", target, "--license", "mit", "--name", "a/b"), "--name"),
+        ((fused, "--to", target, "--license", "mit", "--base-model", "../x"), "--base-model"),
     ]
     for arguments, words in cases:
         ran = coldctl("publish", *arguments)

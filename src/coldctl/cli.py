@@ -534,6 +534,7 @@ def publish(
     base_model: Annotated[
         str | None, typer.Option(metavar="ORG/NAME", help="The pretrained model's name on the Hub, for the card.")
     ] = None,
+    language: Annotated[str | None, typer.Option(help="Language of the card's tag. [dim]default: en[/]")] = None,
     dtype: Annotated[str | None, typer.Option(help="Round weights: float32, bfloat16, float16.")] = None,
     onnx: Annotated[bool | None, typer.Option("--onnx", help="Add an ONNX model, checked by running it.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Larger weights are sharded. [dim]default: 5GB[/]")] = None,
@@ -562,6 +563,7 @@ def publish(
             "license": license_,
             "name": name,
             "base_model": base_model,
+            "language": language,
             "dtype": dtype,
             "onnx": onnx,
             "max_shard_size": max_shard_size,

@@ -54,6 +54,7 @@ class Card:
 
     text: str
     blocks: list[str]
+    license_warnings: list[str]
 
 
 def card(subject: Subject, existing: str | None, known: Sequence[str]) -> Card:
@@ -65,15 +66,14 @@ def card(subject: Subject, existing: str | None, known: Sequence[str]) -> Card:
 
     document = subject.document
     made_of = [item for generation in _generations(document) for item in generation.get("contributions", [])]
+    warnings = licenses.warnings(str(document.get("license")), _distinct(made_of))
     text = str(
         ModelCard.from_template(
             _front_matter(subject, existing),
             template_path=str(_TEMPLATE),
             title=escaped(subject.name),
             introduction=_introduction(subject),
-            license_warnings=[
-                escaped(words) for words in licenses.warnings(str(document.get("license")), _distinct(made_of))
-            ],
+            license_warnings=[escaped(words) for words in warnings],
             paper=PAPER,
             history=_history(document),
             lineage=mermaid(generations(document)),
@@ -91,7 +91,7 @@ def card(subject: Subject, existing: str | None, known: Sequence[str]) -> Card:
     body = "\n\n".join(handwritten.blocks(body)) + "\n"
     if existing is not None:
         body = handwritten.keep(body, _split(existing)[1], known)
-    return Card(f"{head}\n{body}", blocks)
+    return Card(f"{head}\n{body}", blocks, warnings)
 
 
 def _front_matter(subject: Subject, existing: str | None) -> Any:

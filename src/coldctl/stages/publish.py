@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coldctl.core import layout, licenses, manifest, output, privacy, tokenizer_files
+from coldctl.core import layout, manifest, output, privacy, tokenizer_files
 from coldctl.core.bare import WrittenBody, write_body, write_config
 from coldctl.core.card import Subject, card
 from coldctl.core.charts import gain_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
-from coldctl.core.config import PublishConfig, as_record, identity, size_in_bytes
+from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
 from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.core.manifest import Manifest
 from coldctl.core.passes import DTYPE_NAMES
@@ -25,6 +25,7 @@ from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, T
 # What an evaluation's directory gives to the published one.
 _EVALUATION_FILES = (layout.RESULTS, layout.REPORT, layout.PAGE)
 _POOLING = "1_Pooling"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,10 @@ def _prepared(
         from coldctl.core import signing
 
         signing.check_key(sign_key)
+    if config.name is not None:
+        check_name(config.name, "--name")
+    if config.base_model is not None and not _HUB_ID.fullmatch(config.base_model):
+        raise ConfigError(f"--base-model {config.base_model} is no name on the Hub: write ORG/NAME")
     source = open_checkpoint(model.folder, model.name)
     stated = source.manifest
     license_ = config.license or (stated.get("license") if stated else None)
@@ -200,9 +205,8 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     written = card(subject, existing, before.get("card_blocks", []) if before else [])
     (folder / layout.CARD).write_text(written.text, encoding="utf-8")
     document["card_blocks"] = written.blocks
-    for generation in (*document.get("ancestors", []), document):
-        for words in licenses.warnings(work.license, generation.get("contributions", [])):
-            progress.note(f"licence: {words}")
+    for words in written.license_warnings:
+        progress.note(f"licence: {words}")
     document = manifest.write(folder, document, body.files)
     privacy.search(folder, [work.model.place, *([str(work.evaluation)] if work.evaluation else [])])
     if work.sign_key is not None:
