@@ -75,7 +75,7 @@ test-peers: .venv-peers/ready
 
 # The card's TensorFlow block and the tokenizers of transformers 4, whose last TensorFlow classes want older versions than we do.
 test-tensorflow: $(ready) $(demo) .venv-tensorflow/ready
-	TENSORFLOW_PYTHON="$(CURDIR)/.venv-tensorflow/bin/python" $(bin)/python -m pytest tests/tensorflow -rA --show-capture=stdout
+	TENSORFLOW_PYTHON="$(CURDIR)/.venv-tensorflow/bin/python" $(bin)/python -m pytest tests/with_tensorflow -rA --show-capture=stdout
 
 .venv-tensorflow/ready: constraints-tensorflow.txt
 	$(PYTHON) -m venv .venv-tensorflow
