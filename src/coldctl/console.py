@@ -128,6 +128,15 @@ class _Bars:
     def note(self, message: str) -> None:
         self._screen.say(message)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave the terminal to a library that draws bars of its own."""
+        self._bars.stop()
+        try:
+            yield
+        finally:
+            self._bars.start()
+
 
 def printable(text: str) -> str:
     """Text without anything that a terminal would obey: escape codes, carriage returns, bells."""

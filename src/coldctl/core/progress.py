@@ -3,7 +3,8 @@
 Stages and core functions get a `Progress` and never print. `console` draws it; `SILENT` swallows it.
 """
 
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Protocol, runtime_checkable
 
 
 class Progress(Protocol):
@@ -20,6 +21,14 @@ class Progress(Protocol):
 
     def note(self, message: str) -> None:
         """Say one line of prose that should stay on the screen."""
+
+
+@runtime_checkable
+class Drawing(Progress, Protocol):
+    """A listener that draws on a terminal, and lets a library draw there for a while."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Draw nothing until the block ends."""
 
 
 class _Silent:

@@ -36,6 +36,9 @@ class Target(Protocol):
     def standing(self) -> tuple[str | None, Manifest | None]:
         """The card and the manifest that stand there now, as far as they are readable."""
 
+    def settle(self, tag: str | None) -> None:
+        """What an earlier call that was broken off may have left undone of work that is there."""
+
     def writing(self) -> AbstractContextManager[Sending]:
         """A directory to fill; it is published when the block ends, and only if it ends well."""
 
@@ -60,6 +63,9 @@ class LocalTarget:
     def standing(self) -> tuple[str | None, Manifest | None]:
         """As the protocol says."""
         return _standing(storage.LocalFolder(self.path)) if self.path.is_dir() else (None, None)
+
+    def settle(self, tag: str | None) -> None:
+        """Nothing: it is complete or not there."""
 
     @contextmanager
     def writing(self) -> Iterator[Sending]:
@@ -107,6 +113,9 @@ class StoreTarget:
         """As the protocol says."""
         return _standing(storage.RemoteFolder(self.url)) if _exists(self.url) else (None, None)
 
+    def settle(self, tag: str | None) -> None:
+        """Nothing: it is complete or not there."""
+
     @contextmanager
     def writing(self) -> Iterator[Sending]:
         """As the protocol says."""
@@ -140,6 +149,9 @@ class DryTarget:
     def standing(self) -> tuple[str | None, Manifest | None]:
         """As the protocol says."""
         return self.target.standing()
+
+    def settle(self, tag: str | None) -> None:
+        """Nothing: only looked at."""
 
     @contextmanager
     def writing(self) -> Iterator[Sending]:

@@ -73,7 +73,7 @@ def target_of(to: str, progress: Progress, *, private: bool, create_pr: bool, dr
     if to.startswith("hf://"):
         from coldctl.core import hub
 
-        target = hub.target(to, private=private, create_pr=create_pr)
+        target = hub.target(to, progress, private=private, create_pr=create_pr)
     elif private or create_pr:
         flag = "--private" if private else "--create-pr"
         raise ConfigError(f"{flag} is about repositories on the Hub: give --to hf://ORG/NAME, or leave it out")
@@ -105,6 +105,7 @@ def publish(
     if target.is_done(work.key, overwrite=overwrite):
         standing = target.standing()[1]
         assert standing is not None
+        target.settle(_tag(standing))
         return Published(target.label, standing, unchanged=True)
     with target.writing() as sending:
         document = _fill(work, target, sending)
@@ -214,9 +215,14 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
 
         signing.sign(folder, work.sign_key)
     number = document.get("iteration")
-    sending.tag = f"iteration-{number:03d}" if number else None
+    sending.tag = _tag(document)
     sending.message = f"{work.name}, iteration {number}" if number else work.name
     return document
+
+
+def _tag(document: Manifest) -> str | None:
+    number = document.get("iteration")
+    return f"iteration-{number:03d}" if number else None
 
 
 def _document(work: _Work, body: WrittenBody) -> Manifest:
