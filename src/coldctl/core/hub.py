@@ -177,17 +177,17 @@ class HubTarget:
     def _info(self, revision: str) -> Any:
         """What the Hub says of a revision; None if there is none."""
         from huggingface_hub import get_token
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError
 
         try:
             return self._api.model_info(self.name, revision=revision)
-        except RevisionNotFoundError:
-            return None
-        except RepositoryNotFoundError as error:
+        except HfHubHTTPError as error:
             if error.response.status_code == 401:  # to strangers the Hub does not say what exists
                 if get_token() is None:
                     raise self._without_token("read") from None
                 self._api.whoami()
+            elif error.response.status_code != 404:
+                raise
             return None
 
     def _text(self, name: str, revision: str | None) -> str:
