@@ -23,6 +23,8 @@ FISHER = "fisher.safetensors"
 LEAVE_ONE_OUT = "leave-one-out"
 CARD = "README.md"
 SIGNATURE = "model.sig"
+# What git and the Hub keep beside a model's files, wherever it was downloaded or cloned.
+KEPT_BY_GIT = (".gitattributes", ".gitignore")
 ONNX_MODEL = "onnx/model.onnx"
 
 # What a tokenizer may consist of, over all the encoders and versions of transformers that people have.

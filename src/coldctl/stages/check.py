@@ -116,7 +116,7 @@ def _deep_problems(checkpoint: Checkpoint) -> list[str]:
     problems += [
         f"{name} is not named in the manifest"
         for name in checkpoint.folder.names()
-        if name not in document["files"] and name not in (layout.MANIFEST, layout.SIGNATURE)
+        if name not in document["files"] and name not in (layout.MANIFEST, layout.SIGNATURE, *layout.KEPT_BY_GIT)
     ]
     return problems
 
