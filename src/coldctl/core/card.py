@@ -25,11 +25,13 @@ _OWNERS = {
     "distilbert": ("distilbert-base-uncased", "distilbert-base-cased", "distilroberta-base"),
     "albert": ("albert-base-v2", "albert-large-v2"),
 }
-# Encoders with a TensorFlow class in transformers 4: the stem of its name, where it is not that of PyTorch's class.
+# Encoders with a TensorFlow class in transformers 4, called as PyTorch's with TF before it.
 _TENSORFLOW = {
     "albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "esm", "flaubert", "funnel",
     "longformer", "mobilebert", "mpnet", "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta",
 }  # fmt: skip
+# Those that count positions from the padding id on, which is always 1 in their TensorFlow classes, whatever the config says.
+_PADDED_BY_ONE = {"camembert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"}
 
 
 @dataclass(frozen=True)
@@ -320,9 +322,8 @@ def _tensorflow_class(config: Mapping[str, Any]) -> str | None:
 
 def _unusual_padding(config: Mapping[str, Any]) -> int | None:
     """The padding id from which positions are counted, where TensorFlow's class takes another one for granted."""
-    counts = config.get("model_type") in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm")
     padding = config.get("pad_token_id", 1)
-    return padding if counts and isinstance(padding, int) and padding != 1 else None
+    return padding if config.get("model_type") in _PADDED_BY_ONE and isinstance(padding, int) and padding != 1 else None
 
 
 def _list(value: Any) -> list[str]:

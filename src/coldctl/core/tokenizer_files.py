@@ -13,6 +13,7 @@ from coldctl.core.errors import CheckpointError
 from coldctl.core.storage import Folder
 
 _TOKENIZER, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+_ADDED = "added_tokens.json"
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Where a tokenizer came from, and code of its own: nobody's business, and never run.
 _DROPPED = (
@@ -23,6 +24,8 @@ _DROPPED = (
     "tokenizer_file",
     "vocab_file",
     "merges_file",
+    "is_local",
+    "local_files_only",
 )
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5's name for it, and the one both know
 
@@ -52,10 +55,11 @@ def _config_for_all(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in _DROPPED and not privacy.is_path(value)}
     if kept.get("tokenizer_class") == _GENERIC[0]:
         kept["tokenizer_class"] = _GENERIC[1]
-    if isinstance(
-        kept.get("extra_special_tokens"), list
-    ):  # version 4 wants names with them, and knows these by another key
-        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
+    extra = kept.get("extra_special_tokens")
+    if isinstance(extra, list):  # version 4 wants names with them, and knows these by another key, which 5 still reads
+        del kept["extra_special_tokens"]
+        known = kept.get("additional_special_tokens") or []
+        kept["additional_special_tokens"] = [*known, *(token for token in extra if token not in known)]
     return kept
 
 
@@ -64,14 +68,17 @@ def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> list[str]:
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vocabulary, dict):
-        pieces = any(
-            (folder / name).exists()
-            for name in ("spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model")
-        )
+        pieces = any((folder / name).exists() for name in layout.SENTENCEPIECE_FILES)
         return [] if pieces else ["the SentencePiece model that slow tokenizers of older transformers read"]
-    added = [item for item in tokenizer.get("added_tokens", []) if isinstance(item, dict)]
-    tokens = {**vocabulary, **{item["content"]: item["id"] for item in added if "content" in item and "id" in item}}
-    ordered = sorted(tokens, key=lambda token: (tokens[token], token))
+    ordered = sorted(vocabulary, key=lambda token: (vocabulary[token], token))
+    # Tokens that were added stay out of the vocabulary, as version 4 saves them: in it they would count as word pieces.
+    added = {
+        item["content"]: item["id"]
+        for item in tokenizer.get("added_tokens", [])
+        if isinstance(item, dict) and "content" in item and "id" in item and item["content"] not in vocabulary
+    }
+    if added and not (folder / _ADDED).exists():
+        _write(folder / _ADDED, added)
     merges = model.get("merges")
     if isinstance(merges, list):
         pairs = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges]
@@ -80,18 +87,18 @@ def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> list[str]:
             model["merges"] = [" ".join(pair) for pair in pairs]
             (folder / _TOKENIZER).write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
         if not (folder / "vocab.json").exists():
-            text = json.dumps({token: tokens[token] for token in ordered}, ensure_ascii=False)
+            text = json.dumps({token: vocabulary[token] for token in ordered}, ensure_ascii=False)
             (folder / "vocab.json").write_text(text, encoding="utf-8")
         if plain and not (folder / "merges.txt").exists():
             lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
             (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return [] if plain else ["merges.txt (its merges hold blanks)"]
-    gapless = [tokens[token] for token in ordered] == list(range(len(ordered)))  # a line's number is the token's id
-    lines_hold = all("\n" not in token for token in ordered)
+        return [] if plain else ["merges that older readers know: its own hold blanks"]
     if (folder / "vocab.txt").exists():
         return []
+    gapless = [vocabulary[token] for token in ordered] == list(range(len(ordered)))  # a line's number is the token's id
+    lines_hold = all("\n" not in token for token in ordered)
     if not gapless or not lines_hold:
-        return ["vocab.txt (its token ids have gaps)"]
+        return ["vocab.txt: its token ids have gaps, or its tokens line breaks"]
     (folder / "vocab.txt").write_text("\n".join(ordered) + "\n", encoding="utf-8")
     return []
 
