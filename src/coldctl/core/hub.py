@@ -47,7 +47,11 @@ def target(reference: str, progress: Progress, *, private: bool, create_pr: bool
 
 @dataclass
 class HubTarget:
-    """A model repository. The address is the library's own (`HF_ENDPOINT`), and so is the token (`HF_TOKEN`, or a login)."""
+    """A model repository. The address is the library's own (`HF_ENDPOINT`), and so is the token (`HF_TOKEN`, or a login).
+
+    What breaks leaves the repository as it was: there is one commit, and a repository or branch that was made for it is
+    deleted again. Where the connection is gone for that, too, they stay empty, and the same command goes on with them.
+    """
 
     name: str
     revision: str
