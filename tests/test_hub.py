@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,10 @@ class Publisher:
     hub: Hub
     home: Path
 
-    def __call__(self, model: Path, to: str, *options: object, token: str = "hf_writer", **environment: str) -> Ran:
+    def __call__(
+        self, model: Path, to: str, *options: object, token: str = "hf_writer", terminal: bool = False,
+        **environment: str,
+    ) -> Ran:  # fmt: skip
         hidden = ("HF_HUB_OFFLINE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_DISABLE_PROGRESS_BARS")
         inherited = {key: value for key, value in os.environ.items() if key not in hidden}
         own = {
@@ -56,10 +60,27 @@ class Publisher:
         }
         command = [sys.executable, "-m", "coldctl", "publish", model, "--to", to, "--license", "mit", *options]
         self.hub.requests.clear()
-        ran = subprocess.run(
-            [str(word) for word in command], env=inherited | own, capture_output=True, text=True, check=False
-        )
-        return Ran(ran.returncode, ran.stdout, ran.stderr)
+        words = [str(word) for word in command]
+        if not terminal:
+            ran = subprocess.run(words, env=inherited | own, capture_output=True, text=True, check=False)
+            return Ran(ran.returncode, ran.stdout, ran.stderr)
+        ours, theirs = os.openpty()
+        termios.tcsetwinsize(theirs, (24, 120))
+        with subprocess.Popen(words, env=inherited | own, stdout=subprocess.PIPE, stderr=theirs) as process:
+            os.close(theirs)
+            drawn = b"".join(iter(lambda: _drawn(ours), b""))
+            os.close(ours)
+            assert process.stdout is not None
+            stdout = process.stdout.read().decode()
+        return Ran(process.returncode, stdout, drawn.decode())
+
+
+def _drawn(terminal: int) -> bytes:
+    """What came next on a terminal; nothing once the other side has closed it."""
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
 
 
 @pytest.fixture
@@ -236,8 +257,10 @@ def test_what_others_wrote(models: dict[int, Path], hub: Hub, publish: Publisher
     ran = publish(models[1], "hf://them/theirs", "--overwrite", "--create-pr", token="hf_fine")
     refused(ran, "the Hub answered 403", "take a token that may write to them/theirs")
     hub.refuse_writes = None
-    ran = publish(models[1], "hf://them/theirs", "--overwrite", "--create-pr", "--json")
+    ran = publish(models[1], "hf://them/theirs", "--overwrite", "--create-pr", "--json", terminal=True)
     assert ran.code == 0, ran.stderr
+    assert "model.safetensors: 100%" in ran.stderr
+    assert "README.md:" not in ran.stderr  # only what is large has a bar
     assert ran.json["place"] == f"{hub.endpoint}/them/theirs/discussions/1"
     assert not repository.tags
     assert set(repository.files) == {".gitattributes", "README.md", "pytorch_model.bin"}

@@ -5,7 +5,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -270,15 +270,19 @@ class HubTarget:
         from huggingface_hub import constants
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+        drawing = self.progress if bars and isinstance(self.progress, Drawing) else None
+        shown: AbstractContextManager[Any] = nullcontext()
+        if drawing is not None:
+            shown = _bars_shown()
+        elif constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:  # the user's own word
+            shown = disable_progress_bars()
         logger = logging.getLogger("huggingface_hub")
         level = logger.level
         logger.setLevel(logging.ERROR)  # it prints each of its retries
-        drawing = self.progress if bars and isinstance(self.progress, Drawing) else None
-        wanted = drawing is not None or constants.HF_HUB_DISABLE_PROGRESS_BARS is False  # the user's own word
         try:
             with (
                 warnings.catch_warnings(),
-                nullcontext() if wanted else disable_progress_bars(),
+                shown,
                 drawing.aside() if drawing is not None else nullcontext(),
             ):
                 warnings.simplefilter("ignore")
@@ -317,3 +321,20 @@ class HubTarget:
         if isinstance(error, OSError | ValueError | RuntimeError) or type(error).__module__.split(".")[0] in _TRANSPORT:
             return OutputError(f"cannot {verb} {self.label}: {said}: check the connection and {_AGAIN}")
         return error
+
+
+@contextmanager
+def _bars_shown() -> Iterator[None]:
+    """The library's bars, which transformers hides together with its own, unless the user wants none."""
+    from huggingface_hub import constants, utils
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        yield
+        return
+    hidden = utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    utils.enable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if hidden:
+            utils.disable_progress_bars()  # type: ignore[attr-defined]
