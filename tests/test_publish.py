@@ -319,6 +319,10 @@ def test_a_secret_in_a_model_s_own_files_stops_it(
     assert ran.code == 2
     assert "config.json would tell a secret" in ran.stderr
     assert not (tmp_path / "p").exists()
+    (model / "config.json").write_text(json.dumps({**config, "comment": f"see {tmp_path}/notes"}))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ran = coldctl("publish", model, "--to", tmp_path / "p", "--license", "mit")
+    assert "config.json would tell a directory of this machine" in ran.stderr
 
 
 def test_a_dry_run_lists_and_sends_nothing(fused: Path, tmp_path: Path, coldctl: Run) -> None:

@@ -51,7 +51,9 @@ def search(folder: Path, places: Iterable[str]) -> None:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         for kind, words in private.items():
-            if any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) for word in words):
+            if any(
+                re.search(rf"(?<!\w){re.escape(word)}" + (r"(?!\w)" if word[-1] != "/" else ""), text) for word in words
+            ):
                 raise OutputError(
                     f"{path.name} would tell {kind}, and nothing was published: take it out of the model's or the "
                     "evaluation's files and publish again"
@@ -60,7 +62,8 @@ def search(folder: Path, places: Iterable[str]) -> None:
 
 def _private(places: Iterable[str]) -> dict[str, set[str]]:
     here = {str(Path.cwd()), str(Path.home()), tempfile.gettempdir(), *places}
-    paths = {path for path in here if path.count("/") > 1}  # `/root` or `/tmp` may stand in any text
+    # `/root` alone may stand in any text; `/root/` tells where something lay.
+    paths = {path if path.count("/") > 1 else f"{path}/" for path in here if path.startswith("/") and path != "/"}
     try:
         names = {getpass.getuser(), socket.gethostname()}
     except (KeyError, OSError):  # a container's user may have no name
