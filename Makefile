@@ -13,6 +13,8 @@ RUN = runs/demo
 SAMPLE =
 # GATE=1 keeps the last good base model when a fused model is surely worse than its own base.
 GATE =
+# A private key that signs the contributions, for a CONFIG whose [fuse] names trusted_keys.
+SIGN_KEY =
 # What `make experiment` compares.
 EXPERIMENT = configs/experiments/contributors.toml
 # Where `make publish` writes, and what it publishes.
@@ -29,7 +31,7 @@ demo = assets/demo/assets.json
 # The demo's assets are fetched only for the configs that use them.
 iterate: $(ready) $(if $(filter configs/demo.toml configs/smoke.toml,$(CONFIG)),$(demo))
 	@PATH="$(CURDIR)/$(bin):$$PATH" RUN="$(RUN)" CONFIG="$(CONFIG)" ITERATIONS="$(ITERATIONS)" JOBS="$(JOBS)" \
-		SAMPLE="$(SAMPLE)" GATE="$(GATE)" sh scripts/iterate.sh
+		SAMPLE="$(SAMPLE)" GATE="$(GATE)" SIGN_KEY="$(SIGN_KEY)" sh scripts/iterate.sh
 
 publish: $(ready)
 	@evaluation=$$($(bin)/coldctl status "$(RUN)" --evaluation) && \

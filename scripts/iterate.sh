@@ -12,7 +12,8 @@ pretrained=$(coldctl status "$RUN" --pretrained)
 for number in $iterations; do
     iteration=$RUN/iteration-$number
     echo "iteration $number" >&2
-    coldctl finetune --suite "$CONFIG" --base "$RUN" --output "$RUN" --jobs "$JOBS"
+    coldctl finetune --suite "$CONFIG" --base "$RUN" --output "$RUN" --jobs "$JOBS" \
+        ${SIGN_KEY:+--sign-key "$SIGN_KEY"}
     coldctl fuse "$iteration/contributions" --config "$CONFIG" --base "$RUN" --output "$iteration/fused"
     coldctl evaluate "$iteration/fused" --suite "$CONFIG" --baseline "$pretrained" --output "$iteration/evaluation" --jobs "$JOBS"
     if [ -n "$GATE" ]; then # no regression against the iteration's own base? `promote` reads the answer

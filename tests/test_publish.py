@@ -442,7 +442,8 @@ def test_wrong_input_is_one_line_and_leaves_the_target(
         assert len([line for line in ran.stderr.splitlines() if line.strip()]) == 1, ran.stderr
         assert not target.exists()
     ran = coldctl("check", fused, "--verify-key", tmp_path / "no-key.pem")
-    assert ran.code == 3  # it is not signed
+    assert (ran.code, "--verify-key" in ran.stderr) == (2, True)
+    assert coldctl("check", fused, "--verify-key", key.with_suffix(".pub")).code == 3  # it is not signed
     monkeypatch.setitem(sys.modules, "model_signing.signing", None)
     ran = coldctl("publish", fused, "--to", target, "--license", "mit", "--sign-key", key)
     assert "coldctl[sign]" in ran.stderr

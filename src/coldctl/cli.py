@@ -226,6 +226,12 @@ def finetune(
     checkpoint_seconds: Annotated[
         float, typer.Option(min=0.0, help="How often a training is kept safe against interruptions.")
     ] = 60.0,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--sign-key", metavar="KEY.pem", help="Sign the contribution (OpenSSF model signing), also a complete one."
+        ),
+    ] = None,
     revision: Revision = None,
     config: Config = None,
     seed: Seed = None,
@@ -280,13 +286,16 @@ def finetune(
                 only=chosen,
                 overwrite=overwrite,
                 watching=watching,
+                sign_key=sign_key,
             )
         else:
             columns = DatasetConfig(
                 "", data, text=text or "text", text_pair=text_pair, label=label or "label", license=license_
             )
             dataset = datasets.single(data, columns)
-            job = stage.single_job(dataset, model, output, settings, name=name, overwrite=overwrite, watching=watching)
+            job = stage.single_job(
+                dataset, model, output, settings, name=name, overwrite=overwrite, watching=watching, sign_key=sign_key
+            )
             work = [job]
         with screen.progress() as progress:
             count = local.workers(jobs, len(work)) if team.find().size == 1 else 1
@@ -313,7 +322,8 @@ def _finetuned_line(item: Any) -> str:
         f"{split} {metric} {value:.1f}" for split, found in metrics.items() for metric, value in found.items()
     )
     if item.unchanged:
-        return f"{item.name}: complete already ({scores}), left alone: {item.path}"
+        what = "signed" if item.signed else "left alone"
+        return f"{item.name}: complete already ({scores}), {what}: {item.path}"
     speed = f" {item.train_examples_per_second:.0f} examples/s;" if item.train_examples_per_second else ""
     return f"{item.name}: {scores}; {item.stopped};{speed} {item.seconds:.0f} s: {item.path}"
 
@@ -368,6 +378,10 @@ def fuse(
     ] = None,
     strict: Annotated[bool | None, typer.Option("--strict", help="Any drop writes nothing and ends with 3.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not compare with the manifests' digests.")] = False,
+    trusted_keys: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Take only what is signed by one of the public keys DIR/NAME.pem."),
+    ] = None,
     allow_other_base: Annotated[
         bool | None, typer.Option("--allow-other-base", help="Take contributions of another base.")
     ] = None,
@@ -411,9 +425,9 @@ def fuse(
             "method": method, "scale": scale, "weights": weights, "max_share": max_share, "density": density, "trim": trim,
             "byzantine": byzantine, "position": position, "outer_optimizer": outer_optimizer, "outer_lr": outer_lr,
             "outer_momentum": outer_momentum, "seed": seed, "screen": screen_, "min_contributions": min_contributions,
-            "strict": strict, "verify": False if no_verify else None, "allow_other_base": allow_other_base,
-            "allow_pickle": allow_pickle, "common_rows": common_rows, "leave_one_out": leave_one_out, "dtype": dtype,
-            "max_shard_size": max_shard_size,
+            "strict": strict, "verify": False if no_verify else None, "trusted_keys": trusted_keys,
+            "allow_other_base": allow_other_base, "allow_pickle": allow_pickle, "common_rows": common_rows,
+            "leave_one_out": leave_one_out, "dtype": dtype, "max_shard_size": max_shard_size,
         }  # fmt: skip
         settings = resolve(FuseConfig, file, flags)
         model = reference.resolve(base, revision)
@@ -600,6 +614,12 @@ def check(
     verify_key: Annotated[
         Path | None, typer.Option("--verify-key", metavar="KEY.pem", help="Verify signatures by this public key.")
     ] = None,
+    trusted_keys: Annotated[
+        Path | None,
+        typer.Option(
+            "--trusted-keys", metavar="DIR", help="Verify signatures by any of the keys DIR/NAME.pem, naming it."
+        ),
+    ] = None,
     revision: Revision = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -617,7 +637,9 @@ def check(
 
         model = reference.resolve(base, revision) if base else None
         with screen.progress() as progress:
-            report = stage.check(checkpoints, model, deep=deep, verify_key=verify_key, progress=progress)
+            report = stage.check(
+                checkpoints, model, deep=deep, verify_key=verify_key, trusted_keys=trusted_keys, progress=progress
+            )
         screen.show(check_table(report))
         screen.say(f"not examined: {'; '.join(report.not_examined)}")
         screen.result({"sound": report.sound, "checked": report.checked, "not_examined": report.not_examined})
@@ -627,7 +649,16 @@ def check(
 
 @app.command(epilog="Example: coldctl lineage runs/demo/iteration-002/fused")
 def lineage(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A fused or published model, or a contribution.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="A fused or published model, or a contribution.")
+    ],
+    signer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|KEY.pem",
+            help="Which of these models (of a RUN: all) carry contributions that this key signed; 3 if any does.",
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     _seed: NoSeed = None,
@@ -638,11 +669,26 @@ def lineage(
 ) -> None:
     """Show where a model came from: pretrained model, iterations, contributions accepted and refused."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
-        from coldctl.console import lineage_tree
+        from coldctl.console import carriers_table, lineage_tree
         from coldctl.core import reference
         from coldctl.stages import lineage as stage
 
-        generations = stage.lineage(reference.resolve(model))
+        if signer is not None:
+            found = stage.carriers(models, signer)
+            screen.show(carriers_table(found))
+            screen.result({"signer": signer, "models": found})
+            if tainted := [item for item in found if item.carried]:
+                screen.as_json = False  # its document is out already
+                raise DeclinedError(
+                    f"{len(tainted)} of {len(found)} models carry contributions signed by {signer}: fuse without them, "
+                    "or go on from a model that carries none",
+                    [f"{item.place}: {stage.in_words(item)}" for item in tainted],
+                )
+            screen.say(f"none of {len(found)} models carries a contribution signed by {signer}")
+            return
+        if len(models) > 1:
+            raise ConfigError("the lineage of one MODEL is shown at a time: give one, or --signer to search several")
+        generations = stage.lineage(reference.resolve(models[0]))
         screen.show(lineage_tree(generations))
         screen.result({"lineage": generations})
 

@@ -189,8 +189,11 @@ def fuse_table(contributions: Sequence[dict[str, Any]]) -> Table:
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("")
     for item in contributions:
-        verified = "verified" if item["verified"] else "unverified"
-        note = verified if item["status"] == "fused" else f"[red]rejected: {escape(printable(item['reason'] or ''))}[/]"
+        note = "verified" if item["verified"] else "unverified"
+        if item["status"] != "fused":
+            note = f"[red]rejected: {escape(printable(item['reason'] or ''))}[/]"
+        if item.get("signer"):
+            note += f", signed by {escape(printable(item['signer']))}"
         numbers = ["–" if item[key] is None else f"{item[key]:.3f}" for key in ("update_norm", "cosine_to_mean")]
         table.add_row(escape(printable(item["name"])), f"{item['weight']:.3f}", *numbers, note)
     return table
@@ -233,10 +236,25 @@ def lineage_tree(generations: Sequence[Any]) -> Tree:
             refused = item.get("status") == "rejected"
             note = f" [red]refused: {escape(printable(str(item.get('reason'))))}[/]" if refused else ""
             data = item.get("dataset") or "a dataset not stated"
-            branch.add(f"{escape(printable(str(item.get('name'))))} [dim]on {escape(printable(str(data)))}[/]{note}")
+            words = f"on {data}, signed by {item['signer']}" if item.get("signer") else f"on {data}"
+            branch.add(f"{escape(printable(str(item.get('name'))))} [dim]{escape(printable(words))}[/]{note}")
         if index:
             branch = branch.add(_generation(generations[index - 1]))
     return tree
+
+
+def carriers_table(carriers: Sequence[Any]) -> Table:
+    """Which models carry a signer's contributions."""
+    table = Table()
+    for column in ("model", "iteration", "carries", "of unknown signers"):
+        table.add_column(column, justify="right" if column == "of unknown signers" else "left")
+    for item in carriers:
+        names = [f"{one.contribution} ({one.iteration})" for one in item.carried]
+        style = "red" if names else "green"
+        number = "–" if item.iteration is None else str(item.iteration)
+        found = f"[{style}]{escape(printable(', '.join(names) or 'none'))}[/]"
+        table.add_row(escape(printable(item.place)), escape(printable(number)), found, str(item.unsigned))
+    return table
 
 
 def _generation(generation: Any) -> str:

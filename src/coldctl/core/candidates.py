@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coldctl.core import layout
+from coldctl.core import layout, signatures
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.encodings import open_adapter, open_pickled
 from coldctl.core.errors import ColdctlError, ModelError
 from coldctl.core.progress import Progress
 from coldctl.core.reference import resolve
+from coldctl.core.signatures import Signed, TrustedKey
 from coldctl.core.storage import Folder, is_url, open_folder, subfolders
 
 
@@ -25,6 +26,7 @@ class Candidate:
     notes: list[str] = field(default_factory=list)
     digest: str | None = None  # of the body, computed or (unverified) stated
     verified: bool = False
+    signed: Signed | None = None  # where only signed ones are accepted: by whom, and what the signature covers
     update_norm: float | None = None
     cosine_to_mean: float | None = None
     update_share: dict[str, float] | None = None  # of the squared norm, per group of layers
@@ -36,9 +38,17 @@ class Candidate:
 
 
 def gather(
-    references: Sequence[str], progress: Progress, base: Checkpoint | None = None, *, allow_pickle: bool = False
+    references: Sequence[str],
+    progress: Progress,
+    base: Checkpoint | None = None,
+    *,
+    allow_pickle: bool = False,
+    trusted: Sequence[TrustedKey] | None = None,
 ) -> list[Candidate]:
     """Open checkpoints, and the checkpoints directly inside folders. Adapters need `base` to be decoded.
+
+    With `trusted` keys nothing of a checkpoint is opened unless one of them signed it and it is as it was signed, but for
+    the files that a signed manifest names: these are proven against it by whoever reads them.
 
     The order is that of the digests that the manifests state, of the names where there is none, whatever the
     order of the arguments. A checkpoint that cannot be opened is a candidate with a problem. Raises ModelError
@@ -46,14 +56,15 @@ def gather(
     """
     places = [place for reference in references for place in _found_at(reference, progress)]
     places = _once(places, progress)
-    candidates = [_open(name, place, base, allow_pickle=allow_pickle) for name, place in places]
+    candidates = [_open(name, place, base, allow_pickle=allow_pickle, trusted=trusted) for name, place in places]
     names = [item.name for item in candidates]
     for item in candidates:
         if names.count(item.name) > 1 and item.checkpoint is not None and item.stated_digest is None:
             item.digest = body_digest(item.checkpoint)  # equal names do not order: their bodies do
     candidates.sort(key=lambda item: (item.stated_digest or item.name, item.digest or "", item.name))
+    _refuse_copies(candidates)
     taken: set[str] = set()
-    for item in candidates:
+    for item in sorted(candidates, key=lambda item: bool(item.problems)):  # what is refused takes nobody's name
         item.name = next(name for name in free_names(item.name) if name not in taken)
         taken.add(item.name)
     return candidates
@@ -106,14 +117,48 @@ def _is_checkpoint(place: str) -> bool:
     return folder.has(layout.MANIFEST) and not folder.has(layout.RESULTS)  # an evaluation has a manifest, too
 
 
-def _open(name: str, place: str, base: Checkpoint | None, *, allow_pickle: bool) -> Candidate:
+def _refuse_copies(candidates: Sequence[Candidate]) -> None:
+    """What somebody signed once counts once: a copy of it needs no key, and would give its signer's word more weight.
+
+    A copy that was changed must not stand in the way of the sound one, so all of them are read.
+    """
+    alike: dict[tuple[tuple[str, str], ...], list[Candidate]] = {}
+    for item in candidates:
+        if item.signed is not None:
+            alike.setdefault(tuple(sorted(item.signed.files.items())), []).append(item)
+    for copies in alike.values():
+        kept: Candidate | None = None
+        for item in copies if len(copies) > 1 else ():
+            assert item.signed is not None
+            if problems := signatures.differences(open_folder(item.place), item.signed, manifest_proves=False):
+                item.problems += problems
+                item.signed = None
+            elif kept is not None:
+                item.problems.append(f"is a copy of {kept.name}, which {item.signed.key.name} signed once: remove it")
+            kept = kept or (item if item.signed is not None else None)
+
+
+def _open(
+    name: str,
+    place: str,
+    base: Checkpoint | None,
+    *,
+    allow_pickle: bool,
+    trusted: Sequence[TrustedKey] | None,
+) -> Candidate:
+    signed = None
     try:
-        checkpoint = _decoded(open_folder(place), name, base, allow_pickle=allow_pickle)
+        folder = open_folder(place)
+        if trusted is not None:
+            signed = signatures.read(folder, trusted)
+            if problems := signatures.differences(folder, signed, manifest_proves=True):
+                return Candidate(name, place, None, problems=problems)
+        checkpoint = _decoded(folder, name, base, allow_pickle=allow_pickle)
     except ColdctlError as error:
         return Candidate(name, place, None, problems=[error.message])
     if checkpoint.manifest is not None:
         name = checkpoint.manifest["name"]
-    return Candidate(name, place, checkpoint)
+    return Candidate(name, place, checkpoint, signed=signed)
 
 
 def _decoded(folder: Folder, name: str, base: Checkpoint | None, *, allow_pickle: bool) -> Checkpoint:

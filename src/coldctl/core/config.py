@@ -106,6 +106,7 @@ class FuseConfig:
     min_contributions: int = 0
     strict: bool = False
     verify: bool = True
+    trusted_keys: str | None = None
     allow_other_base: bool = False
     dtype: str | None = None
     max_shard_size: str = "5GB"
@@ -226,6 +227,8 @@ def parsed(document: Mapping[str, Any], path: Path) -> ConfigFile:
     digest = manifest.digest_of(document)
     if base := sections["run"].get("base"):
         sections["run"] = {**sections["run"], "base": located(base, path.parent)}
+    if keys := sections["fuse"].get("trusted_keys"):
+        sections["fuse"] = {**sections["fuse"], "trusted_keys": str((path.parent / Path(keys).expanduser()).resolve())}
     return ConfigFile(path, sections, _datasets(document.get("dataset", []), path), digest)
 
 

@@ -32,6 +32,7 @@ from coldctl.core.compatibility import compare, other_base
 from coldctl.core.config import FuseConfig, as_record, identity
 from coldctl.core.describe import bare_config
 from coldctl.core.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
+from coldctl.core.lineage import signers_within
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.merge import Array
 from coldctl.core.passes import (
@@ -51,6 +52,7 @@ from coldctl.core.passes import (
 from coldctl.core.progress import Progress
 from coldctl.core.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
 from coldctl.core.reference import Model
+from coldctl.core.signatures import TrustedKey
 from coldctl.core.statistics import UpdateStatistics, names_of, outliers
 from coldctl.core.storage import LocalFolder
 
@@ -99,6 +101,10 @@ def check_config(config: FuseConfig) -> Scale:
         raise ConfigError(f"--density {config.density}: it is a share, give at most 1")
     if config.dtype is not None and config.dtype not in DTYPE_NAMES:
         raise ConfigError(f"--dtype {config.dtype}: choose one of {', '.join(DTYPE_NAMES)}")
+    if config.trusted_keys is not None and not config.verify:
+        raise ConfigError(
+            "--no-verify and --trusted-keys exclude each other: a signature says nothing of files not looked at"
+        )
     if not 0 <= config.position <= 1:
         raise ConfigError(f"--position {config.position}: it lies between 0 (the first model) and 1 (the second)")
     return scale
@@ -148,6 +154,7 @@ class Fusion:
     scale: Scale
     destination: Path
     progress: Progress
+    trusted: Sequence[TrustedKey] | None = None
 
     def run(self, partial: Path) -> Manifest:
         """Accept, survey if something must be known first, write, prove, describe."""
@@ -329,7 +336,10 @@ class Fusion:
                 finding = other_base(item.checkpoint, proof.base_digest)  # until now the base was only presumed
                 item.problems += [f"{finding}: give that base as --base"] if finding else []
             item.digest = proof.digests[index] or None
-            item.problems += proof.problems[index]
+            changed = proof.problems[index]
+            if changed and item.signed is not None:  # the signer's name stands for what was signed alone
+                changed, item.signed = [f"is not as it was signed: {problem}" for problem in changed], None
+            item.problems += changed
             has_manifest = item.checkpoint is not None and item.checkpoint.manifest is not None
             item.verified = self.config.verify and has_manifest and not item.problems
             if tensors := names_of(proof.findings, index):
@@ -415,11 +425,11 @@ class Fusion:
             "name": name,
             "iteration": ((before.get("iteration") or 0) if before else 0) + 1,
             "encoding": "full",
-            "identity": fuse_identity(self.config, base_digest, self.candidates),
+            "identity": fuse_identity(self.config, base_digest, self.candidates, self.trusted),
             "body_digest": written.body_digest or body_digest(open_checkpoint(LocalFolder(folder), name)),
             "outside_body": outside_body(open_checkpoint(LocalFolder(folder), name)),
             "base": {"name": ancestor["name"], "body_digest": base_digest},
-            "config": {**_public_record(self.config), "effective_scale": scale},
+            "config": {**_public_record(self.config, self.trusted), "effective_scale": scale},
             "environment": manifest.environment(["numpy", "ml-dtypes"]),
             "license": before.get("license") if before else None,
             "contributions": records,
@@ -452,7 +462,9 @@ def _record(item: Candidate, weight: float | None) -> ContributionRecord:
         "reason": _without_place("; ".join(item.problems), item) or None,
         "verified": item.verified,
         "age": 0,
-        "signer": None,
+        "signer": item.signed.key.name if item.signed else None,
+        "signer_key": item.signed.key.fingerprint if item.signed else None,
+        "signers_within": signers_within(source) if source else {},
         "update_norm": item.update_norm if fused else None,
         "cosine_to_mean": item.cosine_to_mean if fused else None,
         "update_share": item.update_share if fused else None,
@@ -496,12 +508,17 @@ def _weights_file(path: Path) -> dict[str, float]:
     return {str(key): float(value) for key, value in table.items()}
 
 
-def _public_record(config: FuseConfig) -> dict[str, Any]:
-    """The config as the manifest stores it; a file of weights is named, its place is not told."""
+def _public_record(config: FuseConfig, trusted: Sequence[TrustedKey] | None) -> dict[str, Any]:
+    """The config as the manifest stores it; a file of weights is named, its place is not told, keys by fingerprint."""
     record = as_record(config)
+    record["trusted_keys"] = _fingerprints(trusted)
     if config.weights not in ("equal", "examples"):
         record["weights"] = Path(config.weights).name
     return record
+
+
+def _fingerprints(trusted: Sequence[TrustedKey] | None) -> dict[str, str] | None:
+    return None if trusted is None else {key.name: key.fingerprint for key in trusted}
 
 
 def _offered(item: Candidate, *, verify: bool) -> Any:
@@ -514,10 +531,14 @@ def _offered(item: Candidate, *, verify: bool) -> Any:
     return [item.name, item.checkpoint.files]
 
 
-def fuse_identity(config: FuseConfig, base_digest: str, candidates: Sequence[Candidate]) -> str:
+def fuse_identity(
+    config: FuseConfig, base_digest: str, candidates: Sequence[Candidate], trusted: Sequence[TrustedKey] | None
+) -> str:
     """The config and the digests of all that was offered, whether it was then fused or not."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(partial(_offered, verify=config.verify), candidates))
     table = _weights_file(Path(config.weights)) if config.weights not in ("equal", "examples") else None
-    settings = replace(config, weights="file") if table is not None else config
-    return identity("fuse", settings, base=base_digest, contributions=digests, weights=table)
+    settings = replace(config, weights="file" if table is not None else config.weights, trusted_keys=None)
+    signers = None if trusted is None else [item.signed.key.fingerprint if item.signed else None for item in candidates]
+    keys = {"trusted": _fingerprints(trusted), "signers": signers} if trusted is not None else {}
+    return identity("fuse", settings, base=base_digest, contributions=digests, weights=table, **keys)

@@ -1,6 +1,6 @@
 """The ancestry of a model, from its own manifest alone: as data, and as a Mermaid graph."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,17 @@ class Generation:
     iteration: int | None
     body_digest: str
     contributions: tuple[dict[str, Any], ...]
+    trusted_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A contribution of a certain signer that a model carries, in itself or from an ancestor."""
+
+    contribution: str
+    iteration: int | None
+    signer: str
+    weight: float
 
 
 def generations(document: Manifest) -> list[Generation]:
@@ -27,6 +38,55 @@ def generations(document: Manifest) -> list[Generation]:
     if not ancestors and "base" in document:  # a contribution names its base only
         ancestors = [{"kind": "base", **document["base"]}]
     return [_generation(entry) for entry in [*ancestors, dict(document)]]
+
+
+def carried(ancestry: Sequence[Generation], name: str, fingerprint: str | None) -> list[Carried]:
+    """The contributions with a weight that a key signed, oldest first: by its fingerprint, or where there is none its name.
+
+    A contribution that is a fused model itself counts if it carries one.
+    """
+    found = []
+    for generation in ancestry:
+        for item in generation.contributions:
+            signers = _signers(item)
+            mine = fingerprint in signers if fingerprint is not None else name in signers.values()
+            if mine and _is_fused(item):
+                known = signers.get(fingerprint or "", name)
+                found.append(Carried(str(item.get("name", "?")), generation.iteration, known, float(item["weight"])))
+    return found
+
+
+def known_keys(ancestry: Sequence[Generation]) -> set[str]:
+    """The names of all keys that were trusted, or signed something, on the way to a model."""
+    records = [item for generation in ancestry for item in generation.contributions]
+    return {name for generation in ancestry for name in generation.trusted_keys} | {
+        name for item in records for name in _signers(item).values()
+    }
+
+
+def unsigned(ancestry: Sequence[Generation]) -> int:
+    """How many contributions a model carries that no known key signed: nobody can say whose they are."""
+    return sum(_is_fused(item) and not item.get("signer_key") for part in ancestry for item in part.contributions)
+
+
+def signers_within(document: Manifest) -> dict[str, str]:
+    """Names by fingerprint of all who signed what a model carries, for whoever fuses that model as a contribution."""
+    records = [item for generation in generations(document) for item in generation.contributions if _is_fused(item)]
+    return {key: name for item in records for key, name in _signers(item).items()}
+
+
+def _signers(item: Mapping[str, Any]) -> dict[str, str]:
+    """Names by fingerprint: who signed a contribution, and who signed what was fused into it."""
+    within = item.get("signers_within")
+    found = {str(key): str(name) for key, name in within.items()} if isinstance(within, dict) else {}
+    if isinstance(item.get("signer_key"), str):
+        found[item["signer_key"]] = str(item.get("signer"))
+    return found
+
+
+def _is_fused(item: Mapping[str, Any]) -> bool:
+    weight = item.get("weight")
+    return item.get("status") == "fused" and isinstance(weight, int | float) and weight > 0
 
 
 def mermaid(ancestry: Sequence[Generation]) -> str:
@@ -63,7 +123,8 @@ def mermaid(ancestry: Sequence[Generation]) -> str:
 def _described(item: dict[str, Any]) -> str:
     """A contribution in few words: its name, and its dataset where that is called otherwise."""
     name, dataset = str(item.get("name", "?")), item.get("dataset")
-    return name if dataset in (None, name) else f"{name} on {dataset}"
+    words = name if dataset in (None, name) else f"{name} on {dataset}"
+    return f"{words}, signed by {item['signer']}" if item.get("signer") else words
 
 
 def _counted(generation: Generation) -> str:
@@ -88,4 +149,10 @@ def _generation(entry: dict[str, Any]) -> Generation:
         entry.get("iteration"),
         str(entry.get("body_digest", "")),
         tuple(item for item in entry.get("contributions", []) if isinstance(item, dict)),
+        _trusted(entry.get("config")),
     )
+
+
+def _trusted(config: Any) -> tuple[str, ...]:
+    keys = config.get("trusted_keys") if isinstance(config, dict) else None
+    return tuple(map(str, keys)) if isinstance(keys, dict) else ()

@@ -61,6 +61,8 @@ class ContributionRecord(TypedDict, total=False):
     verified: bool
     age: int
     signer: str | None
+    signer_key: str | None
+    signers_within: dict[str, str]
     update_norm: float | None
     cosine_to_mean: float | None
     update_share: dict[str, float] | None

@@ -39,6 +39,9 @@ class Folder(Protocol):
     def names(self) -> list[str]:
         """The plain files in it, sorted."""
 
+    def walk(self) -> list[str]:
+        """All files in it and below it, links among them, as paths from it, sorted."""
+
     def has(self, name: str) -> bool:
         """Whether it holds a file of that name."""
 
@@ -97,6 +100,11 @@ class LocalFolder:
             return sorted(entry.name for entry in os.scandir(self.path) if entry.is_file())
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {error.strerror}") from None
+
+    def walk(self) -> list[str]:
+        """All files in it and below it; links are listed, never followed."""
+        found = (path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
+        return sorted(path.relative_to(self.path).as_posix() for path in found)
 
     def has(self, name: str) -> bool:
         """Whether it holds a file of that name."""
@@ -163,6 +171,14 @@ class RemoteFolder:
     def names(self) -> list[str]:
         """The plain files in it, sorted."""
         return sorted(name for name, kind in self._entries() if kind == "file")
+
+    def walk(self) -> list[str]:
+        """All files in it and below it."""
+        try:
+            found = self._filesystem.find(self._root)
+        except Exception as error:  # each store has exceptions of its own
+            raise ModelError(f"cannot list {self.label}: {error}: check the URL and your credentials") from None
+        return sorted(str(path).removeprefix(f"{self._root}/") for path in found)
 
     def has(self, name: str) -> bool:
         """Whether it holds a file of that name."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from coldctl.core import layout
+from coldctl.core import layout, signatures
 from coldctl.core.blocks import block_length
 from coldctl.core.candidates import Candidate, gather
 from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint
@@ -15,7 +15,8 @@ from coldctl.core.errors import ColdctlError
 from coldctl.core.passes import differences
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
-from coldctl.core.storage import is_url
+from coldctl.core.signatures import TrustedKey
+from coldctl.core.storage import open_folder
 
 NOT_EXAMINED = ("values (not-a-number, infinity)", "digests of files and body")
 NOT_EXAMINED_DEEP = ("whether its data or training were what its manifest says",)
@@ -48,12 +49,21 @@ class Report:
 
 
 def check(
-    references: Sequence[str], base: Model | None, *, deep: bool, verify_key: Path | None, progress: Progress
+    references: Sequence[str],
+    base: Model | None,
+    *,
+    deep: bool,
+    verify_key: Path | None,
+    trusted_keys: Path | None,
+    progress: Progress,
 ) -> Report:
-    """Examine checkpoints, and against `base` if one is given; with `verify_key` whether they are as they were signed.
+    """Examine checkpoints, and against `base` if one is given; with keys whether and by whom they are signed, all files.
 
-    Raises ModelError if there are none to be found, ConfigError if the key cannot be read.
+    `verify_key` is one public key, `trusted_keys` a directory of them. Raises ModelError if there are no checkpoints to
+    be found, ConfigError if a key cannot be read.
     """
+    keys = [signatures.public_key(verify_key, "--verify-key")] if verify_key is not None else []
+    keys += signatures.trusted_keys(trusted_keys) if trusted_keys is not None else []
     base_checkpoint = open_checkpoint(base.folder, base.name) if base is not None else None
     base_digest = None
     if base_checkpoint is not None:
@@ -73,8 +83,8 @@ def check(
                 item.problems += _deep_problems(item.checkpoint)
             except ColdctlError as error:  # one unreadable checkpoint hides no other's verdict
                 item.problems.append(error.message)
-        if verify_key is not None:
-            item.problems += _unsigned(item, verify_key)
+        if keys:
+            item.problems += _unsigned(item, keys)
         checked.append(_checked(item))
         progress.advance("check", 1)
     progress.end("check")
@@ -85,15 +95,16 @@ def check(
     return Report(tuple(checked), (*undone, *missing))
 
 
-def _unsigned(item: Candidate, key: Path) -> list[str]:
-    """What is not as the owner of the key signed it."""
-    from coldctl.core import signing
-
-    if is_url(item.place):
-        return ["its signature cannot be verified where it is: copy it to a local directory"]
-    found = signing.problems(Path(item.place), key)
+def _unsigned(item: Candidate, keys: Sequence[TrustedKey]) -> list[str]:
+    """What is not as the owner of one of the keys signed it."""
+    folder = open_folder(item.place)
+    try:
+        signed = signatures.read(folder, keys)
+        found = signatures.differences(folder, signed, manifest_proves=False)
+    except ColdctlError as error:
+        return [error.message]
     if not found:
-        item.notes.append("signed by the given key")
+        item.notes.append(f"signed by {signed.key.name}")
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class Job:
     iteration: int | None = None
     overwrite: bool = False
     watching: Watching = _UNWATCHED
+    sign_key: Path | None = None  # no part of the identity: what is complete can be signed as it is
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Finetuned:
     seconds: float
     train_examples_per_second: float | None
     stopped: str | None
+    signed: bool = False
 
 
 def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
@@ -93,7 +96,8 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
         except ColdctlError as caught:
             error = caught
         if _together(peers, work, error, done=folder is None):
-            return Finetuned(job.name, job.destination, True, manifest.read(destination), 0.0, None, None)
+            signed = job.sign_key is not None and peers.leads and _signing().sign_complete(destination, job.sign_key)
+            return Finetuned(job.name, job.destination, True, manifest.read(destination), 0.0, None, None, signed)
         assert work is not None
         if folder is None:  # a process that computes its share and writes nothing
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldctl-")))
@@ -101,6 +105,8 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             _tell(job, work.dataset, progress)
             trained = _train(job, work, folder, threads, progress, peers)
             document = _manifest(job, work, folder, trained, threads) if peers.leads else {}
+            if peers.leads and job.sign_key is not None:
+                _signing().sign(folder, job.sign_key)
         except (ColdctlError, OSError) as caught:
             if isinstance(caught, DeclinedError):  # there is nothing to go on from
                 shutil.rmtree(folder / layout.TRAINING, ignore_errors=True)
@@ -108,7 +114,8 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
                 raise TeamError(f"{job.name}, process {peers.rank}: {caught}") from caught
             raise
     seconds = time.perf_counter() - started
-    return Finetuned(job.name, job.destination, False, document, seconds, trained.rate, trained.stopped)
+    signed = job.sign_key is not None
+    return Finetuned(job.name, job.destination, False, document, seconds, trained.rate, trained.stopped, signed)
 
 
 def jobs_of_suite(
@@ -121,6 +128,7 @@ def jobs_of_suite(
     only: Sequence[str],
     overwrite: bool,
     watching: Watching = _UNWATCHED,
+    sign_key: Path | None = None,
 ) -> list[Job]:
     """One job per contributor of the suite's seen datasets, or per sampled one, or per one named in `only`.
 
@@ -148,7 +156,8 @@ def jobs_of_suite(
     if only:
         chosen = [(name, dataset) for name, dataset in seen if name in only or dataset.name in only]
     return [
-        Job(dataset, base, str(folder / name), name, config, number, overwrite, watching) for name, dataset in chosen
+        Job(dataset, base, str(folder / name), name, config, number, overwrite, watching, sign_key)
+        for name, dataset in chosen
     ]
 
 
@@ -161,6 +170,7 @@ def single_job(
     name: str | None,
     overwrite: bool,
     watching: Watching = _UNWATCHED,
+    sign_key: Path | None = None,
 ) -> Job:
     """The job of one contribution; in a RUN it goes where the next iteration looks for it."""
     check_finetuning(config)
@@ -173,8 +183,8 @@ def single_job(
                 f"iteration {number} of {destination} is fused and not yet decided: come back when it is promoted"
             )
         folder = layout.contributions(destination, number)
-        return Job(dataset, base, str(folder / called), called, config, number, overwrite, watching)
-    return Job(dataset, base, str(destination), called, config, None, overwrite, watching)
+        return Job(dataset, base, str(folder / called), called, config, number, overwrite, watching, sign_key)
+    return Job(dataset, base, str(destination), called, config, None, overwrite, watching, sign_key)
 
 
 def finetune_all(
@@ -221,6 +231,8 @@ def _prepared(job: Job) -> _Prepared:
     output.refuse_overlap(
         Path(job.destination), [job.base.place, *([] if data.is_hub(job.dataset.path) else [job.dataset.path])]
     )
+    if job.sign_key is not None:
+        _signing().check_key(job.sign_key)
     if job.watching.log:
         _refuse_log_inside(job)
     dataset = data.load(job.dataset, _limits(job.config), job.config.seed)
@@ -241,6 +253,13 @@ def _prepared(job: Job) -> _Prepared:
         iteration=number, license=job.dataset.license,
     )  # fmt: skip
     return _Prepared(dataset, source, base_digest, number, key)
+
+
+def _signing() -> ModuleType:
+    """The signing library takes its time, so it is imported where somebody signs."""
+    from coldctl.core import signing
+
+    return signing
 
 
 def _refuse_log_inside(job: Job) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from coldctl.core import layout, manifest, output
+from coldctl.core import layout, manifest, output, signatures
 from coldctl.core.candidates import gather
 from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import FuseConfig, identity
@@ -52,7 +52,8 @@ def fuse(
     scale = check_config(config)
     output.refuse_overlap(destination, [base.place])
     base_checkpoint = open_checkpoint(base.folder, base.name)
-    candidates = gather(references, progress, base_checkpoint, allow_pickle=config.allow_pickle)
+    trusted = _trusted(config)
+    candidates = gather(references, progress, base_checkpoint, allow_pickle=config.allow_pickle, trusted=trusted)
     base_digest = stated_digest(base_checkpoint) or presumed_base(candidates, config)
     if base_digest is None and any(item.stated_digest for item in candidates):
         base_digest = body_digest(base_checkpoint)
@@ -61,11 +62,11 @@ def fuse(
         judge(item, base_checkpoint, base_digest, config)
     cheap = all(item.stated_digest for item in candidates)  # without manifests an identity costs reading everything
     if layout.is_complete(destination) and (cheap or not overwrite):
-        key = fuse_identity(config, stated_digest(base_checkpoint) or body_digest(base_checkpoint), candidates)
+        key = fuse_identity(config, stated_digest(base_checkpoint) or body_digest(base_checkpoint), candidates, trusted)
         if output.is_done(destination, key, overwrite=overwrite):
             return Fused(destination, manifest.read(destination), unchanged=True)
     output.is_done(destination, "", overwrite=overwrite)
-    job = Fusion(base, base_checkpoint, candidates, config, scale, destination, progress)
+    job = Fusion(base, base_checkpoint, candidates, config, scale, destination, progress, trusted)
     with output.writing(destination, None, overwrite=True) as partial:
         document = job.run(partial)
     return Fused(destination, document, unchanged=False)
@@ -103,7 +104,10 @@ def withdraw(
     if not places and beside.is_dir():
         places = [str(beside)]
     base_checkpoint = open_checkpoint(base.folder, base.name)
-    found = gather(places, progress, base_checkpoint, allow_pickle=config.allow_pickle) if places else []
+    trusted = _trusted(config)
+    found = (
+        gather(places, progress, base_checkpoint, allow_pickle=config.allow_pickle, trusted=trusted) if places else []
+    )
     by_digest = {
         item.stated_digest or body_digest(item.checkpoint): item for item in found if item.checkpoint is not None
     }
@@ -130,6 +134,10 @@ def withdraw(
     )
 
 
+def _trusted(config: FuseConfig) -> list[signatures.TrustedKey] | None:
+    return signatures.trusted_keys(Path(config.trusted_keys)) if config.trusted_keys is not None else None
+
+
 def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:
     """The settings that a fused model was made with; how it is checked is up to this call."""
     recorded = {key: value for key, value in document["config"].items() if key in FuseConfig.__dataclass_fields__}
@@ -138,11 +146,16 @@ def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:
         "min_contributions",
         "strict",
         "verify",
+        "trusted_keys",
         "allow_pickle",
         "allow_other_base",
         "leave_one_out",
     )
     before = FuseConfig(**recorded)
+    if before.trusted_keys is not None and config.trusted_keys is None:
+        raise ConfigError(
+            "it was fused from signed contributions: give --trusted-keys again, without a key that is revoked"
+        )
     if before.weights not in ("equal", "examples"):  # the manifest names the file, not its place
         if config.weights == "equal":
             raise ConfigError(f"it was fused with the weights in {before.weights}: give that file with --weights")
