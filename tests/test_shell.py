@@ -43,7 +43,7 @@ def test_light_commands_import_no_torch(arguments: str, tmp_path: Path, base: Pa
         "import sys\nfrom coldctl.cli import app\n"
         "def go(line):\n    try: app(line, standalone_mode=False)\n    except SystemExit as e: assert not e.code, e\n"
         f"go({before!r}) if {before!r} else None\ngo({line!r})\n"
-        "heavy = {'torch', 'transformers', 'sklearn', 'pandas', 'datasets'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'sklearn', 'pandas', 'datasets', 'ray'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -48,7 +48,18 @@ app = typer.Typer(
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE.toml", help="Settings; flags win over them.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of everything that is drawn. [dim]default: 0[/]")]
 Jobs = Annotated[int, typer.Option("--jobs", min=0, help="Pieces of work side by side; 0: as many as there are cores.")]
-Engine = Annotated[str, typer.Option("--engine", metavar="local", help="Where jobs run.")]
+EngineName = Annotated[str, typer.Option("--engine", metavar="local|ray", help="Where jobs run.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="A running Ray cluster; auto: this machine's. [dim]default: $RAY_ADDRESS, else one is started[/]",
+    ),
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads per job. [dim]default: its share of the cores[/]")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress and no prose, only errors.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that was made from something else.")]
@@ -133,11 +144,6 @@ def _suite(suite: Path | None, config: Path | None) -> tuple[tuple[DatasetConfig
     return file.datasets, read(
         config
     ) if config is not None else file  # the suite's own settings, unless told otherwise
-
-
-def _local_engine(engine: str) -> None:
-    if engine != "local":
-        raise ConfigError(f"--engine {engine} is not known: use --engine local")
 
 
 def _version(show: bool) -> None:
@@ -236,7 +242,9 @@ def finetune(
     config: Config = None,
     seed: Seed = None,
     jobs: Jobs = 0,
-    engine: Engine = "local",
+    threads: Threads = None,
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
     as_json: Json = False,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
@@ -249,10 +257,13 @@ def finetune(
         from coldctl.core import data as datasets
         from coldctl.core import reference
         from coldctl.core.training_log import check_kind
-        from coldctl.engines import local
+        from coldctl.engines import choose
         from coldctl.stages import finetune as stage
 
-        _local_engine(engine)
+        alone = team.find().size == 1
+        if not alone and engine != "local":
+            raise ConfigError(f"--engine {engine} does not go with torchrun: leave one of them out")
+        where = choose(engine, jobs=jobs if alone else 1, threads=threads, ray_address=ray_address)
         if (data is None) == (suite is None):
             raise ConfigError("give either DATA or --suite FILE.toml: see coldctl finetune --help")
         suite_datasets, file = _suite(suite, config)
@@ -297,9 +308,8 @@ def finetune(
                 dataset, model, output, settings, name=name, overwrite=overwrite, watching=watching, sign_key=sign_key
             )
             work = [job]
-        with screen.progress() as progress:
-            count = local.workers(jobs, len(work)) if team.find().size == 1 else 1
-            outcomes = stage.finetune_all(work, count, progress, lambda item: progress.note(_finetuned_line(item)))
+        with screen.progress() as progress, closing(where):
+            outcomes = stage.finetune_all(work, where, progress, lambda item: progress.note(_finetuned_line(item)))
             team.disband()
         done = [outcome.result for outcome in outcomes if outcome.result is not None]
         failed = [(work[outcome.index].name, outcome.error) for outcome in outcomes if outcome.error is not None]
@@ -493,7 +503,9 @@ def evaluate(
     config: Config = None,
     seed: Seed = None,
     jobs: Jobs = 0,
-    engine: Engine = "local",
+    threads: Threads = None,
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
     as_json: Json = False,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
@@ -502,9 +514,10 @@ def evaluate(
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.console import evaluation_tables
         from coldctl.core import reference, scoring
+        from coldctl.engines import choose
         from coldctl.stages import evaluate as stage
 
-        _local_engine(engine)
+        where = choose(engine, jobs=jobs, threads=threads, ray_address=ray_address)
         datasets, file = _suite(suite, config)
         flags = {
             "protocol": tuple(protocol) if protocol else None, "shortlist": shortlist, "seeds": seeds, "shots": shots,
@@ -516,7 +529,7 @@ def evaluate(
         finetuning = resolve(FinetuneConfig, file, {"seed": seed})
         found = stage.candidates_of(models, revision)
         against = reference.resolve(baseline, revision) if baseline else stage.default_baseline(found[0].model)
-        with screen.progress() as progress:
+        with screen.progress() as progress, closing(where):
             done = stage.evaluate(
                 found,
                 against,
@@ -524,7 +537,7 @@ def evaluate(
                 output,
                 settings,
                 finetuning,
-                jobs=jobs,
+                engine=where,
                 overwrite=overwrite,
                 progress=progress,
             )

@@ -50,6 +50,10 @@ class OutputError(InputError):
     """An output that exists with other inputs, is being written by another command, or cannot be written."""
 
 
+class BusyError(OutputError):
+    """An output that another command is writing at the moment."""
+
+
 class DeclinedError(ColdctlError):
     """The work ran and the answer is no (exit code 3)."""
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from coldctl.core import layout, manifest
-from coldctl.core.errors import OutputError
+from coldctl.core.errors import BusyError, OutputError
 from coldctl.core.storage import is_url
 
 IDENTITY = ".identity"  # in the partial directory: which config and inputs the unfinished work belongs to
@@ -132,9 +132,7 @@ def _lock(descriptor: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             return  # a file system without locks: we go on without this protection
-        raise OutputError(
-            f"{path} is being written by another command: wait for it, or give another --output"
-        ) from None
+        raise BusyError(f"{path} is being written by another command: wait for it, or give another --output") from None
 
 
 def _claim(partial: Path, path: Path, identity: str, *, overwrite: bool) -> None:

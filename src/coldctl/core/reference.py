@@ -2,11 +2,12 @@
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from coldctl.core import layout, run
-from coldctl.core.errors import ModelError
+from coldctl.core.errors import ColdctlError, ModelError
 from coldctl.core.storage import Folder, download, is_url, open_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -29,6 +30,22 @@ class Model:
         if not is_url(self.place):
             return Path(self.place)
         return download(self.place, scratch / re.sub(r"\W+", "-", self.place))
+
+
+def memory_needed(model: Model, *, training: bool) -> int:
+    """About how many bytes a process takes that computes with a model, or trains it: what a cluster should keep free.
+
+    Training holds weights, gradients, AdamW's two states, the best weights so far and a copy to be written.
+    """
+    weights = 0
+    with suppress(ColdctlError):  # whoever opens the model in earnest says what is wrong with it
+        folder = model.folder
+        for name in folder.names():
+            if name.endswith(".safetensors"):
+                reader = folder.open(name)
+                weights += reader.size
+                reader.close()
+    return 6 * weights + (2 << 30) if training else 2 * weights + (1 << 30)
 
 
 def resolve(reference: str, revision: str | None = None) -> Model:

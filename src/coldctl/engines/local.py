@@ -4,35 +4,27 @@ import multiprocessing
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from coldctl.core.errors import ColdctlError, WorkerError
+from coldctl.core.errors import WorkerError
 from coldctl.core.progress import Progress
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-
-Work = Callable[[Job, int, Progress], Result]
-"""A module-level function of a job (plain configs and paths), the threads it may use, and who listens."""
-
-
-@dataclass(frozen=True)
-class Outcome(Generic[Result]):
-    """What became of one job: its result, or the error that ended it."""
-
-    index: int
-    result: Result | None
-    error: ColdctlError | None
-
-
-def workers(jobs: int, pieces: int) -> int:
-    """How many jobs run side by side: as many as asked for, or (0) as many as there are cores and pieces."""
-    return max(1, min(jobs or cores(), pieces))
+from coldctl.engines.jobs import (
+    NOTHING_SPECIAL,
+    Job,
+    Needs,
+    Outcome,
+    Result,
+    Sender,
+    Work,
+    attempt,
+    deliver,
+    side_by_side,
+    thread_environment,
+)
 
 
 def cores() -> int:
@@ -40,28 +32,38 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run(work: "Work[Job, Result]", jobs: Sequence[Job], count: int, progress: Progress) -> Iterator[Outcome[Result]]:
-    """Run `work` on every job and yield the outcomes as they come; one failed job does not stop the others.
+class Local:
+    """`jobs` side by side (0: as many as there are cores), each with `threads`, or with its share of the cores.
 
-    `count` jobs run side by side, each with its share of the cores, so results depend on `count` only through
-    the number of threads.
+    Results depend on the number of jobs only through the number of threads.
     """
-    threads = max(1, cores() // count)
-    if count == 1:
-        for index, job in enumerate(jobs):
-            yield _outcome(index, work, job, threads, progress)
-        return
-    yield from _side_by_side(work, jobs, count, threads, progress)
+
+    distant = False
+
+    def __init__(self, jobs: int = 0, threads: int | None = None) -> None:
+        self._jobs, self._threads = jobs, threads
+
+    def run(
+        self,
+        work: "Work[Job, Result]",
+        jobs: Sequence[Job],
+        progress: Progress,
+        needs: Needs = NOTHING_SPECIAL,  # noqa: ARG002 # there is one machine
+    ) -> Iterator[Outcome[Result]]:
+        """Run `work` on every job and yield the outcomes as they come; one failed job does not stop the others."""
+        count = side_by_side(self._jobs, len(jobs), cores())
+        threads = self._threads or max(1, cores() // count)
+        if count == 1:
+            for index, job in enumerate(jobs):
+                yield attempt(index, work, job, threads, progress)
+            return
+        yield from _in_processes(work, jobs, count, threads, progress)
+
+    def close(self) -> None:
+        """Nothing outlives a run."""
 
 
-def _outcome(index: int, work: "Work[Job, Result]", job: Job, threads: int, progress: Progress) -> Outcome[Result]:
-    try:
-        return Outcome(index, work(job, threads, progress), None)
-    except ColdctlError as error:
-        return Outcome(index, None, error)
-
-
-def _side_by_side(
+def _in_processes(
     work: "Work[Job, Result]", jobs: Sequence[Job], count: int, threads: int, progress: Progress
 ) -> Iterator[Outcome[Result]]:
     context = multiprocessing.get_context("spawn")  # forked threads of torch hang
@@ -105,26 +107,7 @@ def _stop(pool: ProcessPoolExecutor) -> None:
         process.terminate()
 
 
-class _Sender:
-    """Progress in a worker process: everything goes through the queue to the one who draws."""
-
-    def __init__(self, events: Any) -> None:
-        self._events = events
-
-    def begin(self, task: str, total: int | None, unit: str) -> None:
-        self._events.put(("begin", (task, total, unit)))
-
-    def advance(self, task: str, steps: int, detail: str = "") -> None:
-        self._events.put(("advance", (task, steps, detail)))
-
-    def end(self, task: str) -> None:
-        self._events.put(("end", (task,)))
-
-    def note(self, message: str) -> None:
-        self._events.put(("note", (message,)))
-
-
-_sender: _Sender | None = None
+_sender: Sender | None = None
 
 
 def _start(events: Any, threads: int) -> None:
@@ -134,10 +117,8 @@ def _start(events: Any, threads: int) -> None:
     global _sender  # noqa: PLW0603
     threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
-        os.environ[name] = str(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
-    _sender = _Sender(events)
+    os.environ.update(thread_environment(threads))
+    _sender = Sender(events.put)
 
 
 def _die_with_parent() -> None:
@@ -150,10 +131,9 @@ def _die_with_parent() -> None:
 
 def _in_worker(index: int, work: "Work[Job, Result]", job: Job, threads: int) -> Outcome[Result]:
     assert _sender is not None
-    return _outcome(index, work, job, threads, _sender)
+    return attempt(index, work, job, threads, _sender)
 
 
 def _listen(events: Any, progress: Progress) -> None:
     while (event := events.get()) is not None:
-        name, arguments = event
-        getattr(progress, name)(*arguments)
+        deliver(event, progress)

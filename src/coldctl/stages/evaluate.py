@@ -32,9 +32,9 @@ from coldctl.core.config import (
 from coldctl.core.errors import ConfigError, ModelError
 from coldctl.core.page import page
 from coldctl.core.progress import Progress
-from coldctl.core.reference import Model, resolve
+from coldctl.core.reference import Model, memory_needed, resolve
 from coldctl.core.report import markdown, overlap_sentences
-from coldctl.engines import local
+from coldctl.engines.jobs import Engine, Needs
 
 SCHEMA = 1  # of results.json
 CELL_SCHEMA = 3
@@ -106,7 +106,7 @@ def evaluate(
     config: EvaluateConfig,
     finetuning: FinetuneConfig,
     *,
-    jobs: int,
+    engine: Engine,
     overwrite: bool,
     progress: Progress,
 ) -> Evaluated:
@@ -143,7 +143,7 @@ def evaluate(
         cells_of = partial(
             _cells, datasets=datasets, loaded=loaded, config=config, finetuning=finetuning, folder=folder
         )
-        compute = partial(_compute, known=_known_cells(destination, contenders), jobs=jobs, progress=progress)
+        compute = partial(_compute, known=_known_cells(destination, contenders), engine=engine, progress=progress)
         cells = _measured(contenders, cells_of, compute, config, progress)
         results = _results(contenders, datasets, loaded, cells, config)
         results["overlaps"] = overlaps
@@ -408,7 +408,7 @@ def _settings(protocol: str, config: EvaluateConfig, finetuning: FinetuneConfig)
     return settings | ({"shots": config.shots} if protocol == "few-shot" else {})
 
 
-def _compute(cells: Sequence[Cell], known: Sequence[Path], jobs: int, progress: Progress) -> None:
+def _compute(cells: Sequence[Cell], known: Sequence[Path], engine: Engine, progress: Progress) -> None:
     for cell in cells:
         path = Path(cell.path)
         for folder in known:
@@ -419,7 +419,9 @@ def _compute(cells: Sequence[Cell], known: Sequence[Path], jobs: int, progress: 
         return
     failures = []
     progress.begin("evaluate", len(unique), "cells")
-    for outcome in local.run(measure, unique, local.workers(jobs, len(unique)), progress):
+    training = any(cell.protocol != "linear-probe" for cell in unique)
+    needs = Needs(max(memory_needed(cell.contender.model, training=training) for cell in unique), gpu=True)
+    for outcome in engine.run(measure, unique, progress, needs):
         if outcome.error is not None:
             failures.append((unique[outcome.index], outcome.error))
         progress.advance("evaluate", 1)

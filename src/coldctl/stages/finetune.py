@@ -29,10 +29,10 @@ from coldctl.core.encodings import open_adapter
 from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedError, TeamError
 from coldctl.core.manifest import Manifest
 from coldctl.core.progress import Progress
-from coldctl.core.reference import Model
+from coldctl.core.reference import Model, memory_needed
 from coldctl.core.storage import LocalFolder
 from coldctl.core.training_log import Log, open_log
-from coldctl.engines import local
+from coldctl.engines.jobs import Engine, Needs, Outcome
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 
@@ -62,6 +62,11 @@ class Job:
     overwrite: bool = False
     watching: Watching = _UNWATCHED
     sign_key: Path | None = None  # no part of the identity: what is complete can be signed as it is
+
+    @property
+    def title(self) -> str:
+        """The contribution's name, for messages."""
+        return self.name
 
 
 @dataclass(frozen=True)
@@ -188,14 +193,16 @@ def single_job(
 
 
 def finetune_all(
-    jobs: Sequence[Job], count: int, progress: Progress, announce: Callable[[Finetuned], None]
-) -> list[local.Outcome[Finetuned]]:
-    """Run the jobs, `count` side by side, and `announce` each contribution as it is done.
+    jobs: Sequence[Job], engine: Engine, progress: Progress, announce: Callable[[Finetuned], None]
+) -> list[Outcome[Finetuned]]:
+    """Run the jobs, as many side by side as `engine` has it, and `announce` each contribution as it is done.
 
     The outcomes are in the order of the jobs. One failure stops no other, but for that of one process among several.
     """
     outcomes = []
-    for outcome in local.run(finetune, jobs, count, progress):
+    bases = {job.base for job in jobs}
+    needs = Needs(max((memory_needed(base, training=True) for base in bases), default=0), gpu=True)
+    for outcome in engine.run(finetune, jobs, progress, needs):
         if isinstance(outcome.error, TeamError):
             raise outcome.error
         outcomes.append(outcome)
