@@ -10,7 +10,7 @@ from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.encodings import open_adapter, open_pickled
 from coldctl.core.errors import ColdctlError, ModelError
 from coldctl.core.progress import Progress
-from coldctl.core.reference import resolve
+from coldctl.core.reference import as_text, resolve
 from coldctl.core.signatures import Signed, TrustedKey
 from coldctl.core.storage import Folder, is_url, open_folder, subfolders
 
@@ -98,7 +98,7 @@ def _found_at(reference: str, progress: Progress) -> list[tuple[str, str]]:
         return [(model.name, model.place)]
     found = []
     for child in map(str, subfolders(model.place)):
-        name = child.rstrip("/").rsplit("/", 1)[-1]
+        name = as_text(child.rstrip("/").rsplit("/", 1)[-1])
         if name.startswith("."):
             progress.note(f"skipped {name}: unfinished work")
         elif not _is_checkpoint(child):

@@ -5,7 +5,6 @@ parsed: JSON headers with every offset checked, then bytes.
 """
 
 import hashlib
-import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
@@ -17,13 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.core import layout
+from coldctl.core.documents import json_value
 from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.core.errors import CheckpointError, ModelError
 from coldctl.core.manifest import Manifest, parse
 from coldctl.core.storage import Folder, Reader
 
-HEADER_LIMIT = 100 << 20  # bytes, as the safetensors library has it
-TENSOR_LIMIT = 1_000_000  # tensors in one checkpoint
+HEADER_LIMIT = 4 << 20  # bytes; the largest encoders need a tenth of it
+TENSOR_LIMIT = 20_000  # tensors in one checkpoint, and shards of one
+CONFIG_LIMIT = 1 << 20  # bytes of config.json
+_LONGEST_NAME = 500  # characters of a tensor's name
+_LARGEST = 1 << 62  # elements of a tensor, the empty dimensions not counted
 _CHUNK = 4 << 20  # bytes read at a time when hashing
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -193,7 +196,7 @@ def read_model_config(folder: Folder) -> dict[str, Any]:
     """`config.json` as a dict. Raises ModelError if it is missing or describes something that is no encoder."""
     if not folder.has(layout.MODEL_CONFIG):
         raise ModelError(f"{folder.label} has no {layout.MODEL_CONFIG}: it is not a Hugging Face checkpoint")
-    config = _json_object(folder.read(layout.MODEL_CONFIG), f"{folder.label}/{layout.MODEL_CONFIG}")
+    config = json_object(folder.read(layout.MODEL_CONFIG, CONFIG_LIMIT), f"{folder.label}/{layout.MODEL_CONFIG}")
     kind = config.get("model_type")
     architectures = config.get("architectures") or [""]
     if not isinstance(kind, str) or not isinstance(architectures, list) or not isinstance(architectures[0], str):
@@ -217,13 +220,15 @@ def read_tensors(folder: Folder) -> tuple[dict[str, Tensor], dict[str, int]]:
     if folder.has(layout.WEIGHTS):
         names, where = [layout.WEIGHTS], None
     elif folder.has(layout.WEIGHTS_INDEX):
-        index = _json_object(folder.read(layout.WEIGHTS_INDEX), f"{folder.label}/{layout.WEIGHTS_INDEX}")
+        index = json_object(folder.read(layout.WEIGHTS_INDEX, HEADER_LIMIT), f"{folder.label}/{layout.WEIGHTS_INDEX}")
         where = index.get("weight_map")
         if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
             raise CheckpointError(
                 f"{folder.label}/{layout.WEIGHTS_INDEX} has no weight_map: fetch the checkpoint again"
             )
         names = sorted(set(where.values()))
+        if len(where) > TENSOR_LIMIT:
+            raise CheckpointError(f"{folder.label} has more than {TENSOR_LIMIT} tensors: this is no encoder")
     else:
         pickled = [name for name in folder.names() if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if pickled:
@@ -270,7 +275,9 @@ def read_header(reader: Reader, file: str, where: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{where} claims a header of {length} bytes in a file of {reader.size}: {remedy}")
     raw = memoryview(bytearray(length))
     reader.read_into(8, raw)
-    header = _json_object(bytes(raw), f"{where} (header)")
+    header = json_object(bytes(raw), f"{where} (header)")
+    if len(header) > TENSOR_LIMIT:
+        raise CheckpointError(f"{where} has more than {TENSOR_LIMIT} tensors: this is no encoder")
     start = 8 + length
     tensors: dict[str, Tensor] = {}
     spans = []
@@ -380,36 +387,33 @@ def _digested(checkpoint: Checkpoint) -> Iterator[bytes | memoryview]:
 def _tensor(name: str, entry: Any, file: str, start: int, where: str) -> tuple[Tensor, tuple[int, int]]:
     """Check one header entry. Raises CheckpointError."""
     remedy = "the file is corrupt, fetch it again"
+    if not name.isprintable() or len(name) > _LONGEST_NAME:  # half a surrogate pair or a NUL would spoil digests
+        raise CheckpointError(f"{where}: {name[:40]!r} is no name of a tensor: {remedy}")
     try:
         dtype, shape, (begin, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{where}: {name!r} lacks dtype, shape or data_offsets: {remedy}") from None
     if dtype not in DTYPES if isinstance(dtype, str) else True:
         raise CheckpointError(
-            f"{where}: {name!r} has the dtype {dtype!r}, which is not supported: convert the checkpoint"
+            f"{where}: {name!r} has the dtype {str(dtype)[:40]!r}, which is not supported: convert the checkpoint"
         )
-    numbers = [*shape, begin, stop] if isinstance(shape, list) else [None]
-    if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) or len(shape) > 16:
+    numbers = [*shape[:17], begin, stop] if isinstance(shape, list) else [None]
+    if not all(type(number) is int and 0 <= number < _LARGEST for number in numbers) or len(shape) > 16:
         raise CheckpointError(f"{where}: {name!r} has an impossible shape or offset: {remedy}")
     if math.prod(shape) * DTYPES[dtype].itemsize != stop - begin:
         raise CheckpointError(
             f"{where}: {name!r} of shape {shape} and {dtype} does not fill its {stop - begin} bytes: {remedy}"
         )
+    if math.prod(max(1, number) for number in shape) >= _LARGEST:
+        raise CheckpointError(f"{where}: {name!r} has an impossible shape or offset: {remedy}")
     return Tensor(file, start + begin, dtype, tuple(shape)), (begin, stop)
 
 
-def _json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object strictly: UTF-8, no duplicate keys. Raises CheckpointError."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        document = dict(pairs)
-        if len(document) != len(pairs):
-            raise ValueError("a key stands twice")
-        return document
-
+def json_object(data: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object of a checkpoint within limits. Raises CheckpointError."""
     try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        document = json_value(data)
+    except ValueError as error:
         raise CheckpointError(f"{where} is not readable JSON ({error}): fetch it again") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{where} is not a JSON object: fetch it again")

@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import hashlib
 import math
-import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from coldctl.core import manifest
+from coldctl.core.documents import TOML_LIMIT, toml_table
 from coldctl.core.errors import ConfigError
 
-CONFIG_LIMIT = 4 << 20  # bytes of a TOML file
-_LONGEST_NAME = 200  # bytes; file systems take 255, and hidden siblings and logs need some
 HIGHEST_RANK = 4096  # of a low-rank adapter
+_TOO_LARGE = 1 << 63  # for any whole number
+_SHOWN = 60  # characters of a wrong key that a message spells out
 
 Metric = Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman"]
 Protocol = Literal["linear-probe", "finetune", "few-shot", "multitask"]
@@ -202,15 +202,13 @@ def read(path: Path | None) -> ConfigFile:
 def document_of(path: Path) -> dict[str, Any]:
     """A TOML file as plain values. Raises ConfigError for a file that is missing, too large, or no TOML."""
     try:
-        data = path.read_bytes()
-        if len(data) > CONFIG_LIMIT:
-            raise ConfigError(f"{path} is larger than {CONFIG_LIMIT >> 20} MiB: this is no configuration file")
-        return tomllib.loads(data.decode("utf-8"))
+        with path.open("rb") as file:
+            return toml_table(file.read(TOML_LIMIT + 1))
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {path}: check the path") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -261,10 +259,12 @@ def derived_seed(seed: int, *parts: object) -> int:
 
 def check_name(name: str, where: str) -> None:
     """A name becomes a directory. Raises ConfigError if it cannot be one, or would lead elsewhere."""
-    if len(name.encode(errors="replace")) > _LONGEST_NAME:
+    if len(name.encode(errors="replace")) > manifest.LONGEST_NAME:
         raise ConfigError(f"{where}: a name of {len(name)} characters is too long for a directory: shorten it")
-    if not name or name.startswith(".") or set(name) & set('/\\\0\n\r\t"'):
-        raise ConfigError(f"{where}: {name!r} cannot name a directory: no slashes, no leading dot")
+    if not name or name.startswith(".") or set(name) & set('/\\"') or not name.isprintable():
+        raise ConfigError(
+            f"{where}: {name!r} cannot name a directory: no slashes, no leading dot, no control characters"
+        )
 
 
 def contributors_of(datasets: Sequence[DatasetConfig]) -> list[tuple[str, DatasetConfig]]:
@@ -359,7 +359,7 @@ def _build(kind: type[C], table: Mapping[str, Any], where: str, *, complete: boo
     for key, value in values.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
             low_is_bad = value <= 0 if key in _POSITIVE else value < 0
-            if low_is_bad or not math.isfinite(value):
+            if low_is_bad or (isinstance(value, int) and value >= _TOO_LARGE) or not math.isfinite(value):
                 raise ConfigError(
                     f"{where}: {key} = {value} is out of range: it must be {'> 0' if key in _POSITIVE else '>= 0'}"
                 )
@@ -372,8 +372,8 @@ def refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -
     """Raise ConfigError for a key that is not known, with the nearest one that is."""
     for key in table:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            raise ConfigError(f"{where}: unknown key {key!r}: did you mean {near[0]!r}?")
+            near = difflib.get_close_matches(key[:_SHOWN], known, n=1, cutoff=0.0)
+            raise ConfigError(f"{where}: unknown key {key[:_SHOWN]!r}: did you mean {near[0]!r}?")
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import tomllib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from coldctl.core.checkpoint import (
 from coldctl.core.compatibility import compare, other_base
 from coldctl.core.config import FuseConfig, as_record, identity
 from coldctl.core.describe import bare_config
+from coldctl.core.documents import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
 from coldctl.core.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
 from coldctl.core.lineage import signers_within
 from coldctl.core.manifest import ContributionRecord, Manifest
@@ -496,14 +496,14 @@ def _examples(item: Candidate) -> float:
 def _weights_file(path: Path) -> dict[str, float]:
     """Names and weights from a JSON or TOML file. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
-        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        with path.open("rb") as file:
+            data = file.read(JSON_LIMIT + 1)
+        table = json_value(data) if path.suffix == ".json" else toml_table(data)
     except FileNotFoundError:
         raise ConfigError(f"--weights {path}: give equal, examples, or a file that exists") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--weights {path} cannot be read: {error}") from None
-    numbers = isinstance(table, dict) and all(type(value) in (int, float) for value in table.values())
-    if not numbers:
+    if not isinstance(table, dict) or misfit(table, {...: NUMBER}):
         raise ConfigError(f"--weights {path}: write one `name = weight` per contribution (JSON or TOML)")
     return {str(key): float(value) for key, value in table.items()}
 

@@ -11,16 +11,21 @@ import platform
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any, Literal, TypedDict
 
 from coldctl import __version__
 from coldctl.core import layout
+from coldctl.core.documents import MAYBE_NUMBER, MAYBE_TEXT, NUMBER, SCALAR, Shape, json_value, misfit
 from coldctl.core.errors import ManifestError
 from coldctl.core.storage import Reader
 
 SCHEMA = 1
-MANIFEST_LIMIT = 64 << 20  # bytes; ancestors grow with iterations and contributors, but not to this
+MANIFEST_LIMIT = 16 << 20  # bytes; some twenty thousand contributions over all iterations
+LONGEST_NAME = 200  # bytes; file systems take 255, and hidden siblings and logs need some
+_LONGEST_PATH = 1000  # characters
+_MOST_ITERATIONS = 1_000_000
 _COPY = 1 << 20
 _KINDS = ("contribution", "fused", "published", "evaluation")
 
@@ -177,13 +182,11 @@ def parse(data: bytes, where: str) -> Manifest:
     Raises ManifestError if they are no manifest, of a newer schema, or were changed.
     """
     remedy = "make this stage again or fetch it again"
-    if len(data) > MANIFEST_LIMIT:
-        raise ManifestError(f"{where} is larger than {MANIFEST_LIMIT >> 20} MiB: {remedy}")
     try:
-        document = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        document = json_value(data, MANIFEST_LIMIT)
+    except ValueError as error:
         raise ManifestError(f"{where} is not readable JSON ({error}): {remedy}") from None
-    if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
+    if not isinstance(document, dict) or type(document.get("schema")) is not int:
         raise ManifestError(f"{where} is not a coldctl manifest: {remedy}")
     if document["schema"] > SCHEMA:
         raise ManifestError(
@@ -192,7 +195,7 @@ def parse(data: bytes, where: str) -> Manifest:
     stated = document.get("manifest_digest")
     try:
         actual = digest_of({key: value for key, value in document.items() if key != "manifest_digest"})
-    except (UnicodeEncodeError, RecursionError) as error:
+    except UnicodeEncodeError as error:  # half a surrogate pair
         raise ManifestError(f"{where} is not readable JSON ({error}): {remedy}") from None
     if stated != actual:
         raise ManifestError(f"{where} was changed after it was written (its digest does not match): {remedy}")
@@ -205,7 +208,8 @@ def read(folder: Path) -> Manifest:
     """Read and verify `folder/coldctl.json`. Raises ManifestError."""
     path = folder / layout.MANIFEST
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MANIFEST_LIMIT + 1)
     except FileNotFoundError:
         raise ManifestError(f"{folder} has no {layout.MANIFEST}: it is not complete or not made by coldctl") from None
     return parse(data, str(path))
@@ -250,60 +254,59 @@ def shortened(manifest: Manifest) -> dict[str, Any]:
     return short
 
 
-def _check_types(document: dict[str, Any], where: str) -> None:
-    """Refuse a manifest whose fields that we rely on have other types than the contract says."""
-    expected: dict[str, type | tuple[type, ...]] = {
-        "kind": str,
-        "name": str,
-        "encoding": str,
-        "body_digest": str,
-        "base": dict,
-        "files": dict,
-        "config": dict,
-        "dataset": dict,
-        "metrics": dict,
-        "contributions": list,
-        "outside_body": dict,
-        "ancestors": list,
-        "card_blocks": list,
-        "iteration": (int, type(None)),
-        "license": (str, type(None)),
-    }
-    required = ("kind", "name", "body_digest", "files")
-    for key, types in expected.items():
-        if key in document and not isinstance(document[key], types):
-            raise ManifestError(f"{where}: {key!r} has the wrong type: fetch or make this directory again")
-        if key in required and key not in document:
-            raise ManifestError(f"{where}: {key!r} is missing: fetch or make this directory again")
-    if document["kind"] not in _KINDS or not _is_name(document["name"]):
-        raise ManifestError(f"{where}: its kind or name is not usable: fetch or make this directory again")
-    generations = [*document.get("ancestors", []), document]
-    if not all(isinstance(item, dict) for item in generations):
-        raise ManifestError(
-            f"{where}: 'ancestors' holds something else than manifests: fetch or make this directory again"
-        )
-    for item in generations:
-        records = item.get("contributions", [])
-        if not isinstance(records, list) or not all(_is_record(record) for record in records):
-            raise ManifestError(
-                f"{where}: 'contributions' is not what it should be: fetch or make this directory again"
-            )
-    names = document["files"]
-    if any(
-        name.startswith("/") or ".." in Path(name).parts or not isinstance(value, str) for name, value in names.items()
-    ):
-        raise ManifestError(f"{where}: 'files' names a path outside the directory: do not use this directory")
-
-
-def _is_name(name: object) -> bool:
-    """A name may become a file's: no slashes, no control characters, not the directory itself or its parent."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0\n\r")
-
-
-def _is_record(record: object) -> bool:
-    """One entry of `contributions`, as far as we rely on it."""
-    if not isinstance(record, dict) or not _is_name(record.get("name")):
+def is_name(name: object) -> bool:
+    """Whether a name may become a file's: no slashes, no line ends, not the directory itself or its parent, not too long."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0\n\r"):
         return False
-    texts = (record.get(key) for key in ("dataset", "license", "body_digest", "status", "reason"))
-    weight = record.get("weight", 0.0)
-    return all(text is None or isinstance(text, str) for text in texts) and type(weight) in (int, float)
+    return len(name.encode(errors="replace")) <= LONGEST_NAME
+
+
+def _is_file(name: object) -> bool:
+    """Whether a name in `files` stays below the directory."""
+    return isinstance(name, str) and name == "/".join(PurePosixPath(name).parts) and _is_inside(name)
+
+
+def _is_inside(name: str) -> bool:
+    return (
+        bool(name)
+        and name[0] != "/"
+        and ".." not in name.split("/")
+        and "\0" not in name
+        and len(name) <= _LONGEST_PATH
+    )
+
+
+def _is_iteration(value: object) -> bool:
+    return value is None or (type(value) is int and 0 <= value < _MOST_ITERATIONS)
+
+
+_RECORD: Shape = {
+    "name!": is_name, "dataset": MAYBE_TEXT, "num_train": (int, NoneType), "source": MAYBE_TEXT, "license": MAYBE_TEXT,
+    "training": {...: SCALAR}, "environment": {...: SCALAR}, "body_digest": MAYBE_TEXT, "weight": NUMBER,
+    "status": MAYBE_TEXT, "reason": MAYBE_TEXT, "verified": (bool, NoneType), "age": (int, NoneType),
+    "signer": MAYBE_TEXT, "update_norm": MAYBE_NUMBER, "cosine_to_mean": MAYBE_NUMBER, "notes": [str],
+}  # fmt: skip
+_COUNTS = ("num_train", "num_validation", "num_test")
+# What a manifest and its ancestors have in common, as far as somebody relies on it.
+_GENERATION: Shape = {
+    "kind": str, "name": str, "iteration": _is_iteration, "created": str, "body_digest": str,
+    "base": {"name": str, "body_digest": str}, "license": MAYBE_TEXT, "config": dict, "environment": {...: SCALAR},
+    "dataset": {
+        "name": MAYBE_TEXT, "source": MAYBE_TEXT, "fingerprint": MAYBE_TEXT, "labels": [str],
+        **dict.fromkeys(_COUNTS, (int, NoneType)),
+    },
+    "metrics": {...: {...: MAYBE_NUMBER}}, "contributions": [_RECORD],
+}  # fmt: skip
+_MANIFEST: Shape = {
+    **_GENERATION, "kind!": lambda kind: kind in _KINDS, "name!": is_name, "body_digest!": str, "encoding": str,
+    "files!": {...: str}, "outside_body": {...: str}, "identity": str, "card_blocks": [str], "ancestors": [_GENERATION],
+}  # fmt: skip
+
+
+def _check_types(document: dict[str, Any], where: str) -> None:
+    """Refuse a manifest whose fields that we rely on have other types than the contract says. Raises ManifestError."""
+    remedy = "fetch or make this directory again"
+    if place := misfit(document, _MANIFEST):
+        raise ManifestError(f"{where}: {place!r} is missing or not what it should be: {remedy}")
+    if not all(map(_is_file, document["files"])):
+        raise ManifestError(f"{where}: 'files' names a path outside the directory: do not use this directory")

@@ -73,7 +73,16 @@ def _local_name(path: Path) -> str:
     whole = path.resolve()
     if whole.name == "fused" and whole.parent.name.startswith("iteration-"):
         return whole.parent.name
-    return whole.name.encode("utf-8", "replace").decode()  # a name that is no text could not be written down
+    return as_text(whole.name)
+
+
+def as_text(name: str) -> str:
+    """A file's name as text: one whose bytes are not UTF-8 could not be written down.
+
+    >>> as_text("a" + chr(0xDCFF))
+    'a?'
+    """
+    return name.encode("utf-8", "replace").decode()
 
 
 def _from_hub(name: str, revision: str | None) -> str:

@@ -11,9 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from coldctl.core import layout, output
+from coldctl.core.documents import MAYBE_TEXT, json_value, misfit
 from coldctl.core.errors import ConfigError, ManifestError
 
 SCHEMA = 1
+_ITERATION = {"number!": int, "promoted!": bool, "body_digest!": str, "reason": MAYBE_TEXT}
+_SHAPE = {
+    "schema!": int, "base!": lambda text: isinstance(text, str) and text.isprintable(), "revision!": MAYBE_TEXT,
+    "config_digest!": str, "sample!": int, "seed!": int, "gate!": bool, "target!": int, "iterations!": [_ITERATION],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,9 @@ def read(folder: Path) -> Run:
     """Read `folder/run.json`. Raises ManifestError."""
     path = folder / layout.RUN
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json_value(path.read_bytes())
+        if place := misfit(document, _SHAPE):
+            raise ValueError(f"{place} is not what it should be")
         if document["schema"] > SCHEMA:
             raise ManifestError(f"{path} has schema {document['schema']}, newer than this program's: update coldctl")
         return Run(

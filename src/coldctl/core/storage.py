@@ -6,6 +6,7 @@ nothing is mapped or kept; remote ones by range requests.
 
 import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -16,7 +17,7 @@ from coldctl.core import layout
 from coldctl.core.errors import CheckpointError, ModelError
 from coldctl.core.progress import Progress
 
-SMALL_FILE_LIMIT = 256 << 20  # bytes; configs, tokenizers, manifests
+SMALL_FILE_LIMIT = 64 << 20  # bytes; the largest vocabularies need half of it
 
 
 class Reader(Protocol):
@@ -45,8 +46,8 @@ class Folder(Protocol):
     def has(self, name: str) -> bool:
         """Whether it holds a file of that name."""
 
-    def read(self, name: str) -> bytes:
-        """A small file's bytes. Raises CheckpointError if it is missing, unsafe or larger than SMALL_FILE_LIMIT."""
+    def read(self, name: str, limit: int = SMALL_FILE_LIMIT) -> bytes:
+        """A small file's bytes. Raises CheckpointError if it is missing, unsafe or larger than `limit` bytes."""
 
     def open(self, name: str) -> Reader:
         """Open a large file for reading by position. Raises CheckpointError."""
@@ -59,10 +60,15 @@ class LocalReader:
         self._path = path
         self._descriptor = -1
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-        self.size = os.fstat(self._descriptor).st_size
+        except ValueError as error:  # a NUL in the name
+            raise CheckpointError(f"cannot read {str(path)!r}: {error}") from None
+        found = os.fstat(self._descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{path} is no plain file: do not use this checkpoint")
+        self.size = found.st_size
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`, however many calls the kernel needs."""
@@ -110,17 +116,17 @@ class LocalFolder:
         """Whether it holds a file of that name."""
         return (self.path / name).is_file()
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = SMALL_FILE_LIMIT) -> bytes:
         """A small file's bytes."""
-        path = self._inside(name)
+        reader = LocalReader(self._inside(name))
         try:
-            if path.stat().st_size > SMALL_FILE_LIMIT:
-                raise CheckpointError(
-                    f"{path} is larger than {SMALL_FILE_LIMIT >> 20} MiB: this is not what it should be"
-                )
-            return path.read_bytes()
-        except OSError as error:
-            raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+            if reader.size > limit:
+                raise _too_large(str(self.path / name), limit)
+            data = bytearray(reader.size)
+            reader.read_into(0, memoryview(data))
+        finally:
+            reader.close()
+        return bytes(data)
 
     def open(self, name: str) -> Reader:
         """Open a file for reading by position."""
@@ -184,13 +190,13 @@ class RemoteFolder:
         """Whether it holds a file of that name."""
         return bool(self._filesystem.isfile(f"{self._root}/{name}"))
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limit: int = SMALL_FILE_LIMIT) -> bytes:
         """A small file's bytes."""
         if leads_outside(name):
             raise CheckpointError(f"{self.label}: {name!r} points outside the directory: do not use this checkpoint")
         try:
-            if self._filesystem.size(f"{self._root}/{name}") > SMALL_FILE_LIMIT:
-                raise CheckpointError(f"{self.label}/{name} is larger than {SMALL_FILE_LIMIT >> 20} MiB")
+            if self._filesystem.size(f"{self._root}/{name}") > limit:
+                raise _too_large(f"{self.label}/{name}", limit)
             return bytes(self._filesystem.cat_file(f"{self._root}/{name}"))
         except CheckpointError:
             raise
@@ -214,6 +220,10 @@ class RemoteFolder:
             raise ModelError(f"cannot list {self.label}: {error}: check the URL and your credentials") from None
         for entry in listing:
             yield PurePosixPath(entry["name"]).name, entry["type"]
+
+
+def _too_large(label: str, limit: int) -> CheckpointError:
+    return CheckpointError(f"{label} is larger than {limit / (1 << 20):g} MiB: this is not what it should be")
 
 
 def leads_outside(name: str) -> bool:

@@ -1,0 +1,341 @@
+"""What strangers may send to harm: every case here once ended in a traceback, a lost limit, or a file read outside."""
+
+import json
+import os
+import shutil
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from coldctl.core import documents, manifest
+from conftest import Ran
+
+Run = Callable[..., Ran]
+SECONDS, MEGABYTES = 1.0, 200
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """The block ends in time, and within the memory that any input may cost."""
+    tracemalloc.start()
+    started = time.process_time()
+    yield
+    seconds, peak = time.process_time() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert seconds < 5 * SECONDS, seconds  # tracing takes most of it
+    assert peak < MEGABYTES << 20, peak
+
+
+def forge(source: Path, target: Path, **changes: object) -> Path:
+    """A copy of a directory whose manifest says something else, with all digests in order."""
+    shutil.copytree(source, target)
+    document = {**json.loads((target / "coldctl.json").read_text()), **changes}
+    document.pop("manifest_digest")
+    document["manifest_digest"] = manifest.digest_of(document)
+    (target / "coldctl.json").write_text(json.dumps(document))
+    return target
+
+
+def refused(ran: Ran, code: int, *words: str) -> None:
+    assert ran.code == code, (ran.code, ran.stderr)
+    said = ran.stderr + ran.stdout
+    for word in words:
+        assert word in said, (word, said)
+
+
+# Documents ----------------------------------------------------------------------------------------------------
+
+JSON_BOMBS = {
+    "lists": b"[" + b"[]," * 5_000_000 + b"0]",
+    "objects": b"[" + b"{}," * 5_000_000 + b"0]",
+    "depth": b"[" * 400 + b"]" * 400,
+    "very deep": b"[" * 5_000_000,
+    "digits": b"[" + b"9" * 4000 + b"]",
+    "more digits": b"[" + b"9" * 5_000_000 + b"]",
+    "one value too many": b"[" + b"0," * documents.MOST_VALUES + b"0]",
+    "as many values as allowed, wide text": b'["\xf0\x9f\x92\xa3",' + b"[]," * (documents.MOST_VALUES // 2 - 2) + b"0]",
+    "long text": b'["\xf0\x9f\x92\xa3' + b"a" * (documents.JSON_LIMIT - 9) + b'"]',
+    "too long": b'"' + b"a" * documents.JSON_LIMIT + b'"',
+    "twice": b'{"a": 1, "a": 2}',
+    "half a pair": b'{"\xed\xa0\x80": 1}',
+}
+
+
+@pytest.mark.parametrize("case", JSON_BOMBS)
+def test_json_costs_little_whatever_it_says(case: str) -> None:
+    data = JSON_BOMBS[case]
+    with bounded():
+        try:
+            documents.json_value(data)
+        except ValueError as error:
+            assert len(str(error)) < 200  # noqa: PT017
+            return
+    assert "allowed" in case or case == "long text"
+
+
+TOML_BOMBS = {
+    "dots": b"a" + b".a" * 100_000 + b" = 1",
+    "quoted dots": b"'a'" + b" . 'a'" * 30_000 + b" = 1",
+    "dots in a header": b"[a" + b".a" * 100_000 + b"]",
+    "dots in braces": b"x = {a" + b".a" * 100_000 + b" = 1}",
+    "a long word": b"a" * 250_000,
+    "tables": b"[[a]]\n" * 40_000,
+    "nested headers": b"".join(b"[[" + b".".join([b"a"] * depth) + b"]]\n" for depth in range(1, 60)),
+    "braces": b"x = " + b"{a=" * 20_000,
+    "brackets": b"x = " + b"[" * 100_000,
+    "list": b"x = [" + b"[]," * 80_000 + b"]",
+    "keys": b"".join(b"a%d=1\n" % number for number in range(28_000)),
+    "digits": b"x = " + b"9" * 5000,
+    "hexadecimal digits": b"x = 0x" + b"f" * 5000,
+    "date": b"x = 1979-05-27",
+    "time": b"x = 07:32:00",
+    "not UTF-8": b"x = '\xff'",
+    "quotes": b'"' * 250_000,
+    "too long": b"#" * (documents.TOML_LIMIT + 1),
+}
+
+
+@pytest.mark.parametrize("case", TOML_BOMBS)
+def test_toml_costs_little_whatever_it_says(case: str) -> None:
+    with bounded():
+        try:
+            documents.toml_table(TOML_BOMBS[case])
+        except ValueError as error:
+            assert len(str(error)) < 200  # noqa: PT017
+            return
+    assert case in ("tables", "list", "keys")
+
+
+TOML = [
+    'epochs = 0xffffffffffffffffffffffff', "epochs = 1e400", "epochs = 1979-05-27", f"epochs = {'9' * 5000}",
+    f"{'a' * 200_000} = 1", "epochs.a.a.a = 1", "x = inf",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", TOML)
+def test_settings(line: str, tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    path = tmp_path / "c.toml"
+    for text in (f"[finetune]\n{line}\n", f'[[dataset]]\nname = "a"\npath = "b"\n{line}\n', f"[fuse]\n{line}\n"):
+        path.write_text(text)
+        ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--config", path)
+        refused(ran, 2)
+        assert len(ran.stderr) < 600
+    ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--epochs", "9" * 400)
+    refused(ran, 2, "out of range")
+
+
+WEIGHTS = {
+    "deep.json": "[" * 100_000, "deep.toml": "a = " + "[" * 100_000, "large.json": f'{{"one": 1{"0" * 400}}}',
+    "large.toml": f"one = 0x{'f' * 400}", "twice.json": '{"one": 1, "one": 2}', "text.json": '{"one": "1"}',
+    "true.json": '{"one": true}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_files(name: str, tmp_path: Path, base: Path, contributions: Path, coldctl: Run) -> None:
+    (tmp_path / name).write_text(WEIGHTS[name])
+    ran = coldctl(
+        "fuse", contributions, "--base", base, "--output", tmp_path / "out", "--weights", tmp_path / name, "--quiet"
+    )
+    refused(ran, 2, "--weights")
+
+
+RUNS: list[dict[str, object] | str] = [
+    "[" * 100_000, "[]", {"base": 3}, {"base": "./\x1b[31m"}, {"target": "9"}, {"iterations": [3]},
+    {"iterations": [{"number": 1, "promoted": 1, "body_digest": "x"}]}, {"iterations": {}}, {"seed": 10**90},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", RUNS)
+def test_run_files(change: dict[str, object] | str, tmp_path: Path, base: Path, coldctl: Run) -> None:
+    good = {
+        "schema": 1, "base": str(base), "revision": None, "config_digest": "x", "sample": 0, "seed": 0, "gate": False,
+        "target": 1, "iterations": [],
+    }  # fmt: skip
+    (tmp_path / "run.json").write_text(change if isinstance(change, str) else json.dumps({**good, **change}))
+    ran = coldctl("status", tmp_path)
+    if change == {"seed": 10**90}:
+        assert ran.code == 0
+    else:
+        refused(ran, 2, "run.json")
+    assert "\x1b" not in ran.stderr
+
+
+# Manifests ----------------------------------------------------------------------------------------------------
+
+RECORD: dict[str, object] = {"name": "a", "weight": 1.0, "status": "fused", "body_digest": "x"}
+MANIFESTS: list[dict[str, Any]] = [
+    {"iteration": -1}, {"iteration": 10**60}, {"iteration": True}, {"name": "a" * 300}, {"base": []},
+    {"base": {"name": 3, "body_digest": "x"}}, {"license": 3}, {"license": []}, {"files": {"": "x"}},
+    {"files": {"a\0b": "x"}}, {"files": {"a/../../b": "x"}}, {"files": {"a": 3}}, {"files": {"x" * 2000: "x"}},
+    {"environment": []}, {"environment": {"device": {}}}, {"config": []}, {"ancestors": [{"config": 3}]},
+    {"ancestors": [{"environment": []}]}, {"ancestors": [{"iteration": "1"}]}, {"ancestors": [{"name": []}]},
+    {"dataset": {"name": 3}}, {"dataset": {"labels": "abc"}}, {"dataset": {"num_train": "many"}},
+    {"dataset": {"source": []}}, {"metrics": {"validation": 3}}, {"metrics": {"validation": {"accuracy": []}}},
+    *[{"contributions": [{**RECORD, key: value}]} for key, value in (
+        ("source", []), ("environment", "x"), ("training", []), ("training", {"epochs": {}}), ("num_train", "<b>"),
+        ("weight", "1"), ("weight", True), ("update_norm", {}), ("notes", "x"), ("dataset", 3), ("signer", []),
+    )],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MANIFESTS, ids=str)
+def test_manifests_of_other_types(
+    change: dict[str, object], tmp_path: Path, base: Path, contributions: Path, coldctl: Run
+) -> None:
+    evil = forge(contributions / "one", tmp_path / "evil", **change)
+    refused(coldctl("lineage", evil), 2, "coldctl.json")
+    assert coldctl("check", evil, "--base", base).code == 3
+    # One bad manifest does not spoil what is fused without it.
+    ran = coldctl(
+        "fuse", evil, contributions, "--base", base, "--output", tmp_path / "out", "--screen", "reject", "--quiet"
+    )
+    assert ran.code == 0, ran.stderr
+    assert coldctl("lineage", tmp_path / "out").code == 0
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------
+
+
+def write_header(path: Path, header: object, data: bytes = b"") -> None:
+    text = json.dumps(header).encode() if not isinstance(header, bytes) else header
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+EMPTY = {"dtype": "F32", "data_offsets": [0, 0]}
+HEADERS = {
+    "a product that overflows": {"a": {**EMPTY, "shape": [1 << 61, 0]}, "b": {**EMPTY, "shape": [1 << 61, 8, 0]}},
+    "half a surrogate pair": {"\ud800": {**EMPTY, "shape": [0]}},
+    "NUL": {"a\0b": {**EMPTY, "shape": [0]}},
+    "escape": {"\x1b[31m": {**EMPTY, "shape": [0]}},
+    "long name": {"a" * 10_000: {**EMPTY, "shape": [0]}},
+    "many dimensions": {"a": {**EMPTY, "shape": [0] * 100_000}},
+    "many tensors": {str(number): {**EMPTY, "shape": [0]} for number in range(20_001)},
+    "large header": b" " * (5 << 20),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_headers(case: str, tmp_path: Path, base: Path, coldctl: Run) -> None:
+    bad = tiny.perturb(base, tmp_path / "bad", seed=1)
+    write_header(bad / "model.safetensors", HEADERS[case])
+    with bounded():
+        ran = coldctl("fuse", bad, "--base", base, "--output", tmp_path / "out")
+    refused(ran, 2, "model.safetensors")
+    assert len(ran.stderr) < 3000
+    assert "\x1b" not in ran.stderr
+
+
+def test_nothing_but_plain_files_is_opened(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    bad = tmp_path / "bad"
+    tiny.reshard(base, bad, shards=2)
+    shard = next(bad.glob("*.safetensors"))
+    shard.unlink()
+    os.mkfifo(shard)  # who opens it waits for somebody to write
+    refused(coldctl("fuse", bad, "--base", base, "--output", tmp_path / "out"), 2, "no plain file")
+    shard.unlink()
+    shard.mkdir()
+    refused(coldctl("fuse", bad, "--base", base, "--output", tmp_path / "out"), 2, "no plain file")
+    index = bad / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a\0b"}}))
+    refused(coldctl("fuse", bad, "--base", base, "--output", tmp_path / "out"), 2, "cannot read")
+
+
+def test_a_name_that_is_no_text(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    folder = tmp_path / "folder"
+    tiny.perturb(base, folder / "good", seed=1)
+    tiny.perturb(base, folder / os.fsdecode(b"evil-\xff"), seed=2)
+    ran = coldctl("fuse", folder, "--base", base, "--output", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.stderr
+    assert sorted(item["name"] for item in ran.json["contributions"]) == ["evil-?", "good"]
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "patterns a list": {"alpha_pattern": [1]},
+    "patterns with stars": {"alpha_pattern": {".*.*.*x": 1}},
+    "many patterns with stars": {"alpha_pattern": {f"{number}.*": 1 for number in range(100)}},
+    "many patterns": {"alpha_pattern": {str(number): 1 for number in range(5000)}},
+    "alpha too large": {"lora_alpha": 10**200},
+    "alpha no number": {"lora_alpha": float("inf")},
+    "alpha a text": {"lora_alpha": "1" * 1000},
+}
+
+
+def adapter(base: Path, folder: Path, rank: int = 2, **settings: object) -> Path:
+    """A LoRA adapter of one layer."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 2, **settings}))
+    inside = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    parts = [(f"{inside}.lora_A.weight", torch.ones(rank, 16)), (f"{inside}.lora_B.weight", torch.ones(16, rank))]
+    tiny.write_tensors(folder / "adapter_model.safetensors", parts, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters(case: str, tmp_path: Path, base: Path, coldctl: Run) -> None:
+    bad = adapter(base, tmp_path / "bad", **ADAPTERS[case])
+    refused(coldctl("fuse", bad, "--base", base, "--output", tmp_path / "out"), 2, "adapter_config.json")
+
+
+def test_an_adapter_is_judged_before_it_is_read(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    assert coldctl("fuse", adapter(base, tmp_path / "good"), "--base", base, "--output", tmp_path / "f").code == 0
+    large = adapter(base, tmp_path / "large", rank=17)
+    refused(coldctl("fuse", large, "--base", base, "--output", tmp_path / "out"), 2, "the rank 17")
+    twice = adapter(base, tmp_path / "twice")
+    tensors, metadata = tiny.read_tensors(twice / "adapter_model.safetensors")
+    double = [(name.removeprefix("base_model.model."), tensor) for name, tensor in tensors.items()]
+    tiny.write_tensors(twice / "adapter_model.safetensors", [*tensors.items(), *double], metadata)
+    refused(coldctl("fuse", twice, "--base", base, "--output", tmp_path / "out"), 2, "ambiguous")
+    # A head of a gigabyte, in a file with a hole in place of it, is no part of the body.
+    head = adapter(base, tmp_path / "head")
+    path = head / "adapter_model.safetensors"
+    (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+    header, data = json.loads(path.read_bytes()[8 : 8 + length]), path.read_bytes()[8 + length :]
+    header["classifier.weight"] = {
+        "dtype": "F32",
+        "shape": [1 << 28],
+        "data_offsets": [len(data), len(data) + (1 << 30)],
+    }
+    write_header(path, header, data)
+    os.truncate(path, path.stat().st_size + (1 << 30))
+    with bounded():
+        ran = coldctl("fuse", head, "--base", base, "--output", tmp_path / "out", "--quiet")
+    assert ran.code == 0, ran.stderr
+
+
+def test_pickles_that_claim_more_than_they_hold(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    import zipfile
+
+    def attempt(state: Any, *words: str, legacy: bool = False) -> Path:
+        bad = tiny.perturb(base, tmp_path / "bad", seed=1)
+        (bad / "model.safetensors").unlink()
+        torch.save(state, bad / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        with bounded():
+            ran = coldctl("fuse", bad, "--base", base, "--output", tmp_path / "out", "--allow-pickle")
+        refused(ran, 2, *words)
+        return tmp_path / "bad" / "pytorch_model.bin"
+
+    for legacy in (True, False):
+        attempt({"a": torch.zeros(1).expand(1 << 40)}, "no plain tensor", legacy=legacy)
+        shutil.rmtree(tmp_path / "bad")
+    for odd in (torch.zeros(2, dtype=torch.complex64), torch.zeros(2, 2).to_sparse()):
+        attempt({"a": odd}, "no plain tensor")
+        shutil.rmtree(tmp_path / "bad")
+    attempt({"LayerNorm.weight": torch.zeros(1), "LayerNorm.gamma": torch.zeros(1)}, "ambiguous")
+    shutil.rmtree(tmp_path / "bad")
+    path = attempt({"a": torch.zeros(10)}, "")
+    packed = path.with_suffix(".zip")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for item in source.infolist():
+            target.writestr(item.filename, source.read(item))
+    packed.replace(path)
+    ran = coldctl("fuse", path.parent, "--base", base, "--output", tmp_path / "out", "--allow-pickle")
+    refused(ran, 2, "is compressed")
