@@ -215,6 +215,15 @@ def finetune(
     lora_rank: Annotated[
         int | None, typer.Option(help="Train low-rank adapters of this rank; the contribution is an adapter.")
     ] = None,
+    send: Annotated[
+        str | None,
+        typer.Option(
+            "--send",
+            metavar="full|delta-bf16|delta-int8|lora",
+            help="How the contribution is written: whole, as a difference from the base, as an adapter. "
+            "[dim]default: full, with --lora-rank lora[/]",
+        ),
+    ] = None,
     freeze_embeddings: Annotated[
         bool | None, typer.Option("--freeze-embeddings", help="Leave them as they are.")
     ] = None,
@@ -271,7 +280,7 @@ def finetune(
             "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "max_length": max_length,
             "max_train_examples": max_train_examples, "shots": shots, "shots_per_class": shots_per_class,
             "patience": patience, "label_smoothing": label_smoothing, "class_weights": class_weights,
-            "micro_batch": micro_batch, "precision": precision, "compile": compile_, "lora_rank": lora_rank,
+            "micro_batch": micro_batch, "precision": precision, "compile": compile_, "lora_rank": lora_rank, "send": send,
             "freeze_embeddings": freeze_embeddings, "freeze_layers": freeze_layers, "anchor": anchor,
             "fisher": fisher, "seed": seed,
         }  # fmt: skip

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coldctl.core import layout, signatures
-from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
-from coldctl.core.encodings import open_adapter, open_pickled
+from coldctl.core.checkpoint import Checkpoint, body_digest
+from coldctl.core.decoded import shared
+from coldctl.core.encodings import open_contribution
 from coldctl.core.errors import ColdctlError, ModelError
 from coldctl.core.progress import Progress
 from coldctl.core.reference import as_text, resolve
 from coldctl.core.signatures import Signed, TrustedKey
-from coldctl.core.storage import Folder, is_url, open_folder, subfolders
+from coldctl.core.storage import is_url, open_folder, subfolders
 
 
 @dataclass
@@ -45,7 +46,7 @@ def gather(
     allow_pickle: bool = False,
     trusted: Sequence[TrustedKey] | None = None,
 ) -> list[Candidate]:
-    """Open checkpoints, and the checkpoints directly inside folders. Adapters need `base` to be decoded.
+    """Open checkpoints, and the checkpoints directly inside folders. Adapters and differences need `base` to be decoded.
 
     With `trusted` keys nothing of a checkpoint is opened unless one of them signed it and it is as it was signed, but for
     the files that a signed manifest names: these are proven against it by whoever reads them.
@@ -56,7 +57,8 @@ def gather(
     """
     places = [place for reference in references for place in _found_at(reference, progress)]
     places = _once(places, progress)
-    candidates = [_open(name, place, base, allow_pickle=allow_pickle, trusted=trusted) for name, place in places]
+    decoder = shared(base) if base is not None else None
+    candidates = [_open(name, place, decoder, allow_pickle=allow_pickle, trusted=trusted) for name, place in places]
     names = [item.name for item in candidates]
     for item in candidates:
         if names.count(item.name) > 1 and item.checkpoint is not None and item.stated_digest is None:
@@ -153,20 +155,9 @@ def _open(
             signed = signatures.read(folder, trusted)
             if problems := signatures.differences(folder, signed, manifest_proves=True):
                 return Candidate(name, place, None, problems=problems)
-        checkpoint = _decoded(folder, name, base, allow_pickle=allow_pickle)
+        checkpoint = open_contribution(folder, name, base, allow_pickle=allow_pickle)
     except ColdctlError as error:
         return Candidate(name, place, None, problems=[error.message])
     if checkpoint.manifest is not None:
         name = checkpoint.manifest["name"]
     return Candidate(name, place, checkpoint, signed=signed)
-
-
-def _decoded(folder: Folder, name: str, base: Checkpoint | None, *, allow_pickle: bool) -> Checkpoint:
-    weights = folder.has(layout.WEIGHTS) or folder.has(layout.WEIGHTS_INDEX)
-    if folder.has(layout.ADAPTER_CONFIG) and not weights:
-        if base is None:
-            raise ModelError("it is an adapter, which only its base can decode: give --base")
-        return open_adapter(folder, name, base)
-    if allow_pickle and not weights:
-        return open_pickled(folder, name)
-    return open_checkpoint(folder, name)

@@ -136,12 +136,15 @@ def open_checkpoint(folder: Folder, name: str) -> Checkpoint:
         if unprefixed in body:
             raise CheckpointError(f"{folder.label}: two tensors are called {unprefixed!r}: the checkpoint is ambiguous")
         body[unprefixed] = tensor
-    manifest = (
-        parse(folder.read(layout.MANIFEST), f"{folder.label}/{layout.MANIFEST}")
-        if folder.has(layout.MANIFEST)
-        else None
-    )
+    manifest = read_manifest(folder)
     return Checkpoint(folder, name, config, dict(sorted(body.items())), tuple(heads), prefix, files, manifest)
+
+
+def read_manifest(folder: Folder) -> Manifest | None:
+    """The manifest of a folder that has one. Raises ManifestError if it is not as it was written."""
+    if not folder.has(layout.MANIFEST):
+        return None
+    return parse(folder.read(layout.MANIFEST), f"{folder.label}/{layout.MANIFEST}")
 
 
 def open_companion(checkpoint: Checkpoint, file: str) -> Checkpoint:
@@ -194,6 +197,8 @@ def is_vocabulary(name: str) -> bool:
 
 def read_model_config(folder: Folder) -> dict[str, Any]:
     """`config.json` as a dict. Raises ModelError if it is missing or describes something that is no encoder."""
+    if not folder.has(layout.MODEL_CONFIG) and folder.has(layout.DELTA_WEIGHTS):
+        raise ModelError(f"{folder.label} is a difference from its base and no model: fuse it with that base first")
     if not folder.has(layout.MODEL_CONFIG):
         raise ModelError(f"{folder.label} has no {layout.MODEL_CONFIG}: it is not a Hugging Face checkpoint")
     config = json_object(folder.read(layout.MODEL_CONFIG, CONFIG_LIMIT), f"{folder.label}/{layout.MODEL_CONFIG}")

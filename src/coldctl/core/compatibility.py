@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from coldctl.core.checkpoint import Checkpoint, is_pooler, is_vocabulary
+from coldctl.core.decoded import RelativeCheckpoint
 
 _LISTED = 3  # names that one finding spells out
 
@@ -29,7 +30,10 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
         return verdict
     _compare_tensors(base, other, verdict)
     if finding := other_base(other, base_digest):
-        if allow_other_base:
+        if isinstance(other, RelativeCheckpoint):
+            remedy = "it is a difference from that one, give it as --base"
+            verdict.problems.append(f"{finding}: {remedy}")
+        elif allow_other_base:
             verdict.notes.append(finding)
         else:
             remedy = "give that base as --base, or --allow-other-base to fuse it all the same"

@@ -20,6 +20,7 @@ from coldctl.core.documents import TOML_LIMIT, toml_table
 from coldctl.core.errors import ConfigError
 
 HIGHEST_RANK = 4096  # of a low-rank adapter
+DEFAULT_RANK = 8  # where an adapter is asked for, and no rank is given
 _TOO_LARGE = 1 << 63  # for any whole number
 _SHOWN = 60  # characters of a wrong key that a message spells out
 
@@ -39,6 +40,7 @@ Method = Literal[
     "geometric-median",
     "fisher",
 ]
+Send = Literal["full", "delta-bf16", "delta-int8", "lora"]
 Columns = str | tuple[str, ...]
 
 
@@ -78,6 +80,8 @@ class FinetuneConfig:
     freeze_embeddings: bool = False
     freeze_layers: int = 0
     lora_rank: int = 0
+    send: Send | None = None
+    body_only: bool = False
     anchor: float = 0.0
     fisher: bool = False
     seed: int = 0
@@ -282,10 +286,21 @@ def contributors_of(datasets: Sequence[DatasetConfig]) -> list[tuple[str, Datase
     return found
 
 
-def check_finetuning(config: FinetuneConfig) -> None:
-    """Refuse settings that contradict each other. Raises ConfigError."""
+def settled_finetuning(config: FinetuneConfig) -> FinetuneConfig:
+    """The settings with what follows from them: `send` from the rank of adapters, and the other way round.
+
+    Raises ConfigError for settings that contradict each other.
+    """
     if config.lora_rank > HIGHEST_RANK:
         raise ConfigError(f"--lora-rank {config.lora_rank} is out of range: at most {HIGHEST_RANK}")
+    if config.lora_rank and config.send not in (None, "lora"):
+        raise ConfigError(
+            f"--send {config.send} and --lora-rank {config.lora_rank} exclude each other: leave one out, or --send lora"
+        )
+    if config.send is None:
+        config = dataclasses.replace(config, send="lora" if config.lora_rank else "full")
+    elif config.send == "lora" and not config.lora_rank:
+        config = dataclasses.replace(config, lora_rank=DEFAULT_RANK)
     if config.shots_per_class and not config.shots:
         raise ConfigError("--shots-per-class says how --shots counts: give --shots, too")
     if config.label_smoothing == 1:
@@ -300,6 +315,7 @@ def check_finetuning(config: FinetuneConfig) -> None:
             raise ConfigError(
                 f"{flag} is about the body's own weights, which --lora-rank leaves alone: give one of them"
             )
+    return config
 
 
 def size_in_bytes(text: str) -> int:

@@ -29,6 +29,7 @@ from coldctl.core.checkpoint import (
 )
 from coldctl.core.compatibility import compare, other_base
 from coldctl.core.config import FuseConfig, as_record, identity
+from coldctl.core.decoded import RelativeCheckpoint
 from coldctl.core.describe import bare_config
 from coldctl.core.documents import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
 from coldctl.core.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
@@ -335,6 +336,8 @@ class Fusion:
             if item.checkpoint is not None and not self.config.allow_other_base:
                 finding = other_base(item.checkpoint, proof.base_digest)  # until now the base was only presumed
                 item.problems += [f"{finding}: give that base as --base"] if finding else []
+                if finding and isinstance(item.checkpoint, RelativeCheckpoint):
+                    continue  # what was decoded from another base tells nothing more
             item.digest = proof.digests[index] or None
             changed = proof.problems[index]
             if changed and item.signed is not None:  # the signer's name stands for what was signed alone

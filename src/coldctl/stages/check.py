@@ -11,6 +11,7 @@ from coldctl.core.blocks import block_length
 from coldctl.core.candidates import Candidate, gather
 from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint
 from coldctl.core.compatibility import compare
+from coldctl.core.decoded import RelativeCheckpoint
 from coldctl.core.errors import ColdctlError
 from coldctl.core.passes import differences
 from coldctl.core.progress import Progress
@@ -78,7 +79,8 @@ def check(
             verdict = compare(base_checkpoint, item.checkpoint, base_digest, allow_other_base=False)
             item.problems += verdict.problems
             item.notes += verdict.notes
-        if item.checkpoint is not None and deep:
+        undecodable = isinstance(item.checkpoint, RelativeCheckpoint) and item.problems
+        if item.checkpoint is not None and deep and not undecodable:
             try:
                 item.problems += _deep_problems(item.checkpoint)
             except ColdctlError as error:  # one unreadable checkpoint hides no other's verdict

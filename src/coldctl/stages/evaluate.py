@@ -40,8 +40,8 @@ SCHEMA = 1  # of results.json
 CELL_SCHEMA = 3
 # Settings of [finetune] that say how a contribution is made; a measurement trains everything, freely.
 _CONTRIBUTORS_OWN = (
-    "anchor", "compile", "fisher", "freeze_embeddings", "freeze_layers", "lora_rank", "shots", "shots_per_class",
-    "max_train_examples", "max_validation_examples", "max_test_examples", "seed",
+    "anchor", "compile", "fisher", "freeze_embeddings", "freeze_layers", "lora_rank", "send", "body_only", "shots",
+    "shots_per_class", "max_train_examples", "max_validation_examples", "max_test_examples", "seed",
 )  # fmt: skip
 _GROUPS = ("all", "seen", "unseen")
 

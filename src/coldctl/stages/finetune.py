@@ -19,18 +19,17 @@ from coldctl.core.config import (
     DatasetConfig,
     FinetuneConfig,
     as_record,
-    check_finetuning,
     check_name,
     contributors_of,
     derived_seed,
     identity,
+    settled_finetuning,
 )
-from coldctl.core.encodings import open_adapter
+from coldctl.core.deltas import ENCODINGS
 from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedError, TeamError
 from coldctl.core.manifest import Manifest
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, memory_needed
-from coldctl.core.storage import LocalFolder
 from coldctl.core.training_log import Log, open_log
 from coldctl.engines.jobs import Engine, Needs, Outcome
 
@@ -140,7 +139,7 @@ def jobs_of_suite(
     In a RUN the contributions belong to its next iteration, and whether and how many are sampled is the run's
     own setting unless given. Raises ConfigError.
     """
-    check_finetuning(config)
+    config = settled_finetuning(config)
     seen = contributors_of(datasets)
     if not seen:
         raise ConfigError('the suite has no seen dataset: mark those that contribute with role = "seen"')
@@ -178,7 +177,7 @@ def single_job(
     sign_key: Path | None = None,
 ) -> Job:
     """The job of one contribution; in a RUN it goes where the next iteration looks for it."""
-    check_finetuning(config)
+    config = settled_finetuning(config)
     called = name or dataset.name
     check_name(called, "--name")
     if run.is_run(destination):
@@ -315,15 +314,15 @@ def _tell(job: Job, dataset: data.Dataset, progress: Progress) -> None:
 
 def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, threads: int) -> Manifest:
     """Complete the contribution in `folder`: tokenizer files, no checkpoints any more, the manifest last."""
+    from coldctl.core.sending import encoding_of, open_written
+
     config = job.config
+    encoding = encoding_of(config)
     for name in layout.TOKENIZER_FILES:
-        if work.source.folder.has(name):
+        if work.source.folder.has(name) and encoding not in ENCODINGS:  # a difference is never used but with its base
             (folder / name).write_bytes(work.source.folder.read(name))
     shutil.rmtree(folder / layout.TRAINING, ignore_errors=True)
-    if config.lora_rank:
-        written = open_adapter(LocalFolder(folder), job.name, work.source)
-    else:
-        written = open_checkpoint(LocalFolder(folder), job.name)
+    written = open_written(folder, job.name, work.source, config)
     before = work.source.manifest
     ancestor: dict[str, Any] = (
         manifest.shortened(before)
@@ -334,7 +333,7 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
         "kind": "contribution",
         "name": job.name,
         "iteration": work.number,
-        "encoding": "adapter" if config.lora_rank else "full",
+        "encoding": encoding,
         "identity": work.key,
         "body_digest": body_digest(written),
         "outside_body": outside_body(written),
@@ -365,6 +364,7 @@ def _train(job: Job, work: _Prepared, folder: Path, threads: int, progress: Prog
     from coldctl.core import model as models
     from coldctl.core import trainable
     from coldctl.core.fisher import write_fisher
+    from coldctl.core.sending import write_weights
     from coldctl.core.training import Examples, Head, Place, predict, train
 
     torch.set_num_threads(max(1, threads // peers.local_size))
@@ -394,10 +394,7 @@ def _train(job: Job, work: _Prepared, folder: Path, threads: int, progress: Prog
     if peers.leads:
         if config.fisher:
             write_fisher(model, training, place, folder, seed)
-        if adapted is None:
-            model.cpu().save_pretrained(folder)  # type: ignore[operator]
-        else:
-            trainable.save_adapter(adapted.cpu(), folder, job.base.name)
+        write_weights(model, adapted, folder, work.source, config, job.name)
         training_chart(trained.curve, f"{job.name}: {trained.stopped}", metric, folder / layout.TRAINING_CHART)
     return _Learned(
         place.device.type,
