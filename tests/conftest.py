@@ -19,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _caches = tempfile.TemporaryDirectory(prefix="coldctl-")  # nor write to the cache of whoever runs it
 os.environ["COLDCTL_CACHE"] = _caches.name
+os.environ["COLDCTL_STATE"] = str(Path(_caches.name) / "state")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@
 There is never a head in it. A pooler may be missing, and then counts as the base's own.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,11 @@ class DeltaCheckpoint(RelativeCheckpoint):
                 scales = self._stored(self.scales[name], first, -(-stop // columns))
                 step *= np.repeat(scales, columns)[start - first * columns :][: step.size]
             step += elements(self.base, name, start, stop)
-        buffer[:] = merge.rounded(step, dtype).view(np.uint8).data
+        buffer[:] = _bytes(merge.rounded(step, dtype))
 
     def _stored(self, tensor: Tensor, start: int, stop: int) -> Array:
         values = np.empty(stop - start, DTYPES[tensor.dtype])
-        self.read_file(tensor.file, tensor.offset + start * values.itemsize, values.view(np.uint8).data)
+        self.read_file(tensor.file, tensor.offset + start * values.itemsize, _bytes(values))
         return values.astype(np.float64)
 
 
@@ -104,37 +104,56 @@ def open_delta(folder: Folder, name: str, base: Checkpoint, encoding: str | None
     )
 
 
-def write_delta(source: Checkpoint, base: Checkpoint, folder: Path, encoding: str) -> None:
+def write_delta(
+    source: Checkpoint,
+    base: Checkpoint,
+    folder: Path,
+    encoding: str,
+    *,
+    owed: Sequence[Checkpoint] = (),
+    residual: Path | None = None,
+) -> None:
     """Write what the body of `source` differs from `base` by into `folder`, in bounded memory.
 
     Of each row (float64) `delta-int8` stores q = round(row / s), s = max |row| / 127 as float32; s is 0 where that is too
-    small for a float32, and then so is q. Tensors that only one of the two has (poolers, integers) are left out.
-    Raises CheckpointError for a difference that is no finite number in its encoding.
+    small for a float32, and then so is q. Tensors that only one of the two has (poolers, integers) are left out. Before
+    it is encoded, the tensors of `owed` are added to the difference; what of the sum is lost is written to the file
+    `residual`, float32 (see `core/residuals.py`). Raises CheckpointError for a difference that is no finite number.
     """
     _check_names(base, encoding)
     names = [name for name, tensor in base.body.items() if tensor.floating and name in source.body]
     layouts = [Layout(name, ENCODINGS[encoding], base.body[name].shape) for name in names]
+    difference = _Difference(source, base, owed)
     scales: dict[str, NDArray[np.float32]] = {}
     if encoding == "delta-int8":
-        scales = {name + _SCALE: _scales(source, base, name) for name in names}
+        scales = {name + _SCALE: difference.scales(name) for name in names}
         layouts += [Layout(name, "F32", found.shape) for name, found in scales.items()]
-    writer = WeightsWriter(folder, layouts, 0, single=layout.DELTA_WEIGHTS)
+    writers = [WeightsWriter(folder, layouts, 0, single=layout.DELTA_WEIGHTS)]
+    if residual is not None:
+        wide = [Layout(name, "F32", base.body[name].shape) for name in names]
+        writers.append(WeightsWriter(residual.parent, wide, 0, single=residual.name))
     try:
         for item in file_order(layouts):
             if item.name in scales:
-                writer.write(scales[item.name].view(np.uint8).data)
+                writers[0].write(_bytes(scales[item.name]))
                 continue
-            for first, rows in _differences(source, base, item.name):
+            for first, rows in difference.rows(item.name):
                 if scales:
                     own = scales[item.name + _SCALE][first : first + len(rows)]
                     made: NDArray[Any] = quantised(rows, own)
+                    sent = made * own.astype(np.float64)[:, None]
                 else:
                     made = merge.rounded(rows, DTYPES["BF16"])
-                    _check_finite(made, source, item.name)
-                writer.write(made.reshape(-1).view(np.uint8).data)
-        writer.close()
+                    sent = made.astype(np.float64)
+                    difference.check_finite(made, item.name)
+                writers[0].write(_bytes(made))
+                if residual is not None:
+                    writers[1].write(_bytes(merge.rounded(rows - sent, DTYPES["F32"])))
+        for writer in writers:
+            writer.close()
     finally:
-        writer.abandon()
+        for writer in writers:
+            writer.abandon()
 
 
 def rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -166,7 +185,7 @@ def elements(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Array:
     """Elements `start:stop` (row-major) of a body tensor, float64."""
     tensor = checkpoint.body[name]
     values = np.empty(stop - start, DTYPES[tensor.dtype])
-    checkpoint.read_into(tensor, start, values.view(np.uint8).data)
+    checkpoint.read_into(tensor, start, _bytes(values))
     return values.astype(np.float64)
 
 
@@ -190,29 +209,43 @@ def _check_names(base: Checkpoint, encoding: str) -> None:
         raise CheckpointError(f"{base.label} has both {doubled[0]} and {doubled[0]}{_SCALE}: take delta-bf16")
 
 
-def _differences(source: Checkpoint, base: Checkpoint, name: str) -> Iterator[tuple[int, Array]]:
-    """What a tensor of `source` differs from the base's by, in whole rows: the first row's number, and [rows, columns]."""
-    count, columns = rows_of(base.body[name].shape)
-    step = max(1, _PIECE // max(1, columns))
-    for first in range(0, count if columns else 0, step):
-        last = min(first + step, count)
-        start, stop = first * columns, last * columns
-        rows = elements(source, name, start, stop) - elements(base, name, start, stop)
-        yield first, rows.reshape(last - first, columns)
+@dataclass(frozen=True)
+class _Difference:
+    """What one body differs from another by, and what is added to that, in whole rows."""
+
+    source: Checkpoint
+    base: Checkpoint
+    owed: Sequence[Checkpoint]
+
+    def rows(self, name: str) -> Iterator[tuple[int, Array]]:
+        """Pieces of a tensor: the first row's number, and float64 [rows, columns]."""
+        count, columns = rows_of(self.base.body[name].shape)
+        step = max(1, _PIECE // max(1, columns))
+        for first in range(0, count if columns else 0, step):
+            last = min(first + step, count)
+            start, stop = first * columns, last * columns
+            found = elements(self.source, name, start, stop) - elements(self.base, name, start, stop)
+            for item in self.owed:
+                if name in item.body:
+                    found += elements(item, name, start, stop)
+            yield first, found.reshape(last - first, columns)
+
+    def scales(self, name: str) -> NDArray[np.float32]:
+        """The scale of each row of a tensor: float32 [rows]. Raises CheckpointError where it is not finite."""
+        scales = np.zeros(rows_of(self.base.body[name].shape)[0], np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for first, rows in self.rows(name):
+                scales[first : first + len(rows)] = np.abs(rows).max(axis=1) / _LARGEST
+        self.check_finite(scales, name)
+        return scales
+
+    def check_finite(self, values: NDArray[Any], name: str) -> None:
+        """Raise CheckpointError if an encoded difference is no finite number."""
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise CheckpointError(
+                f"{self.source.name}: {name} differs from the base by what is no finite number: lower --learning-rate"
+            )
 
 
-def _scales(source: Checkpoint, base: Checkpoint, name: str) -> NDArray[np.float32]:
-    """The scale of each row of a tensor: float32 [rows]. Raises CheckpointError where it is not finite."""
-    scales = np.zeros(rows_of(base.body[name].shape)[0], np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for first, rows in _differences(source, base, name):
-            scales[first : first + len(rows)] = np.abs(rows).max(axis=1) / _LARGEST
-    _check_finite(scales, source, name)
-    return scales
-
-
-def _check_finite(values: NDArray[Any], source: Checkpoint, name: str) -> None:
-    if not np.isfinite(values.astype(np.float32)).all():
-        raise CheckpointError(
-            f"{source.name}: {name} differs from the base by what is no finite number: lower --learning-rate"
-        )
+def _bytes(values: NDArray[Any]) -> memoryview:
+    return values.reshape(-1).view(np.uint8).data

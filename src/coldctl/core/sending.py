@@ -7,20 +7,30 @@ from torch import nn
 
 from coldctl.core import layout, trainable
 from coldctl.core.adapters import open_adapter
-from coldctl.core.checkpoint import Checkpoint, open_checkpoint
+from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.config import FinetuneConfig
 from coldctl.core.deltas import open_delta, write_delta
+from coldctl.core.progress import Progress
+from coldctl.core.residuals import account
 from coldctl.core.storage import LocalFolder
 
 _WHOLE = "whole"  # below the training's own folder: the trained model as it is, until what is sent of it is written
 
 
 def write_weights(
-    model: nn.Module, adapted: Any | None, folder: Path, base: Checkpoint, config: FinetuneConfig, name: str
+    model: nn.Module,
+    adapted: Any | None,
+    folder: Path,
+    base: Checkpoint,
+    base_digest: str,
+    config: FinetuneConfig,
+    name: str,
+    progress: Progress,
 ) -> None:
     """Write the weights that `config.send` asks for into `folder`; `adapted` is PEFT's wrapper where there is one.
 
-    Raises CheckpointError for a difference that its encoding cannot hold.
+    What 8-bit rounding loses is settled in the account of the contributor `name`. Raises CheckpointError for a
+    difference that its encoding cannot hold, OutputError for an account that cannot be kept.
     """
     if adapted is not None:
         trainable.save_adapter(adapted.cpu(), folder, base.name)
@@ -31,7 +41,16 @@ def write_weights(
         return
     whole = folder / layout.TRAINING / _WHOLE
     model.save_pretrained(whole)  # type: ignore[operator]
-    write_delta(open_checkpoint(LocalFolder(whole), name), base, folder, encoding_of(config))
+    source = open_checkpoint(LocalFolder(whole), name)
+    if config.send != "delta-int8":
+        write_delta(source, base, folder, encoding_of(config))
+        return
+    with account(name, base.manifest, base_digest) as own:
+        owed = own.opened(base)
+        if owed:
+            progress.note(f"{name}: takes along what rounding left of {len(owed)} contribution(s) before")
+        write_delta(source, base, folder, "delta-int8", owed=owed, residual=own.draft)
+        own.settle(body_digest(open_written(folder, name, base, config)))
 
 
 def open_written(folder: Path, name: str, base: Checkpoint, config: FinetuneConfig) -> Checkpoint:

@@ -394,7 +394,7 @@ def _train(job: Job, work: _Prepared, folder: Path, threads: int, progress: Prog
     if peers.leads:
         if config.fisher:
             write_fisher(model, training, place, folder, seed)
-        write_weights(model, adapted, folder, work.source, config, job.name)
+        write_weights(model, adapted, folder, work.source, work.base_digest, config, job.name, progress)
         training_chart(trained.curve, f"{job.name}: {trained.stopped}", metric, folder / layout.TRAINING_CHART)
     return _Learned(
         place.device.type,
