@@ -169,12 +169,12 @@ class Fusion:
         whole = self._in_name_order()
         statistics: UpdateStatistics | None = None
         proof: Proof | None = None
-        gram = config.method in ("multi-krum", "geometric-median")
+        gram, pairs = config.method in ("multi-krum", "geometric-median"), config.screen != "off"
         # Where one is refused already, the others are looked at, too, so that all findings are listed at once.
         if suspicious or config.screen == "reject" or gram or (self.scale.automatic and config.method in WEIGHTED):
             prover = Prover(self._inputs(accepted), verify=config.verify, whole=True)
             statistics = survey(
-                self._inputs(accepted), self._weights(accepted), prover, gram=gram, progress=self.progress
+                self._inputs(accepted), self._weights(accepted), prover, gram=gram, pairs=pairs, progress=self.progress
             )
             proof = prover.prove()
             self._learn(accepted, proof)
@@ -182,7 +182,7 @@ class Fusion:
             if len(sound) < len(accepted) and sound:  # what was refused must not hide who else stands out
                 statistics = self._survey_again(sound, gram=gram)
             if config.screen == "reject" and sound:
-                for index, reason in outliers(statistics).items():
+                for index, reason in outliers(statistics, [item.name for item in sound]).items():
                     sound[index].problems.append(f"outlier: {reason}")
             accepted = self._accepted()
             if len(accepted) < len(sound):
@@ -190,7 +190,7 @@ class Fusion:
         inputs = self._inputs(accepted)
         recipe = self._recipe(accepted, inputs, statistics)
         writing_prover = Prover(inputs, verify=config.verify, whole=whole) if proof is None else None
-        fresh = UpdateStatistics(recipe.weights) if statistics is None and config.screen != "off" else None
+        fresh = UpdateStatistics(len(recipe.weights), pairs=pairs) if statistics is None and pairs else None
         without = self._without(partial, accepted, recipe.weights)
         states = self._states()
         written, lacking = write(
@@ -227,7 +227,8 @@ class Fusion:
     def _survey_again(self, accepted: Sequence[Candidate], *, gram: bool) -> UpdateStatistics:
         inputs = self._inputs(accepted)
         prover = Prover(inputs, verify=False, whole=False)
-        return survey(inputs, self._weights(accepted), prover, gram=gram, progress=self.progress)
+        pairs = self.config.screen != "off"
+        return survey(inputs, self._weights(accepted), prover, gram=gram, pairs=pairs, progress=self.progress)
 
     def _accepted(self) -> list[Candidate]:
         """The candidates without problems. Raises if a problem must stop everything."""
@@ -314,8 +315,9 @@ class Fusion:
         """λ = Σ wᵢ‖dᵢ‖ / ‖merged − base‖: the fused update gets the contributions' mean norm; 1 where it is zero."""
         if statistics is None:
             statistics = survey(
-                inputs, recipe.weights, Prover(inputs, verify=False, whole=False), gram=False, progress=self.progress
-            )
+                inputs, recipe.weights, Prover(inputs, verify=False, whole=False), gram=False, pairs=False,
+                progress=self.progress,
+            )  # fmt: skip
         wanted = float(recipe.weights @ statistics.norms)
         if recipe.config.method in ("mean", "task-arithmetic"):
             length = statistics.mean_norm
@@ -351,7 +353,7 @@ class Fusion:
 
     def _note_statistics(self, accepted: Sequence[Candidate], statistics: UpdateStatistics) -> None:
         norms, cosines = statistics.norms, statistics.cosines
-        found = outliers(statistics) if self.config.screen == "report" else {}
+        found = outliers(statistics, [item.name for item in accepted]) if self.config.screen == "report" else {}
         for index, item in enumerate(accepted):
             item.update_norm, item.cosine_to_mean = float(norms[index]), float(cosines[index])
             item.update_share = statistics.shares(index)

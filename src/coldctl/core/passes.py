@@ -126,9 +126,11 @@ def differences(checkpoint: Checkpoint, actual: str) -> list[str]:
     return problems
 
 
-def survey(inputs: Inputs, weights: Array, prover: Prover, *, gram: bool, progress: Progress) -> UpdateStatistics:
-    """One pass that writes nothing: values, digests, the updates' norms, and on request their inner products."""
-    statistics = UpdateStatistics(weights, gram=gram)
+def survey(
+    inputs: Inputs, weights: Array, prover: Prover, *, gram: bool, pairs: bool, progress: Progress
+) -> UpdateStatistics:
+    """One pass that writes nothing: values, digests, the updates' norms, on request their inner products or directions."""
+    statistics = UpdateStatistics(len(weights), gram=gram, pairs=pairs)
     progress.begin("survey", _elements(inputs), "weights")
     for block in read_blocks(inputs.base, inputs.contributions, inputs.names, prover.digesters):
         averaged = merge.mean(block.contributions, weights)

@@ -7,18 +7,26 @@ inputs' own precision (at least float32), sums over blocks in float64.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.core.blocks import Block
-from coldctl.core.merge import stacked
 
 _PIECE = 1 << 15  # elements looked at together: what stays in the core's own cache
-_DEVIATIONS = 3.5  # robust deviations from the median that make an outlier (Iglewicz and Hoaglin 1993)
+_TOGETHER = 1 << 18  # the same over all contributions, where their inner products are taken
 _LEAST_FOR_OUTLIERS = 5
-_NORM_FLOOR = 0.10  # natural-log units: norms within 10 % of each other are never told apart
-_COSINE_FLOOR = 0.05
+# How many robust deviations (1.4826 × the median absolute deviation) make an outlier among so many: in 99 of 100 samples of
+# a normal distribution none lies further from the median. Few values estimate their own spread badly, so the fewer, the more.
+_COUNTS = (5, 6, 7, 8, 9, 10, 12, 16, 24, 32, 64, 1024, 4096)
+_DEVIATIONS = (18.0, 10.5, 10.5, 8.0, 8.0, 6.9, 6.3, 5.6, 5.0, 4.7, 4.4, 4.4, 4.75)
+_NORM_FLOOR = 0.35  # natural-log units: norms within 40 % of the median are never told apart
+_COSINE_FLOOR = 0.175
+_OPPOSED = -0.1  # unlike tasks are orthogonal, up to a few hundredths: from here on an update undoes what the others do
+_COPY = (
+    0.9  # the cosine of two updates that were not trained apart: even of the same data, with another seed, it is small
+)
 
 
 @dataclass(frozen=True)
@@ -32,15 +40,14 @@ class NotFinite:
 class UpdateStatistics:
     """Accumulates the updates' norms, their inner products with the mean update and, on request, with each other."""
 
-    def __init__(self, weights: NDArray[np.float64], *, gram: bool = False) -> None:
-        """`weights` are those of the mean that `add` is given."""
-        count = len(weights)
-        self._weights = weights
+    def __init__(self, count: int, *, gram: bool = False, pairs: bool = False) -> None:
+        """`gram` asks for the inner products of all pairs in float64, `pairs` for as much as tells their directions."""
         self._squares = np.zeros(count)
         self._with_mean = np.zeros(count)
         self._mean_square = 0.0
         self._groups: dict[str, NDArray[np.float64]] = {}
-        self.gram: NDArray[np.float64] | None = np.zeros((count, count)) if gram else None
+        self._exact = gram
+        self._products: NDArray[np.float64] | None = np.zeros((count, count)) if gram or pairs else None
 
     def add(self, block: Block, mean: NDArray[np.float64]) -> None:
         """Take in one block and the mean of its contributions."""
@@ -61,9 +68,35 @@ class UpdateStatistics:
                     self._squares[index] += square
                     group[index] += square
                     self._with_mean[index] += float(update @ towards)
-                if self.gram is not None:
-                    updates = stacked([part[piece] for part in block.contributions]) - block.base[piece]
-                    self.gram += updates @ updates.T
+            if self._products is not None:
+                self._add_products(block, np.dtype(np.float64 if self._exact else dtype))
+
+    def _add_products(self, block: Block, dtype: np.dtype[Any]) -> None:
+        assert self._products is not None
+        count = len(block.contributions)
+        width = max(1 << 9, min(_PIECE, _TOGETHER // count))
+        updates = np.empty((count, width), dtype)
+        for start in range(0, block.base.size, width):
+            piece = slice(start, start + width)
+            base = block.base[piece].astype(dtype, copy=False)
+            rows = updates[:, : base.size]
+            for row, part in zip(rows, block.contributions, strict=True):
+                np.subtract(part[piece], base, out=row)
+            self._products += rows @ rows.T
+
+    @property
+    def gram(self) -> NDArray[np.float64] | None:
+        """The inner products ⟨dᵢ, dⱼ⟩, float64 [N, N], if they were asked for."""
+        return self._products if self._exact else None
+
+    @property
+    def pairwise_cosines(self) -> NDArray[np.float64] | None:
+        """The cosine of each pair of updates, 0 where one is zero or not finite, if pairs were asked for: float64 [N, N]."""
+        if self._products is None:
+            return None
+        with np.errstate(all="ignore"):
+            lengths = np.sqrt(np.diag(self._products))
+            return np.nan_to_num(_ratio(self._products, np.outer(lengths, lengths)), nan=0.0, posinf=0.0, neginf=0.0)
 
     @property
     def norms(self) -> NDArray[np.float64]:
@@ -79,19 +112,6 @@ class UpdateStatistics:
     def cosines(self) -> NDArray[np.float64]:
         """The cosine of each update to the mean update, 0 where one of them is zero: float64 [N]."""
         return _ratio(self._with_mean, np.sqrt(self._squares * self._mean_square))
-
-    @property
-    def cosines_to_others(self) -> NDArray[np.float64]:
-        """The cosine of each update to the weighted mean of all the others: float64 [N].
-
-        Unlike the cosine to the mean, a long update does not point at itself here.
-        """
-        count = len(self._squares)
-        if count < 2:
-            return np.ones(count)
-        with_others = self._with_mean - self._weights * self._squares
-        others = self._mean_square - 2 * self._weights * self._with_mean + self._weights**2 * self._squares
-        return _ratio(with_others, np.sqrt(np.maximum(self._squares * others, 0.0)))
 
     def shares(self, index: int) -> dict[str, float]:
         """How one update's squared norm is spread over groups of layers: shares that sum to one."""
@@ -110,26 +130,39 @@ def layer_group(name: str) -> str:
     return "embeddings" if "embedding" in name else "other"
 
 
-def outliers(statistics: UpdateStatistics) -> Mapping[int, str]:
-    """Which updates stand out, and why, by a robust rule; none below five contributions.
+def outliers(statistics: UpdateStatistics, names: Sequence[str]) -> Mapping[int, str]:
+    """Which updates stand out, and why, by robust rules that bear almost half of them being wrong; none below five.
 
-    An update is an outlier if the logarithm of its norm lies more than 3.5 robust deviations (1.4826 × the median
-    absolute deviation) from the median, or its cosine to the mean of the others lies that far below the median.
+    An update is an outlier if
+
+    - the logarithm of its norm lies too many robust deviations from the median,
+    - the median of its cosines to the others is negative and as far below that of the others: it undoes what they do;
+      an update that only shares nothing with the others is another task, no outlier, or
+    - it is nearly the same as one before it, while most have no such twin: it would count twice.
+
+    Cosines of pairs, unlike those to a mean, cannot be turned by a few who work together.
     """
-    norms = statistics.norms
-    if len(norms) < _LEAST_FOR_OUTLIERS:
+    norms, cosines = statistics.norms, statistics.pairwise_cosines
+    count = len(norms)
+    if count < _LEAST_FOR_OUTLIERS or cosines is None:
         return {}
-    found: dict[int, str] = {}
     middle = float(np.median(norms))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        far = _deviations(np.log(np.maximum(norms, 1e-300)), _NORM_FLOOR)
-    low = _deviations(statistics.cosines_to_others, _COSINE_FLOOR)
+    with np.errstate(all="ignore"):
+        far = _excess(np.log(np.maximum(norms, 1e-300)), _NORM_FLOOR)
+    others = cosines[~np.eye(count, dtype=bool)].reshape(count, count - 1)
+    agreement = np.median(others, axis=1)
+    low = _excess(agreement, _COSINE_FLOOR)
+    alike = np.triu(cosines, 1) > _COPY
+    twins_are_rare = np.median(others.max(axis=1)) <= _COPY
+    found: dict[int, str] = {}
     for index, norm in enumerate(norms):
-        if abs(far[index]) > _DEVIATIONS:
+        earlier = [other for other in np.flatnonzero(alike[:, index]).tolist() if other not in found]
+        if abs(far[index]) > 1:
             found[index] = f"its update's norm {norm:.3g} is {norm / middle if middle else np.inf:.3g} times the median"
-        elif low[index] < -_DEVIATIONS:
-            cosine = statistics.cosines_to_others[index]
-            found[index] = f"its update points away from the others (cosine {cosine:.2f})"
+        elif agreement[index] < _OPPOSED and low[index] < -1:
+            found[index] = f"its update points against the others (median cosine {agreement[index]:.2f})"
+        elif earlier and twins_are_rare:
+            found[index] = f"its update is nearly that of {names[earlier[0]]} (cosine {cosines[earlier[0], index]:.4f})"
     return found
 
 
@@ -158,8 +191,9 @@ def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np
         return np.divide(above, below, out=np.zeros_like(below), where=below > 0)
 
 
-def _deviations(values: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
-    """How many robust deviations each value lies from the median; `floor` is the least deviation that counts as one."""
+def _excess(values: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
+    """How far each value lies from the median, in units of what makes an outlier; `floor` is the least that does."""
     middle = np.median(values)
-    spread = max(1.4826 * float(np.median(np.abs(values - middle))), floor)
-    return (values - middle) / spread
+    spread = 1.4826 * float(np.median(np.abs(values - middle)))
+    allowed = float(np.interp(np.log(len(values)), np.log(_COUNTS), _DEVIATIONS)) * spread
+    return (values - middle) / max(allowed, floor)
