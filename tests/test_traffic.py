@@ -401,3 +401,40 @@ def test_a_residual_is_owed_where_its_contribution_was_fused_and_once(
     for letter in "56789":
         contribute(base(), "9", letter)
     assert len(list((tmp_path / "residuals" / "me" / ("9" * 64)).glob("*.safetensors"))) == 4
+
+
+def test_the_head_stays_at_home(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    """With `--body-only` neither the head nor a label's name leaves, and the body is the same."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModel
+
+    data = tiny.make_dataset(tmp_path / "data", labels=("zz_ill", "zz_well"))
+    for send in ("full", "lora", "delta-bf16"):
+        whole = trained(coldctl, data, base, tmp_path / "whole" / send, "--send", send, name=send)
+        alone = trained(coldctl, data, base, tmp_path / "alone" / send, "--send", send, "--body-only", name=send)
+        assert manifest(alone)["body_digest"] == manifest(whole)["body_digest"]
+        assert manifest(alone)["dataset"]["num_labels"] == 2
+        assert manifest(whole)["dataset"]["labels"] == ["zz_ill", "zz_well"]
+        for path in alone.rglob("*"):
+            assert b"zz_" not in path.read_bytes(), path
+            if path.suffix == ".safetensors":
+                assert not [name for name in tiny.read_tensors(path)[0] if "classifier" in name]
+    assert manifest(tmp_path / "alone" / "full")["encoding"] == "body"
+    model, report = AutoModel.from_pretrained(tmp_path / "alone" / "full", output_loading_info=True)
+    assert not [name for name in report["missing_keys"] if not name.startswith("pooler.")]
+    assert not report["unexpected_keys"]
+    for name, value in body(tmp_path / "whole" / "full").items():
+        np.testing.assert_array_equal(model.state_dict()[name].numpy(), value)
+    adapted = PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "alone" / "lora").merge_and_unload()
+    ran = coldctl("fuse", tmp_path / "alone" / "lora", "--base", base, "--output", tmp_path / "one")
+    assert ran.code == 0, ran.stderr
+    for name, value in body(tmp_path / "one").items():
+        torch.testing.assert_close(adapted.state_dict()[name], torch.from_numpy(value), rtol=1e-5, atol=1e-6)
+    found = []
+    for folder in ("whole", "alone"):
+        ran = coldctl("fuse", tmp_path / folder, "--base", base, "--output", tmp_path / f"{folder}-fused", "--json")
+        assert ran.code == 0, ran.stderr
+        assert all(item["verified"] for item in ran.json["contributions"])
+        found.append(ran.json["body_digest"])
+    assert found[0] == found[1]

@@ -224,6 +224,9 @@ def finetune(
             "[dim]default: full, with --lora-rank lora[/]",
         ),
     ] = None,
+    body_only: Annotated[
+        bool | None, typer.Option("--body-only", help="Leave the head, and the labels' names, at home.")
+    ] = None,
     freeze_embeddings: Annotated[
         bool | None, typer.Option("--freeze-embeddings", help="Leave them as they are.")
     ] = None,
@@ -281,8 +284,8 @@ def finetune(
             "max_train_examples": max_train_examples, "shots": shots, "shots_per_class": shots_per_class,
             "patience": patience, "label_smoothing": label_smoothing, "class_weights": class_weights,
             "micro_batch": micro_batch, "precision": precision, "compile": compile_, "lora_rank": lora_rank, "send": send,
-            "freeze_embeddings": freeze_embeddings, "freeze_layers": freeze_layers, "anchor": anchor,
-            "fisher": fisher, "seed": seed,
+            "body_only": body_only, "freeze_embeddings": freeze_embeddings, "freeze_layers": freeze_layers,
+            "anchor": anchor, "fisher": fisher, "seed": seed,
         }  # fmt: skip
         settings = resolve(FinetuneConfig, file, flags)
         if log is not None:

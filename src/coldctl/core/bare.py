@@ -32,10 +32,16 @@ class WrittenBody:
 
 
 def write_body(
-    source: Checkpoint, folder: Path, dtype: str | None, max_shard_size: int, progress: Progress
+    source: Checkpoint,
+    folder: Path,
+    dtype: str | None,
+    max_shard_size: int,
+    progress: Progress,
+    task: str = "publish",
 ) -> WrittenBody:
     """Write the body's tensors into `folder`, unprefixed, without heads; floating ones rounded to `dtype` if one is given.
 
+    `task` is what the progress bar is called.
     Raises CheckpointError for a value that is not finite in `dtype`.
     """
     wanted = DTYPE_NAMES[dtype] if dtype else None
@@ -50,7 +56,7 @@ def write_body(
     provable = floating == sorted(floating)
     reading, writing = hashlib.sha256(), hashlib.sha256()
     writer = WeightsWriter(folder, list(layouts.values()), max_shard_size)
-    progress.begin("publish", sum(tensor.nbytes for tensor in source.body.values()), "bytes")
+    progress.begin(task, sum(tensor.nbytes for tensor in source.body.values()), "bytes")
     pending: Future[None] | None = None
     try:
         with ThreadPoolExecutor(1) as beside:
@@ -66,13 +72,13 @@ def write_body(
                         _hash, [(reading, head, part), *([(writing, other, made)] if converts else [])]
                     )
                 writer.write(made)
-                progress.advance("publish", len(part))
+                progress.advance(task, len(part))
             if pending is not None:
                 pending.result()
         writer.close()
     finally:
         writer.abandon()
-        progress.end("publish")
+        progress.end(task)
     found = f"sha256:{reading.hexdigest()}" if provable else body_digest(source)
     if not converts:
         return WrittenBody(found, found, writer.digests)

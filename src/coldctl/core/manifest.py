@@ -47,6 +47,7 @@ class DatasetRecord(TypedDict, total=False):
     num_validation: int
     num_test: int
     labels: list[str]
+    num_labels: int
 
 
 class ContributionRecord(TypedDict, total=False):

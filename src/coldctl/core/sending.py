@@ -7,13 +7,15 @@ from torch import nn
 
 from coldctl.core import layout, trainable
 from coldctl.core.adapters import open_adapter
+from coldctl.core.bare import write_body, write_config
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
-from coldctl.core.config import FinetuneConfig
-from coldctl.core.deltas import open_delta, write_delta
+from coldctl.core.config import FinetuneConfig, size_in_bytes
+from coldctl.core.deltas import ENCODINGS, open_delta, write_delta
 from coldctl.core.progress import Progress
 from coldctl.core.residuals import account
 from coldctl.core.storage import LocalFolder
 
+_SHARD = "5GB"  # larger bodies are written in several files
 _WHOLE = "whole"  # below the training's own folder: the trained model as it is, until what is sent of it is written
 
 
@@ -33,23 +35,28 @@ def write_weights(
     difference that its encoding cannot hold, OutputError for an account that cannot be kept.
     """
     if adapted is not None:
-        trainable.save_adapter(adapted.cpu(), folder, base.name)
+        trainable.save_adapter(adapted.cpu(), folder, base.name, body_only=config.body_only)
         return
     model.cpu()
-    if config.send == "full":
+    encoding = encoding_of(config)
+    if encoding == "full":
         model.save_pretrained(folder)  # type: ignore[operator]
         return
     whole = folder / layout.TRAINING / _WHOLE
     model.save_pretrained(whole)  # type: ignore[operator]
     source = open_checkpoint(LocalFolder(whole), name)
-    if config.send != "delta-int8":
-        write_delta(source, base, folder, encoding_of(config))
+    if encoding == "body":
+        write_body(source, folder, None, size_in_bytes(_SHARD), progress, f"{name}: write the body")
+        write_config(source, folder, None)
+        return
+    if encoding != "delta-int8":
+        write_delta(source, base, folder, encoding)
         return
     with account(name, base.manifest, base_digest) as own:
         owed = own.opened(base)
         if owed:
             progress.note(f"{name}: takes along what rounding left of {len(owed)} contribution(s) before")
-        write_delta(source, base, folder, "delta-int8", owed=owed, residual=own.draft)
+        write_delta(source, base, folder, encoding, owed=owed, residual=own.draft)
         own.settle(body_digest(open_written(folder, name, base, config)))
 
 
@@ -58,9 +65,11 @@ def open_written(folder: Path, name: str, base: Checkpoint, config: FinetuneConf
     encoding, place = encoding_of(config), LocalFolder(folder)
     if encoding == "adapter":
         return open_adapter(place, name, base)
-    return open_checkpoint(place, name) if encoding == "full" else open_delta(place, name, base, encoding)
+    return open_delta(place, name, base, encoding) if encoding in ENCODINGS else open_checkpoint(place, name)
 
 
 def encoding_of(config: FinetuneConfig) -> str:
     """How the manifest calls what is sent."""
-    return "adapter" if config.send == "lora" else config.send or "full"
+    if config.send == "lora":
+        return "adapter"
+    return "body" if config.body_only and config.send == "full" else config.send or "full"

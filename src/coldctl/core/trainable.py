@@ -1,5 +1,6 @@
 """What of a model is trained: all of it, all but its first layers, or low-rank adapters (PEFT) and the head."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from coldctl.core.config import FinetuneConfig
 from coldctl.core.errors import ConfigError, ModelError
 from coldctl.core.model import body_of
 
+_PEFT = "base_model.model."  # before all names of a file of PEFT's
 _BEHIND = ("pooler", "final_norm")  # what a body has behind its last layer
 
 
@@ -32,12 +34,36 @@ def restrict(model: nn.Module, config: FinetuneConfig, base_name: str, seed: int
     return _with_adapters(model, config, base_name, seed) if config.lora_rank else None
 
 
-def save_adapter(adapted: Any, folder: Path, base_name: str) -> None:
-    """Write adapter and head in PEFT's format. Of the base it tells the name, never where it was."""
+def save_adapter(adapted: Any, folder: Path, base_name: str, *, body_only: bool = False) -> None:
+    """Write adapter and head in PEFT's format, or an adapter of the bare encoder alone.
+
+    Of the base it tells the name, never where it was.
+    """
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = base_name
     adapted.save_pretrained(folder, save_embedding_layers=False)
     (folder / layout.CARD).unlink(missing_ok=True)  # PEFT's template of a model card
+    if body_only:
+        _leave_head_out(folder, f"{adapted.get_base_model().base_model_prefix}.")
+
+
+def _leave_head_out(folder: Path, prefix: str) -> None:
+    """Make an adapter of a model with a head one of its body, as `AutoModel` loads that."""
+    from safetensors.torch import load_file, save_file
+
+    weights, settings = folder / layout.ADAPTER_WEIGHTS, folder / layout.ADAPTER_CONFIG
+    inside = f"{_PEFT}{prefix}"
+    tensors = {
+        f"{_PEFT}{name.removeprefix(inside)}": tensor
+        for name, tensor in load_file(weights).items()
+        if name.startswith(inside)
+    }
+    save_file(tensors, weights, {"format": "pt"})
+    document = json.loads(settings.read_text(encoding="utf-8"))
+    document["task_type"] = "FEATURE_EXTRACTION"
+    document["target_modules"] = sorted(name.removeprefix(prefix) for name in document["target_modules"])
+    document["modules_to_save"] = [name for name in document["modules_to_save"] if name in _BEHIND] or None
+    settings.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _with_adapters(model: nn.Module, config: FinetuneConfig, base_name: str, seed: int) -> Any:

@@ -350,7 +350,7 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
             "num_train": len(work.dataset.train),
             "num_validation": len(work.dataset.validation),
             "num_test": len(work.dataset.test),
-            "labels": list(work.dataset.labels),
+            **({"num_labels": len(work.dataset.labels)} if config.body_only else {"labels": list(work.dataset.labels)}),
         },
         "metrics": learned.metrics,
     }
