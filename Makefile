@@ -2,7 +2,7 @@
 # make experiment EXPERIMENT=FILE.toml   full rounds under several settings, and their curves side by side
 # make test      set up what is missing, then run the tests
 .SUFFIXES:
-.PHONY: iterate experiment publish test test-peers test-tensorflow lint format bench bench-finetune bench-evaluate assets setup clean help
+.PHONY: iterate experiment publish test test-faults test-peers test-tensorflow lint format bench bench-finetune bench-evaluate assets setup clean help
 
 PYTHON = python3
 ITERATIONS = 1
@@ -45,6 +45,10 @@ experiment: $(ready) $(demo)
 
 test: $(ready)
 	$(bin)/python -m pytest
+
+# What takes long: a round killed at 200 moments, 500 flipped bits, every stage on full and read-only disks.
+test-faults: $(ready)
+	FAULTS=all $(bin)/python -m pytest -s tests/faults tests/test_faults.py tests/test_corruption.py
 
 lint: $(ready)
 	$(bin)/ruff check .

@@ -106,6 +106,15 @@ def test_an_unmet_target_is_finished_and_none_is_added(place: Path, coldctl: Run
     assert coldctl("plan", run, "--config", config, "--iterations", 2).stdout == "003\n004\n"
 
 
+def test_a_first_plan_that_was_killed_stops_nobody(place: Path, coldctl: Run) -> None:
+    (place / "run").mkdir()
+    (place / "run" / ".run.json.4711.partial").write_text('{"schema": ')
+    assert coldctl("plan", place / "run", "--config", place / "suite.toml").stdout == "001\n"
+    (place / "other").mkdir()
+    (place / "other" / "mine").touch()
+    assert coldctl("plan", place / "other", "--config", place / "suite.toml").code == 2
+
+
 def test_an_interrupted_iteration_repeats_nothing_complete(place: Path, coldctl: Run) -> None:
     run, config = place / "run", place / "suite.toml"
     coldctl("plan", run, "--config", config)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.core import manifest
+from coldctl.core.saving import as_os_errors
 
 LIMIT = 4 << 30  # bytes
 _SCHEMA = 1
@@ -74,7 +75,8 @@ def _write(path: Path, parts: Sequence[Features]) -> None:
     os.close(descriptor)
     try:
         named = {f"{number:03d}": np.ascontiguousarray(part) for number, part in enumerate(parts)}
-        save_file(named, unfinished, {"digest": _digest(parts)})
+        with as_os_errors():
+            save_file(named, unfinished, {"digest": _digest(parts)})
         Path(unfinished).chmod(0o600)
         Path(unfinished).replace(path)
     finally:

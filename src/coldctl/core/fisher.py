@@ -10,6 +10,7 @@ from torch import nn
 from coldctl.core import layout
 from coldctl.core.checkpoint import modern_name
 from coldctl.core.model import body_of, collate
+from coldctl.core.saving import as_os_errors
 from coldctl.core.training import Examples, Place, negative_log_likelihoods, problem_of
 
 EXAMPLES = 1024  # of the training examples, drawn by seed: the estimate is a mean
@@ -49,4 +50,5 @@ def write_fisher(model: nn.Module, examples: Examples, place: Place, folder: Pat
         for name, value in body.state_dict().items()
         if value.is_floating_point()
     }
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / layout.FISHER)
+    with as_os_errors():
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / layout.FISHER)

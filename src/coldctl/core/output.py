@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from coldctl.core import layout, manifest
-from coldctl.core.errors import BusyError, OutputError
+from coldctl.core.errors import BusyError, ManifestError, OutputError
 from coldctl.core.storage import is_url
 
 IDENTITY = ".identity"  # in the partial directory: which config and inputs the unfinished work belongs to
@@ -23,14 +23,21 @@ IDENTITY = ".identity"  # in the partial directory: which config and inputs the 
 def is_done(path: Path, identity: str, *, overwrite: bool) -> bool:
     """Whether `path` already holds the complete result of the same config and inputs.
 
-    Raises OutputError if something else is there and `overwrite` is not given.
+    With `overwrite` every file of it is looked at, and one that was changed since makes it as good as not there.
+    Raises OutputError if something else is there and `overwrite` is not given, ManifestError if its manifest is damaged.
     """
     if not path.exists():
         return False
     if not path.is_dir():
         raise OutputError(f"{path} is a file: give --output a directory that does not exist yet")
     if layout.is_complete(path):
-        if manifest.read(path).get("identity") == identity:
+        try:
+            found = manifest.read_unchanged(path) if overwrite else manifest.read(path)
+        except ManifestError as error:
+            if overwrite:
+                return False
+            raise ManifestError(f"{error.message} (--overwrite makes it again)") from None
+        if found.get("identity") == identity:
             return True
         if not overwrite:
             raise OutputError(

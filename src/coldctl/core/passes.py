@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from coldctl.core.checkpoint import (
     outside_body_digest,
 )
 from coldctl.core.config import FuseConfig, size_in_bytes
+from coldctl.core.errors import CheckpointError
+from coldctl.core.manifest import Manifest
 from coldctl.core.merge import Array
 from coldctl.core.progress import Progress
 from coldctl.core.recipe import OUTER_STATES, Recipe, TensorWeights
@@ -100,8 +103,12 @@ def _reads_whole_body(checkpoint: Checkpoint, names: Sequence[str]) -> bool:
     return checkpoint.original is None and own == list(names)
 
 
-def differences(checkpoint: Checkpoint, actual: str) -> list[str]:
+def differences(checkpoint: Checkpoint, actual: str, *, whole: bool = False) -> list[str]:
     """What a checkpoint's manifest states otherwise than its files say; nothing where it has none.
+
+    What a model is loaded from must be there and as it was; of the rest (pictures, reports) only what is there is
+    looked at, since whoever fetches a model leaves it out, and the card not at all, since people write into it. With
+    `whole` all of it must be there and as it was.
 
     `actual` is its body digest. Where the manifest also has a digest of what a weight file holds outside the body,
     the two together cover every byte of the file, and no byte is hashed twice.
@@ -111,19 +118,42 @@ def differences(checkpoint: Checkpoint, actual: str) -> list[str]:
         return []
     problems = []
     if document["body_digest"] != actual:
-        problems.append(f"its body is {actual[:19]}…, its manifest says {document['body_digest'][:19]}…")
+        changed = [name for name in checkpoint.files if _changed(checkpoint, name, document)]
+        where = f"{', '.join(changed)} was changed after it was written: " if changed else ""
+        problems.append(f"{where}its body is {actual[:19]}…, its manifest says {document['body_digest'][:19]}…")
     outside = document.get("outside_body", {})
-    for name, stated in sorted(document["files"].items()):
+    for name in sorted(document["files"]):
         if name.startswith(f"{layout.LEAVE_ONE_OUT}/"):
             continue  # these models beside the model have manifests of their own
         if not checkpoint.folder.has(name):
-            problems.append(f"{name} is missing")
+            if whole or any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES):
+                problems.append(f"{name} is missing")
+        elif name == layout.CARD and not whole:
+            continue
         elif name in outside and name in checkpoint.files:
             if outside_body_digest(checkpoint, name) != outside[name]:
                 problems.append(f"{name} was changed after it was written")
-        elif manifest.digest_of_reader(checkpoint.folder.open(name)) != stated:
+        elif _changed(checkpoint, name, document):
             problems.append(f"{name} was changed after it was written")
     return problems
+
+
+def _changed(checkpoint: Checkpoint, name: str, document: Manifest) -> bool:
+    return manifest.digest_of_reader(checkpoint.folder.open(name)) != document["files"].get(name)
+
+
+def prove(checkpoint: Checkpoint, actual: str | None = None) -> None:
+    """Refuse a checkpoint whose files are not what its manifest states; one without a manifest has nothing to prove.
+
+    `actual` is its body digest, where that is known. Raises CheckpointError.
+    """
+    if checkpoint.manifest is None:
+        return
+    if problems := differences(checkpoint, actual or body_digest(checkpoint)):
+        raise CheckpointError(
+            f"{checkpoint.label}: {problems[0]}: make or fetch it again, or remove its {layout.MANIFEST} if it was "
+            "changed on purpose"
+        )
 
 
 def survey(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from coldctl.core import layout, output, storage
-from coldctl.core.errors import CheckpointError, ModelError, OutputError
+from coldctl.core.errors import CheckpointError, ManifestError, ModelError, OutputError
 from coldctl.core.manifest import Manifest, parse
 from coldctl.core.progress import Progress
 
@@ -175,6 +175,7 @@ def _standing(folder: storage.Folder) -> tuple[str | None, Manifest | None]:
     card, document = None, None
     with suppress(CheckpointError, UnicodeDecodeError):
         card = folder.read(layout.CARD).decode("utf-8") if folder.has(layout.CARD) else None
-    if folder.has(layout.MANIFEST):
-        document = parse(folder.read(layout.MANIFEST), f"{folder.label}/{layout.MANIFEST}")
+    with suppress(CheckpointError, ManifestError):
+        if folder.has(layout.MANIFEST):
+            document = parse(folder.read(layout.MANIFEST), f"{folder.label}/{layout.MANIFEST}")
     return card, document

@@ -5,7 +5,6 @@ on (seed, step) and the process's rank alone, so a training that goes on from it
 of one that was never stopped (on the CPU; elsewhere as far as the device's kernels are deterministic).
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from coldctl.core import training_state
 from coldctl.core.acceleration import Masks, UsedRows, fast_dropout, first_token_only
 from coldctl.core.config import FinetuneConfig, derived_seed
-from coldctl.core.errors import DeclinedError
+from coldctl.core.errors import CheckpointError, DeclinedError
 from coldctl.core.model import Encoded, body_of, check_vocabulary, collate
 from coldctl.core.progress import Progress
 from coldctl.core.team import Team
@@ -307,9 +305,8 @@ class _Training:
         if score > self.best:
             self.best, self.best_step, self.best_decay = score, self.step, self.decay
             if place.team.leads:
-                _write(
-                    self._best_file(self.step), {name: value.detach() for name, value in self.parameters.items()}, {}
-                )
+                best = {name: value.detach() for name, value in self.parameters.items()}
+                training_state.write(self._best_file(self.step), best, {})
                 self._prune()
 
     def _finite(self, loss: torch.Tensor) -> float:
@@ -323,7 +320,7 @@ class _Training:
     def take_best(self) -> None:
         """Put the weights with the best validation score back into the models."""
         if self.best_step and self.best_step != self.step and self.place.team.leads:
-            _copy_into(self.parameters, load_file(self._best_file(self.best_step)))
+            _copy_into(self.parameters, training_state.read(self._best_file(self.best_step))[0])
         self.place.team.share([value.detach() for value in self.parameters.values()])
         if self.rows is not None:
             self.rows.decay = self.best_decay
@@ -345,7 +342,7 @@ class _Training:
             for key in ("exp_avg", "exp_avg_sq"):
                 if value in self.optimizer.state:
                     tensors[f"{key}.{name}"] = self.optimizer.state[value][key]
-        _write(self.place.folder / _STATE, tensors, self._progress())
+        training_state.write(self.place.folder / _STATE, tensors, self._progress())
         self.saved_best = self.best_step
         self._prune()
 
@@ -370,7 +367,8 @@ class _Training:
     def resume(self) -> None:
         """Go on from the last checkpoint, if there is one that fits; what does not fit is not used."""
         place = self.place
-        state = place.team.agreed(self._read() if place.team.leads else None)
+        found = self._read() if place.team.leads else None
+        state = place.team.agreed(found[1] if found else None)
         if state is None:
             return
         for name, value in self.parameters.items():
@@ -381,8 +379,8 @@ class _Training:
                     "exp_avg_sq": torch.zeros_like(value),
                 }
         tensors = self._state_tensors()
-        if place.team.leads:
-            _copy_into(tensors, load_file(place.folder / _STATE))
+        if found is not None:
+            _copy_into(tensors, found[0])
         place.team.share([value.detach() for value in tensors.values()])
         self.step, self.since_best, self.micro = state["step"], state["since_best"], state["micro"]
         self.best, self.best_step, self.saved_best = state["best"], state["best_step"], state["best_step"]
@@ -398,19 +396,20 @@ class _Training:
                 tensors |= {f"{key}.{name}": self.optimizer.state[value][key] for key in ("exp_avg", "exp_avg_sq")}
         return tensors
 
-    def _read(self) -> dict[str, Any] | None:
-        path = self.place.folder / _STATE
+    def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The last checkpoint; None if there is none, or not all of it is as it was written: the training starts anew."""
         try:
-            with safe_open(path, "pt") as file:
-                state: dict[str, Any] = json.loads(file.metadata()["state"])
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  no dict
-        except Exception:  # missing, or cut short by a crash of the machine: the training starts anew
+            tensors, state = training_state.read(self.place.folder / _STATE)
+            if any(
+                name not in tensors or tensors[name].shape != value.shape
+                for name, value in ((f"parameter.{name}", value) for name, value in self.parameters.items())
+            ):
+                return None
+            if state["best_step"]:
+                training_state.read(self._best_file(state["best_step"]))
+        except CheckpointError:
             return None
-        if any(shapes.get(f"parameter.{name}") != tuple(value.shape) for name, value in self.parameters.items()):
-            return None
-        if state["best_step"] and not self._best_file(state["best_step"]).is_file():
-            return None
-        return state
+        return tensors, state
 
     def result(self) -> Trained:
         return Trained(self.best, self.step, self.stopped, self.seconds, self.seen, self.tokens, tuple(self.curve))
@@ -571,14 +570,6 @@ def _linear(step: int, warmup: int, total: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return max(0.0, (total - step) / max(1, total - warmup))
-
-
-def _write(path: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-    """Write a checkpoint so that a killed process leaves the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished, {"state": json.dumps(state)})
-    unfinished.replace(path)
 
 
 def _copy_into(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:

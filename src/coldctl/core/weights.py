@@ -66,7 +66,7 @@ class WeightsWriter:
         if self._left == 0:
             self._next_shard()
         assert self._file is not None
-        self._file.write(data)
+        _write_all(self._file, data)
         self._hasher.update(data)
         self._left -= len(data)
         self._unsynced += len(data)
@@ -112,7 +112,7 @@ class WeightsWriter:
         self._name, shard = self._pending.pop(0)
         head = header(shard)
         self._file = (self._folder / self._name).open("wb", buffering=0)
-        self._file.write(head)
+        _write_all(self._file, memoryview(head))
         self._hasher = hashlib.sha256(head)
         self._left = sum(item.nbytes for item in shard)
 
@@ -133,6 +133,13 @@ class WeightsWriter:
         self._file.close()
         self._file = None
         self.digests[self._name] = "sha256:" + self._hasher.hexdigest()
+
+
+def _write_all(file: IO[bytes], data: memoryview) -> None:
+    """Write all of `data`, however many calls the kernel needs: a disk that fills up takes a part first."""
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:])
 
 
 def header(layouts: Sequence[Layout]) -> bytes:

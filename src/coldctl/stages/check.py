@@ -125,7 +125,7 @@ def _deep_problems(checkpoint: Checkpoint) -> list[str]:
     document = checkpoint.manifest
     if document is None:
         return problems
-    problems += differences(checkpoint, body_digest(checkpoint))
+    problems += differences(checkpoint, body_digest(checkpoint), whole=True)
     problems += [
         f"{name} is not named in the manifest"
         for name in checkpoint.folder.names()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.core import cells as cell_files
 from coldctl.core import curves, data, feature_cache, layout, manifest, output, run, scoring
 from coldctl.core.candidates import free_names
 from coldctl.core.charts import curve_chart, gain_chart
@@ -29,15 +30,16 @@ from coldctl.core.config import (
     derived_seed,
     identity,
 )
-from coldctl.core.errors import ConfigError, ModelError
+from coldctl.core.errors import ConfigError, DataError, ModelError, OutputError
 from coldctl.core.page import page
+from coldctl.core.passes import prove
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, memory_needed, resolve
 from coldctl.core.report import markdown, overlap_sentences
 from coldctl.engines.jobs import Engine, Needs
 
 SCHEMA = 1  # of results.json
-CELL_SCHEMA = 3
+CELL_SCHEMA = 4
 # Settings of [finetune] that say how a contribution is made; a measurement trains everything, freely.
 _CONTRIBUTORS_OWN = (
     "anchor", "compile", "fisher", "freeze_embeddings", "freeze_layers", "lora_rank", "send", "body_only", "shots",
@@ -77,6 +79,7 @@ class Cell:
     path: str
     contender: Contender
     datasets: tuple[DatasetConfig, ...]
+    fingerprints: tuple[str, ...]
     protocol: str
     seed: int
     evaluation: EvaluateConfig
@@ -129,6 +132,7 @@ def evaluate(
         datasets=[[item.name, item.role, item.metric, loaded[item.name].fingerprint] for item in datasets],
     )  # fmt: skip
     if output.is_done(destination, key, overwrite=overwrite):
+        manifest.read_unchanged(destination)
         results = json.loads((destination / layout.RESULTS).read_text(encoding="utf-8"))
         return Evaluated(destination, results, unchanged=True)
     _prove(contenders)
@@ -247,14 +251,9 @@ def _digest(model: Model) -> str:
 
 
 def _prove(contenders: Sequence[Contender]) -> None:
-    """Refuse a body that is not what its manifest states, since cells and features go by that. Raises ModelError."""
+    """Refuse a model that is not what its manifest states, since cells and features go by that. Raises CheckpointError."""
     for item in contenders:
-        checkpoint = open_checkpoint(item.model.folder, item.name)
-        if checkpoint.manifest is not None and (actual := body_digest(checkpoint)) != item.body_digest:
-            raise ModelError(
-                f"{item.model.place}: its body is {actual[:19]}…, its manifest says {item.body_digest[:19]}…: fetch it "
-                f"again, or remove its {layout.MANIFEST} if it was changed on purpose"
-            )
+        prove(open_checkpoint(item.model.folder, item.name))
 
 
 def _files_digest(model: Model) -> str:
@@ -298,11 +297,9 @@ def _earlier(destination: Path, results: dict[str, Any], document: manifest.Mani
         folder = layout.evaluation(enclosing, number)
         if number >= newest or folder == destination.resolve() or not layout.is_complete(folder):
             continue
+        config = manifest.read_unchanged(folder)["config"]
         other = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
-        if (
-            _measured_as(other) == _measured_as(results)
-            and manifest.read_unchanged(folder)["config"] == document["config"]
-        ):
+        if _measured_as(other) == _measured_as(results) and config == document["config"]:
             found.append(other)
     return found
 
@@ -351,16 +348,17 @@ def _cells(
                 continue  # a line to hold the curves against, not a curve
             groups = [tuple(datasets)] if protocol == "multitask" else [(dataset,) for dataset in datasets]
             for group in groups:
+                prints = tuple(loaded[dataset.name].fingerprint for dataset in group)
                 for seed in _seeds(protocol, config):
                     depends = {
                         "schema": CELL_SCHEMA, "model": contender.body_digest, "files": contender.files_digest,
-                        "datasets": [[loaded[dataset.name].fingerprint, dataset.metric] for dataset in group],
+                        "datasets": [list(item) for item in zip(prints, (dataset.metric for dataset in group), strict=True)],
                         "protocol": protocol, "seed": seed, "settings": _settings(protocol, config, finetuning),
                     }  # fmt: skip
                     if protocol != "linear-probe":
                         depends["names"] = [dataset.name for dataset in group]  # a training's seed goes by them
                     path = folder / f"{manifest.digest_of(depends).removeprefix('sha256:')[:32]}.json"
-                    cells.append(Cell(str(path), contender, group, protocol, seed, config, finetuning))
+                    cells.append(Cell(str(path), contender, group, prints, protocol, seed, config, finetuning))
     return cells
 
 
@@ -390,7 +388,7 @@ def _shortlisted(
     """The baseline and the best `config.shortlist` of the others by linear probe, on validation, never on test."""
     scores: dict[str, list[float]] = {}
     for cell in cells:
-        document = json.loads(Path(cell.path).read_text(encoding="utf-8"))
+        document = _measurement(cell)
         scores.setdefault(cell.contender.name, []).append(float(document["validation"]))
     baseline, *others = contenders
     ranking = sorted(others, key=lambda item: -float(np.mean(scores[item.name])))
@@ -412,9 +410,13 @@ def _compute(cells: Sequence[Cell], known: Sequence[Path], engine: Engine, progr
     for cell in cells:
         path = Path(cell.path)
         for folder in known:
-            if not path.exists() and (folder / path.name).is_file():
-                output.write_text(path, (folder / path.name).read_text(encoding="utf-8"))
-    unique = list({cell.path: cell for cell in cells if not Path(cell.path).exists()}.values())
+            if (
+                folder != path.parent
+                and cell_files.read(path) is None
+                and (found := cell_files.read(folder / path.name))
+            ):
+                cell_files.write(path, found)
+    unique = list({cell.path: cell for cell in cells if cell_files.read(Path(cell.path)) is None}.values())
     if not unique:
         return
     failures = []
@@ -438,6 +440,9 @@ def measure(cell: Cell, threads: int, progress: Progress) -> str:
 
     torch.set_num_threads(threads)
     loaded = [_load(dataset, cell.evaluation) for dataset in cell.datasets]
+    for dataset, fingerprint in zip(loaded, cell.fingerprints, strict=True):
+        if dataset.fingerprint != fingerprint:  # a split that vanished, say: another would be taken in its place
+            raise DataError(f"{dataset.name} was changed while it was used: restore it and run the same command again")
     work = _probe if cell.protocol == "linear-probe" else _finetune
     predictions, details = work(cell, loaded, progress)
     document = {
@@ -450,8 +455,16 @@ def measure(cell: Cell, threads: int, progress: Progress) -> str:
         **details,
         "predictions": [part.tolist() for part in predictions],
     }
-    output.write_text(Path(cell.path), json.dumps(document) + "\n")
+    cell_files.write(Path(cell.path), document)
     return cell.path
+
+
+def _measurement(cell: Cell) -> dict[str, Any]:
+    """What `measure` has found. Raises OutputError if it is gone again."""
+    found = cell_files.read(Path(cell.path))
+    if found is None:
+        raise OutputError(f"{cell.path} was changed or removed while it was used: run the same command again")
+    return found
 
 
 def _probe(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tuple[list[Any], dict[str, Any]]:
@@ -553,7 +566,7 @@ def _results(
         files.update(
             {(cell.contender.name, item.name, cell.protocol, cell.seed): Path(cell.path).stem for item in cell.datasets}
         )
-        found = json.loads(Path(cell.path).read_text(encoding="utf-8"))["predictions"]
+        found = _measurement(cell)["predictions"]
         for dataset, part in zip(cell.datasets, found, strict=True):
             dtype = loaded[dataset.name].test.labels.dtype
             predictions[cell.contender.name, dataset.name, cell.protocol, cell.seed] = np.asarray(part, dtype)

@@ -28,8 +28,10 @@ from coldctl.core.config import (
 from coldctl.core.deltas import ENCODINGS
 from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedError, TeamError
 from coldctl.core.manifest import Manifest
+from coldctl.core.passes import prove
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, memory_needed
+from coldctl.core.saving import as_os_errors
 from coldctl.core.training_log import Log, open_log
 from coldctl.engines.jobs import Engine, Needs, Outcome
 
@@ -252,6 +254,7 @@ def _prepared(job: Job) -> _Prepared:
                     f"{dataset.name}: {flag} is for one class per example, its labels are others: leave it out"
                 )
     source = open_checkpoint(job.base.folder, job.base.name)
+    prove(source)
     base_digest = source.manifest["body_digest"] if source.manifest else body_digest(source)
     number = job.iteration or (((source.manifest or {}).get("iteration") or 0) + 1)
     key = identity(
@@ -394,7 +397,8 @@ def _train(job: Job, work: _Prepared, folder: Path, threads: int, progress: Prog
     if peers.leads:
         if config.fisher:
             write_fisher(model, training, place, folder, seed)
-        write_weights(model, adapted, folder, work.source, work.base_digest, config, job.name, progress)
+        with as_os_errors():
+            write_weights(model, adapted, folder, work.source, work.base_digest, config, job.name, progress)
         training_chart(trained.curve, f"{job.name}: {trained.stopped}", metric, folder / layout.TRAINING_CHART)
     return _Learned(
         place.device.type,

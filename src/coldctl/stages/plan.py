@@ -61,7 +61,7 @@ def plan(
         if target is not None:
             iterations = max(0, target - found.decided)
         planned = run.extended(found, planned, iterations, {name for name, _ in contributors_of(file.datasets)})
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(not child.name.startswith(".") for child in folder.iterdir()):  # a kill leaves those
         raise ConfigError(f"{folder} holds files but no {layout.RUN}: give a new directory as RUN")
     run.write(planned)
     return list(range(planned.decided + 1, planned.target + 1))

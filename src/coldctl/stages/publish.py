@@ -16,7 +16,7 @@ from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
 from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.core.manifest import Manifest
-from coldctl.core.passes import DTYPE_NAMES
+from coldctl.core.passes import DTYPE_NAMES, prove
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
 from coldctl.core.storage import is_url
@@ -178,10 +178,7 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     folder, config, progress = sending.folder, work.config, work.progress
     started = time.perf_counter()
     body = write_body(work.source, folder, config.dtype, size_in_bytes(config.max_shard_size), progress)
-    if body.source_digest != work.digest:
-        raise CheckpointError(
-            f"{work.source.label}: its body is not the one its manifest names: make or fetch it again"
-        )
+    prove(work.source, body.source_digest)
     write_config(work.source, folder, config.dtype)
     for lack in tokenizer_files.copy(work.source.folder, folder):
         progress.note(f"the tokenizer is complete but for {lack}")

@@ -1,0 +1,358 @@
+"""What goes wrong outside the program: disks, permissions, files that vanish, clocks, names, two commands at once.
+
+Each ends in one line that says what to do, leaves what was there as it was, and works when the cause is gone. What takes
+longer is done by `make test-faults` only, which sets FAULTS=all.
+"""
+
+import ctypes
+import fcntl
+import os
+import resource
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldctl.core import layout, manifest
+from conftest import FAST, Ran, run_coldctl
+
+Run = Callable[..., Ran]
+NOBODY = 65534
+ALL = os.environ.get("FAULTS") == "all"
+STAGES = ("finetune", "fuse", "evaluate", "publish", "plan")
+CHEAP = STAGES if ALL else ("fuse", "publish", "plan")
+LONG = STAGES[:-1] if ALL else ("fuse", "publish")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Inputs of every stage, complete and small."""
+
+    base: Path
+    data: Path
+    suite: Path
+    contributions: Path
+    fused: Path
+
+    def command(self, stage: str, output: Path) -> tuple[object, ...]:
+        return {
+            "finetune": ("finetune", self.data, "--base", self.base, "--output", output, "--name", "same", *FAST,
+                         "--jobs", 1),
+            "fuse": ("fuse", self.contributions, "--base", self.base, "--output", output),
+            "evaluate": ("evaluate", self.fused, "--suite", self.suite, "--baseline", self.base, "--output", output,
+                         "--jobs", 1),
+            "publish": ("publish", self.fused, "--to", output, "--license", "mit"),
+            "plan": ("plan", output, "--config", self.suite),
+        }[stage]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def work(workshop: Path, base: Path, dataset: Path, suite: Path, contributions: Path) -> Work:
+    fused = workshop / "fused-for-faults"
+    ran = run_coldctl("fuse", contributions, "--base", base, "--output", fused)
+    assert ran.code == 0, ran.stderr
+    return Work(base, dataset, suite, contributions, fused)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def one_line(ran: Ran, *words: str) -> None:
+    """An error of the design: exit code 2, one line, no traceback."""
+    assert ran.code == 2, ran.stderr
+    assert "Traceback" not in ran.stderr
+    lines = [line for line in ran.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, ran.stderr
+    for word in words:
+        assert word in ran.stderr, ran.stderr
+
+
+# Disks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of its own, mounted anew with every set of options it is called with."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    place = tmp_path / "disk"
+    place.mkdir()
+    remount, mounted = 32, False
+
+    def mount(options: str, flags: int = 0) -> Path:
+        nonlocal mounted
+        kind = remount if mounted else 0
+        if libc.mount(b"tmpfs", bytes(place), b"tmpfs", kind | flags, options.encode()) != 0:
+            pytest.skip(f"no file system may be mounted here: {os.strerror(ctypes.get_errno())}")
+        mounted = True
+        return place
+
+    yield mount
+    if mounted:
+        libc.umount2(bytes(place), 2)
+
+
+@pytest.mark.parametrize("stage", CHEAP)
+def test_a_full_disk(stage: str, work: Work, small_disk: Callable[..., Path]) -> None:
+    """Really full, at every size between nothing and nearly enough."""
+    disk = small_disk("size=32m")
+    wanted = run_coldctl(*work.command(stage, disk / "out"))
+    assert wanted.code == 0, wanted.stderr
+    whole = files_of(disk)
+    needed = sum(-(-len(data) // 4096) for data in whole.values())
+    pages = {"plan": (1,), "finetune": (2, needed // 2, needed + 8)}.get(stage, (2, needed // 2, needed - 1))
+    for number in pages:
+        shutil.rmtree(disk / "out")
+        (disk / "precious").write_text("mine")
+        small_disk(f"size={4096 * (number + 1)}")
+        filler = open(disk / "filler", "wb", buffering=0)  # noqa: SIM115, PTH123
+        with filler, suppress(OSError):
+            while stage == "plan" and filler.write(bytes(4096)):
+                pass
+        ran = run_coldctl(*work.command(stage, disk / "out"))
+        one_line(ran, "No space left on device")
+        assert not layout.is_complete(disk / "out")
+        assert not (disk / "out" / layout.RUN).exists()
+        assert (disk / "precious").read_text() == "mine"
+        (disk / "filler").unlink()
+        (disk / "precious").unlink()
+        small_disk("size=32m")
+        again = run_coldctl(*work.command(stage, disk / "out"))
+        assert again.code == 0, again.stderr
+        assert files_of(disk).keys() == whole.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_limit_on_the_size_of_files(stage: str, work: Work, tmp_path: Path) -> None:
+    """What a disk that fills up does, without the rights to mount one: the last piece is written in part."""
+    wanted = run_coldctl(*work.command(stage, tmp_path / "whole"))
+    assert wanted.code == 0, wanted.stderr
+    largest = max(len(data) for data in files_of(tmp_path / "whole").values())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, before[1]))
+    try:
+        ran = run_coldctl(*work.command(stage, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    one_line(ran, "File too large")
+    assert not layout.is_complete(tmp_path / "out")
+    again = run_coldctl(*work.command(stage, tmp_path / "out"))
+    assert again.code == 0, again.stderr
+    assert files_of(tmp_path / "out").keys() == files_of(tmp_path / "whole").keys()
+
+
+@pytest.mark.parametrize("stage", CHEAP)
+def test_a_read_only_disk(stage: str, work: Work, small_disk: Callable[..., Path]) -> None:
+    disk = small_disk("size=32m")
+    (disk / "precious").write_text("mine")
+    small_disk("size=32m", flags=1)
+    one_line(run_coldctl(*work.command(stage, disk / "out")), "Read-only file system")
+    assert files_of(disk) == {"precious": b"mine"}
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may do everything, so for a while this process is somebody else."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def open_place() -> Iterator[Path]:
+    """A directory that everybody can reach."""
+    with tempfile.TemporaryDirectory(prefix="coldctl-") as name:
+        place = Path(name)
+        place.chmod(0o755)
+        yield place
+
+
+@pytest.fixture
+def reachable(work: Work, open_place: Path) -> Work:
+    """The inputs where everybody can read them."""
+    return moved(work, open_place)
+
+
+def moved(work: Work, place: Path) -> Work:
+    """The inputs under another directory."""
+    copied = {name: place / source.name for name, source in vars(work).items()}
+    for name, source in vars(work).items():
+        if source.is_dir():
+            shutil.copytree(source, copied[name])
+        else:
+            shutil.copy(source, copied[name])
+    for name in ("red", "green", "blue"):
+        shutil.copytree(work.suite.parent / name, place / name)
+    for path in place.rglob("*"):
+        path.chmod(path.stat().st_mode | 0o444)  # some libraries write for the owner alone
+    return Work(**copied)
+
+
+@pytest.mark.parametrize("stage", CHEAP)
+def test_permission_denied(stage: str, reachable: Work, open_place: Path) -> None:
+    """First to write, then to read one of the inputs."""
+    closed, ours = open_place / "closed", open_place / "ours"
+    closed.mkdir(mode=0o555)
+    ours.mkdir()
+    ours.chmod(0o777)
+    before = files_of(open_place)
+    with as_nobody():
+        ran = run_coldctl(*reachable.command(stage, closed / "out"))
+    one_line(ran, "Permission denied")
+    read = {
+        "finetune": reachable.data / "train.jsonl", "fuse": reachable.contributions / "two" / layout.WEIGHTS,
+        "evaluate": reachable.fused / layout.WEIGHTS, "publish": reachable.fused / "tokenizer.json",
+        "plan": reachable.suite,
+    }[stage]  # fmt: skip
+    mode = read.stat().st_mode
+    read.chmod(0)
+    with as_nobody():
+        ran = run_coldctl(*reachable.command(stage, ours / "out"))
+    one_line(ran, "Permission denied", str(read))
+    read.chmod(stat.S_IMODE(mode))
+    assert files_of(open_place) == before
+    with as_nobody():
+        assert run_coldctl(*reachable.command(stage, ours / "out")).code == 0
+
+
+# Files that vanish ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Vanishing:
+    """Takes a file away (or cuts it short) when it is opened for the n-th time."""
+
+    path: str = ""
+    countdown: int = 0
+    cut: bool = False
+    gone: bool = False
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if self.path and event == "open" and arguments[0] == self.path:
+            self.countdown -= 1
+            if self.countdown == 0:
+                path, self.path, self.gone = self.path, "", True
+                if self.cut:
+                    os.truncate(path, Path(path).stat().st_size // 2)
+                else:
+                    Path(path).unlink()
+
+
+_vanishing = Vanishing()
+sys.addaudithook(_vanishing)  # it cannot be taken away again
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("stage", LONG)
+def test_a_file_that_vanishes_in_the_middle(stage: str, cut: bool, work: Work, tmp_path: Path) -> None:
+    """Between any two looks at it. What was read before may be enough; what was not is missed in one line."""
+    mine = moved(work, tmp_path)
+    path = {
+        "finetune": mine.base / layout.WEIGHTS, "fuse": mine.contributions / "two" / layout.WEIGHTS,
+        "evaluate": mine.suite.parent / "blue" / "test.jsonl", "publish": mine.fused / "tokenizer.json",
+    }[stage]  # fmt: skip
+    whole = path.read_bytes()
+    failed = 0
+    for number in range(1, 9):
+        _vanishing.path, _vanishing.countdown, _vanishing.cut, _vanishing.gone = str(path), number, cut, False
+        output = tmp_path / f"out-{number}"
+        ran = run_coldctl(*mine.command(stage, output))
+        _vanishing.path = ""
+        if not _vanishing.gone:
+            break
+        path.write_bytes(whole)
+        if ran.code != 0:
+            failed += 1
+            one_line(ran)
+            assert not layout.is_complete(output)
+            assert run_coldctl(*mine.command(stage, output)).code == 0
+        assert manifest.read_unchanged(output)
+    assert failed >= 1
+
+
+# Clocks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("years", [-60, 80])
+def test_a_clock_that_jumps(years: int, work: Work, tmp_path: Path) -> None:
+    """Files from the future or from before the epoch, and a clock that goes back at every look, change nothing."""
+    mine = moved(work, tmp_path)
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (years * 3e7, years * 3e7), follow_symlinks=False)
+    code = (
+        "import time, itertools; steps = itertools.count()\n"
+        f"now = time.time(); time.time = lambda: now + {years} * 3e7 * (next(steps) % 3 - 1)\n"
+        "from coldctl.cli import main; import sys\n"
+        "sys.argv = ['coldctl', *sys.argv[1:]]; main()"
+    )
+    command = mine.command("fuse", tmp_path / "out")
+    ran = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    made, known = manifest.read_unchanged(tmp_path / "out"), manifest.read(work.fused)
+    assert made["body_digest"] == known["body_digest"]
+    for stage in ("finetune", "evaluate") if ALL else ("publish",):
+        assert run_coldctl(*mine.command(stage, tmp_path / stage)).code == 0
+        again = run_coldctl(*mine.command(stage, tmp_path / stage))
+        assert again.code == 0
+        assert "left alone" in again.stderr
+
+
+def test_only_clocks_that_never_go_back_measure_time() -> None:
+    """`time.time` and `datetime.now` may be set by anybody; one place asks them, to write a date down."""
+    source = Path(manifest.__file__).parents[1]
+    asking = {
+        path.name for path in source.rglob("*.py")
+        if any(word in path.read_text(encoding="utf-8") for word in ("time.time(", "datetime.now(", "utcnow("))
+    }  # fmt: skip
+    assert asking <= {"manifest.py"}
+
+
+# Names ----------------------------------------------------------------------------------------------------------
+
+NAMES = ("with two  spaces", "-leading", "e\u0301-decomposed", "\u00e9-composed", "🦊", "a'b\"c", "50% #1?", "[bold]x")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names(name: str, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage with such a name in front of, and as, everything it is given."""
+    mine = moved(work, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    output = Path(name)
+    for stage in ("fuse", "publish", "plan"):
+        ran = run_coldctl(*mine.command(stage, tmp_path / f"{name} {stage}" / output))
+        assert ran.code == 0, ran.stderr
+    one = tmp_path / f"{name} fuse" / output
+    assert manifest.read_unchanged(one)["body_digest"] == manifest.read(work.fused)["body_digest"]
+    assert manifest.read(one)["name"] == name
+    assert run_coldctl("check", tmp_path / f"{name} publish", "--base", mine.base, "--deep").code == 0
+    assert run_coldctl("lineage", one).code == 0
+
+
+# Two commands on one output -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", LONG)
+def test_two_commands_on_one_output(stage: str, work: Work, tmp_path: Path) -> None:
+    partial = layout.partial(tmp_path / "out")
+    partial.mkdir()
+    lock = os.open(partial, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (partial / "theirs").write_text("mine")
+    one_line(run_coldctl(*work.command(stage, tmp_path / "out"), "--overwrite"), "being written by another command")
+    assert (partial / "theirs").read_text() == "mine"
+    (partial / "theirs").unlink()
+    os.close(lock)
+    assert run_coldctl(*work.command(stage, tmp_path / "out")).code == 0
