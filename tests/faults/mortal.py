@@ -269,7 +269,7 @@ def _count(last: float | None, group: int) -> list[int]:
         fsync(descriptor)
         change()
 
-    os.fsync = counted
+    os.__dict__["fsync"] = counted
     sys.addaudithook(hook)
     return changes
 
