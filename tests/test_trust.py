@@ -303,6 +303,28 @@ def test_finetuning_signs_and_signs_again_only_what_needs_it(
     assert (ran.code, "--sign-key" in ran.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("encoding", ["delta-int8", "lora"])
+def test_differences_and_adapters_are_signed_likewise(
+    encoding: str, dataset: Path, base: Path, trusted: Path, keys: dict[str, Path], tmp_path: Path, coldctl: Run
+) -> None:
+    how = ("--send", encoding, *(("--lora-rank", 2) if encoding == "lora" else ()))
+    part = tmp_path / "part"
+    ran = coldctl(
+        "finetune", dataset, "--base", base, "--output", part, *FAST, *how, "--jobs", 1, "--sign-key", keys["bob"]
+    )
+    assert ran.code == 0, ran.stderr
+    ran = fuse(coldctl, part, base, tmp_path / "fused", trusted)
+    assert ran.code == 0, ran.stderr
+    assert [item["signer"] for item in ran.json["contributions"]] == ["bob"]
+    weights = next(path for path in part.iterdir() if path.suffix == ".safetensors")
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    ran = fuse(coldctl, part, base, tmp_path / "changed", trusted)
+    assert ran.code == 2
+    assert "not as it was signed" in ran.json["details"][0]
+
+
 def test_revoking_a_key_over_two_iterations(
     signed: Path, base: Path, workshop: Path, trusted: Path, keys: dict[str, Path], tmp_path: Path, coldctl: Run
 ) -> None:

@@ -285,7 +285,8 @@ _RECORD: Shape = {
     "name!": is_name, "dataset": MAYBE_TEXT, "num_train": (int, NoneType), "source": MAYBE_TEXT, "license": MAYBE_TEXT,
     "training": {...: SCALAR}, "environment": {...: SCALAR}, "body_digest": MAYBE_TEXT, "weight": NUMBER,
     "status": MAYBE_TEXT, "reason": MAYBE_TEXT, "verified": (bool, NoneType), "age": (int, NoneType),
-    "signer": MAYBE_TEXT, "update_norm": MAYBE_NUMBER, "cosine_to_mean": MAYBE_NUMBER, "notes": [str],
+    "signer": MAYBE_TEXT, "signer_key": MAYBE_TEXT, "signers_within": {...: str}, "update_norm": MAYBE_NUMBER,
+    "cosine_to_mean": MAYBE_NUMBER, "notes": [str],
 }  # fmt: skip
 _COUNTS = ("num_train", "num_validation", "num_test")
 # What a manifest and its ancestors have in common, as far as somebody relies on it.

@@ -6,17 +6,16 @@ good, but for the envelope itself. Files are read through `Folder`, so a contrib
 """
 
 import base64
-import binascii
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from coldctl.core import layout
 from coldctl.core.config import check_name
+from coldctl.core.documents import json_value
 from coldctl.core.errors import CheckpointError, ColdctlError, ConfigError, ManifestError, ModelError
 from coldctl.core.manifest import Manifest, digest_of_reader, parse
 from coldctl.core.output import IDENTITY
@@ -111,7 +110,7 @@ def read(folder: Folder, keys: Sequence[TrustedKey]) -> Signed:
     """The signature of a directory, if one of `keys` made it. Raises CheckpointError with the reason if none did."""
     if not folder.has(layout.SIGNATURE):
         raise CheckpointError(f"it is not signed: there is no {layout.SIGNATURE}")
-    payload, signature, hint = _envelope(_bounded(folder))
+    payload, signature, hint = _envelope(folder.read(layout.SIGNATURE, SIGNATURE_LIMIT))
     candidates = [key for key in keys if hint is None or key.hint == hint]
     if not candidates:
         raise CheckpointError(f"it is signed by an unknown key: trusted are {_some([key.name for key in keys])}")
@@ -168,29 +167,17 @@ def _beside(name: str) -> bool:
     return name in (layout.SIGNATURE, IDENTITY, *layout.KEPT_BY_GIT) or name.startswith(_BESIDE)
 
 
-def _bounded(folder: Folder) -> bytes:
-    reader = folder.open(layout.SIGNATURE)
-    try:
-        if reader.size > SIGNATURE_LIMIT:
-            raise CheckpointError(f"{layout.SIGNATURE} is larger than {SIGNATURE_LIMIT >> 20} MiB: it is no signature")
-        data = bytearray(reader.size)
-        reader.read_into(0, memoryview(data))
-    finally:
-        reader.close()
-    return bytes(data)
-
-
 def _envelope(data: bytes) -> tuple[bytes, bytes, str | None]:
     """The payload, the signature and the key's hint of a Sigstore bundle. Raises CheckpointError."""
     try:
-        bundle = json.loads(data.decode("utf-8"))
+        bundle = json_value(data, SIGNATURE_LIMIT)
         envelope = bundle["dsseEnvelope"]
         if envelope["payloadType"] != _PAYLOAD_TYPE:
             raise ValueError("another type of payload")
         hint = bundle["verificationMaterial"]["publicKey"].get("hint")
         payload = base64.b64decode(envelope["payload"], validate=True)
         signature = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError, binascii.Error):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise CheckpointError(f"{layout.SIGNATURE} is no model signature made with a key: sign it again") from None
     return payload, signature, hint if isinstance(hint, str) else None
 
@@ -213,7 +200,7 @@ def _verifies(key: TrustedKey, payload: bytes, signature: bytes) -> bool:
 def _statement(payload: bytes) -> dict[str, str]:
     """The files and digests that a good signature is over. Raises CheckpointError if they are stated in another way."""
     try:
-        statement: Mapping[str, Any] = json.loads(payload.decode("utf-8"))
+        statement = json_value(payload, SIGNATURE_LIMIT)
         predicate = statement["predicate"]
         how = predicate["serialization"]
         kinds = (statement["_type"], statement["predicateType"], how["method"])
@@ -224,7 +211,7 @@ def _statement(payload: bytes) -> dict[str, str]:
             if resource["algorithm"] != "sha256" or not isinstance(resource["name"], str):
                 raise ValueError("another kind of digest")
             files[resource["name"]] = f"sha256:{resource['digest']}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(
             f"{layout.SIGNATURE} states its files in a way that is not read here: sign it again, file by file, with sha256"
         ) from None
