@@ -115,6 +115,21 @@ def test_a_mixed_fuse_is_that_of_what_the_encodings_stand_for(
     assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.parametrize("send", [*DELTAS, "lora"])
+def test_any_range_is_decoded_as_the_whole_is(send: str, base: Path, sent: Path) -> None:
+    from coldctl.core.checkpoint import open_checkpoint
+    from coldctl.core.deltas import elements
+    from coldctl.core.encodings import open_contribution
+    from coldctl.core.storage import LocalFolder
+
+    found = open_contribution(LocalFolder(sent / send), send, open_checkpoint(LocalFolder(base), "base"))
+    for name, tensor in found.body.items():
+        whole = found.read(name).reshape(-1)
+        for start, stop in ((0, 1), (3, 5), (7, tensor.size - 2), (tensor.size - 1, tensor.size)):
+            if 0 <= start < stop <= tensor.size:
+                np.testing.assert_array_equal(elements(found, name, start, stop), whole[start:stop], err_msg=name)
+
+
 def test_differences_are_looked_at_and_withdrawn_as_others_are(
     tmp_path: Path, base: Path, sent: Path, coldctl: Run
 ) -> None:
@@ -230,7 +245,9 @@ def test_a_difference_that_was_damaged_is_named(tmp_path: Path, base: Path, sent
         assert sorted(item["status"] for item in ran.json["contributions"]) == ["fused", "fused", "rejected"]
 
 
-def test_what_is_sent_is_part_of_what_it_is(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+def test_what_is_sent_is_part_of_what_it_is(
+    tmp_path: Path, base: Path, dataset: Path, coldctl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = trained(coldctl, dataset, base, tmp_path / "out", "--send", "delta-bf16")
     before = (output / "coldctl.json").read_bytes()
     trained(coldctl, dataset, base, output, "--send", "delta-bf16")
@@ -240,6 +257,12 @@ def test_what_is_sent_is_part_of_what_it_is(tmp_path: Path, base: Path, dataset:
     ran = coldctl(*common, "--overwrite", "--send", "delta-bf16", "--lora-rank", 2)
     assert ran.code == 2
     assert "--send lora" in ran.stderr
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COLDCTL_STATE", str(tmp_path / "file"))
+    ran = coldctl(*common, "--overwrite", "--send", "delta-int8")
+    assert ran.code == 2
+    assert "set COLDCTL_STATE" in ran.stderr
+    assert not (tmp_path / ".out.partial").exists()  # it was seen before the training
     ran = coldctl(*common, "--send", "int4")
     assert ran.code == 2
     assert "delta-bf16, delta-int8, lora" in ran.stderr

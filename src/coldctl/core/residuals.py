@@ -40,6 +40,17 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "coldctl" / "residuals"
 
 
+def prepare(name: str) -> Path:
+    """The directory of a contributor's residuals, made if need be. Raises OutputError if they cannot be kept there."""
+    place = folder() / name
+    try:
+        _make_private(place)
+        (place / _PARTIAL).touch(mode=0o600)
+    except OSError as error:
+        raise _cannot_keep(place, error) from None
+    return place
+
+
 @dataclass
 class Account:
     """The residuals of one contributor, while it makes a contribution on one base."""
@@ -91,12 +102,8 @@ def account(name: str, base: Manifest | None, base_digest: str) -> Iterator[Acco
 
     Raises OutputError if it cannot be kept.
     """
-    place = folder() / name
-    try:
-        _make_private(place)
-        lock = os.open(place, os.O_RDONLY)
-    except OSError as error:
-        raise _cannot_keep(place, error) from None
+    place = prepare(name)
+    lock = os.open(place, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         fused = _fused(base)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from coldctl.core import data, layout, manifest, output, run, scoring, team
+from coldctl.core import data, layout, manifest, output, residuals, run, scoring, team
 from coldctl.core.charts import training_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import (
@@ -98,6 +98,8 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
         try:
             work = _prepared(job)
             if peers.leads and not output.is_done(destination, work.key, overwrite=job.overwrite):
+                if job.config.send == "delta-int8":
+                    residuals.prepare(job.name)  # a training whose rounding errors cannot be kept is not worth its time
                 folder = stack.enter_context(output.writing(destination, work.key, overwrite=job.overwrite))
         except ColdctlError as caught:
             error = caught
