@@ -348,7 +348,7 @@ def test_names(name: str, work: Work, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_two_commands_on_one_output(stage: str, work: Work, tmp_path: Path) -> None:
     partial = layout.partial(tmp_path / "out")
     partial.mkdir()
-    lock = os.open(partial, os.O_RDONLY)
+    lock = os.open(str(partial), os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     (partial / "theirs").write_text("mine")
     one_line(run_coldctl(*work.command(stage, tmp_path / "out"), "--overwrite"), "being written by another command")

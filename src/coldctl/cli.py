@@ -30,6 +30,7 @@ from coldctl.core.config import (
     resolve,
 )
 from coldctl.core.errors import ColdctlError, ConfigError, DeclinedError, OutputError
+from coldctl.core.location import locate, raised_by_store
 
 if TYPE_CHECKING:
     from coldctl.console import Screen
@@ -132,6 +133,12 @@ def _boundary(*, as_json: bool, quiet: bool, mute: bool = False) -> "Iterator[Sc
         where = f"{error.filename}: " if error.filename else ""
         screen.error(OutputError(f"{where}{error.strerror or error}: free the cause and run the same command again"))
         raise typer.Exit(OutputError.exit_code) from None
+    except Exception as error:
+        if not raised_by_store(error):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        screen.error(OutputError(f"the store does not answer as it should ({reason}): run the same command again"))
+        raise typer.Exit(OutputError.exit_code) from None
 
 
 def _suite(suite: Path | None, config: Path | None) -> tuple[tuple[DatasetConfig, ...], ConfigFile]:
@@ -164,7 +171,7 @@ def root(
 @app.command(epilog="Example: coldctl finetune my-data/ --base roberta-base --output contributions/mine")
 def finetune(
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="Directory, Hub id, URL or RUN to start from.")],
-    output: Annotated[Path, typer.Option("--output", help="The contribution; for a suite its folder; or a RUN.")],
+    output: Annotated[str, typer.Option("--output", help="The contribution; for a suite its folder; or a RUN.")],
     data: Annotated[
         str | None,
         typer.Argument(metavar="[DATA]", help="Directory with train, validation, test files; a file; hf:NAME."),
@@ -303,7 +310,7 @@ def finetune(
             work = stage.jobs_of_suite(
                 suite_datasets,
                 model,
-                output,
+                locate(output),
                 settings,
                 sample=sample,
                 only=chosen,
@@ -317,7 +324,14 @@ def finetune(
             )
             dataset = datasets.single(data, columns)
             job = stage.single_job(
-                dataset, model, output, settings, name=name, overwrite=overwrite, watching=watching, sign_key=sign_key
+                dataset,
+                model,
+                locate(output),
+                settings,
+                name=name,
+                overwrite=overwrite,
+                watching=watching,
+                sign_key=sign_key,
             )
             work = [job]
         with screen.progress() as progress, closing(where):
@@ -354,7 +368,7 @@ def _finetuned_line(item: Any) -> str:
 def fuse(
     contributions: Annotated[list[str], typer.Argument(metavar="CHECKPOINT_OR_FOLDER...", help="What to fuse.")],
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="What the contributions started from.")],
-    output: Annotated[Path, typer.Option("--output", help="Directory of the fused model.")],
+    output: Annotated[str, typer.Option("--output", help="Directory of the fused model.")],
     method: Annotated[
         str | None,
         typer.Option(
@@ -457,10 +471,19 @@ def fuse(
             if without is not None:
                 fused = reference.resolve(contributions[0])
                 done = stage.withdraw(
-                    fused, without, contributions[1:], model, output, settings, overwrite=overwrite, progress=progress
+                    fused,
+                    without,
+                    contributions[1:],
+                    model,
+                    locate(output),
+                    settings,
+                    overwrite=overwrite,
+                    progress=progress,
                 )
             else:
-                done = stage.fuse(contributions, model, output, settings, overwrite=overwrite, progress=progress)
+                done = stage.fuse(
+                    contributions, model, locate(output), settings, overwrite=overwrite, progress=progress
+                )
         if done.unchanged:
             screen.say(f"{output}: complete already, left alone")
         else:
@@ -479,7 +502,7 @@ def evaluate(
         list[str], typer.Argument(metavar="MODEL...", help="Models to measure; a RUN means all its iterations.")
     ],
     suite: Annotated[Path, typer.Option("--suite", metavar="FILE.toml", help="The datasets to measure on.")],
-    output: Annotated[Path, typer.Option("--output", help="Directory of the evaluation.")],
+    output: Annotated[str, typer.Option("--output", help="Directory of the evaluation.")],
     baseline: Annotated[
         str | None,
         typer.Option("--baseline", metavar="MODEL", help="[dim]default: the base that the manifest names[/]"),
@@ -546,7 +569,7 @@ def evaluate(
                 found,
                 against,
                 datasets,
-                output,
+                locate(output),
                 settings,
                 finetuning,
                 engine=where,
@@ -566,7 +589,7 @@ def publish(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The fused model.")],
     to: Annotated[str, typer.Option("--to", metavar="DIR|URL|hf://ORG/NAME", help="Where to publish it.")],
     evaluation: Annotated[
-        Path | None, typer.Option("--evaluation", help="Directory that `coldctl evaluate` wrote.")
+        str | None, typer.Option("--evaluation", help="Directory that `coldctl evaluate` wrote.")
     ] = None,
     license_: Annotated[str | None, typer.Option("--license", help="Licence of the model (SPDX id).")] = None,
     name: Annotated[str | None, typer.Option("--name", help="The model's name on its card.")] = None,
@@ -615,7 +638,7 @@ def publish(
                 source,
                 target,
                 settings,
-                evaluation=evaluation,
+                evaluation=locate(evaluation) if evaluation else None,
                 sign_key=sign_key,
                 overwrite=overwrite,
                 progress=progress,
@@ -720,7 +743,7 @@ def lineage(
 
 @app.command(epilog="Example: coldctl status runs/demo")
 def status(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory.")],
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Only print where iteration 1 starts, for scripts.")
     ] = False,
@@ -740,7 +763,7 @@ def status(
         from coldctl.console import status_table
         from coldctl.stages import status as stage
 
-        found = stage.status(run)
+        found = stage.status(locate(run))
         if evaluation and found.evaluation is None:
             raise ConfigError(f"{run} has no evaluation of a promoted model yet: run `make iterate` first")
         if (pretrained or evaluation) and not as_json:
@@ -752,7 +775,7 @@ def status(
 
 @app.command(epilog="Example: coldctl plan runs/demo --config configs/demo.toml --iterations 2")
 def plan(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory, made if it is missing.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, made if it is missing.")],
     config: Annotated[
         Path, typer.Option("--config", metavar="FILE.toml", help="[run] names the base; the suite, the settings.")
     ],
@@ -775,7 +798,17 @@ def plan(
 
         file = read(config)
         settings = resolve(RunConfig, file, {"sample": sample})
-        numbers = stage.plan(run, file, settings, iterations=iterations, seed=seed or 0, gate=gate, target=target)
+        with screen.progress() as progress:
+            numbers = stage.plan(
+                locate(run),
+                file,
+                settings,
+                iterations=iterations,
+                seed=seed or 0,
+                gate=gate,
+                target=target,
+                progress=progress,
+            )
         if as_json:
             screen.result({"run": str(run), "iterations": numbers})
         else:
@@ -807,7 +840,7 @@ def variants(
 
 @app.command(epilog="Example: coldctl promote runs/demo")
 def promote(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory.")],
     as_json: Json = False,
     quiet: Quiet = False,
     _seed: NoSeed = None,
@@ -820,8 +853,9 @@ def promote(
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.stages import plan as stage
 
-        decision = stage.promote(run)
-        where = layout.fused(run, decision.number)
+        folder = locate(run)
+        decision = stage.promote(folder)
+        where = layout.fused(folder, decision.number)
         if decision.promoted:
             screen.say(f"iteration {decision.number} is promoted: the next base model is {where}")
         else:

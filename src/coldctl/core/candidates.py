@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from coldctl.core import layout, signatures
@@ -10,10 +12,13 @@ from coldctl.core.checkpoint import Checkpoint, body_digest
 from coldctl.core.decoded import shared
 from coldctl.core.encodings import open_contribution
 from coldctl.core.errors import ColdctlError, ModelError
+from coldctl.core.location import is_url
 from coldctl.core.progress import Progress
 from coldctl.core.reference import as_text, resolve
 from coldctl.core.signatures import Signed, TrustedKey
-from coldctl.core.storage import is_url, open_folder, subfolders
+from coldctl.core.storage import Folder, LocalFolder, open_folder, remote_folders
+
+_AT_ONCE = 16  # checkpoints in a store that are opened side by side
 
 
 @dataclass
@@ -55,10 +60,12 @@ def gather(
     order of the arguments. A checkpoint that cannot be opened is a candidate with a problem. Raises ModelError
     for an argument that holds none.
     """
-    places = [place for reference in references for place in _found_at(reference, progress)]
-    places = _once(places, progress)
+    found = _once([place for reference in references for place in _found_at(reference, progress)], progress)
     decoder = shared(base) if base is not None else None
-    candidates = [_open(name, place, decoder, allow_pickle=allow_pickle, trusted=trusted) for name, place in places]
+    opened = partial(_open, base=decoder, allow_pickle=allow_pickle, trusted=trusted)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store answers many requests in the time of one
+        remote = any(is_url(item.folder.label) for item in found)
+        candidates = list(pool.map(opened, found) if remote else map(opened, found))
     names = [item.name for item in candidates]
     for item in candidates:
         if names.count(item.name) > 1 and item.checkpoint is not None and item.stated_digest is None:
@@ -79,41 +86,65 @@ def free_names(name: str) -> Iterator[str]:
         yield f"{name}-{number}"
 
 
-def _once(places: Sequence[tuple[str, str]], progress: Progress) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class _Found:
+    """A folder that holds a checkpoint, and what it is called."""
+
+    name: str
+    folder: Folder
+
+    @property
+    def place(self) -> str:
+        return self.folder.label
+
+
+def _once(found: Sequence[_Found], progress: Progress) -> list[_Found]:
     """Each place one time: a checkpoint that two arguments mean must not count twice."""
     seen: set[str] = set()
     kept = []
-    for name, place in places:
-        real = place if is_url(place) else str(Path(place).resolve())
+    for item in found:
+        real = item.place if is_url(item.place) else str(Path(item.place).resolve())
         if real in seen:
-            progress.note(f"{place} was given twice: it counts once")
+            progress.note(f"{item.place} was given twice: it counts once")
         else:
-            kept.append((name, place))
+            kept.append(item)
         seen.add(real)
     return kept
 
 
-def _found_at(reference: str, progress: Progress) -> list[tuple[str, str]]:
-    """Names and places of the checkpoints that one argument means."""
+def _found_at(reference: str, progress: Progress) -> list[_Found]:
+    """The checkpoints that one argument means."""
     model = resolve(reference)
-    if _is_checkpoint(model.place):
-        return [(model.name, model.place)]
+    whole: Folder
+    if is_url(model.place):
+        whole, children = remote_folders(model.place)
+    else:
+        whole = LocalFolder(Path(model.place))
+        children = {} if _is_checkpoint(whole) else _children(Path(model.place))
+    if _is_checkpoint(whole):
+        return [_Found(model.name, whole)]
     found = []
-    for child in map(str, subfolders(model.place)):
-        name = as_text(child.rstrip("/").rsplit("/", 1)[-1])
+    for name, folder in children.items():
         if name.startswith("."):
             progress.note(f"skipped {name}: unfinished work")
-        elif not _is_checkpoint(child):
+        elif not _is_checkpoint(folder):
             progress.note(f"skipped {name}: not a checkpoint")
         else:
-            found.append((name, child))
+            found.append(_Found(name, folder))
     if not found:
         raise ModelError(f"{reference} holds no checkpoint and no folder that does: give contributions")
     return found
 
 
-def _is_checkpoint(place: str) -> bool:
-    folder = open_folder(place)
+def _children(folder: Path) -> dict[str, Folder]:
+    """The directories directly inside a local folder, sorted by name. Raises ModelError."""
+    try:
+        return {as_text(child.name): LocalFolder(child) for child in sorted(folder.iterdir()) if child.is_dir()}
+    except OSError as error:
+        raise ModelError(f"cannot read {folder}: {error.strerror}: check the path") from None
+
+
+def _is_checkpoint(folder: Folder) -> bool:
     if folder.has(layout.MODEL_CONFIG) or folder.has(layout.ADAPTER_CONFIG):
         return True
     return folder.has(layout.MANIFEST) and not folder.has(layout.RESULTS)  # an evaluation has a manifest, too
@@ -141,23 +172,16 @@ def _refuse_copies(candidates: Sequence[Candidate]) -> None:
 
 
 def _open(
-    name: str,
-    place: str,
-    base: Checkpoint | None,
-    *,
-    allow_pickle: bool,
-    trusted: Sequence[TrustedKey] | None,
+    found: _Found, base: Checkpoint | None, *, allow_pickle: bool, trusted: Sequence[TrustedKey] | None
 ) -> Candidate:
     signed = None
     try:
-        folder = open_folder(place)
         if trusted is not None:
-            signed = signatures.read(folder, trusted)
-            if problems := signatures.differences(folder, signed, manifest_proves=True):
-                return Candidate(name, place, None, problems=problems)
-        checkpoint = open_contribution(folder, name, base, allow_pickle=allow_pickle)
+            signed = signatures.read(found.folder, trusted)
+            if problems := signatures.differences(found.folder, signed, manifest_proves=True):
+                return Candidate(found.name, found.place, None, problems=problems)
+        checkpoint = open_contribution(found.folder, found.name, base, allow_pickle=allow_pickle)
     except ColdctlError as error:
-        return Candidate(name, place, None, problems=[error.message])
-    if checkpoint.manifest is not None:
-        name = checkpoint.manifest["name"]
-    return Candidate(name, place, checkpoint, signed=signed)
+        return Candidate(found.name, found.place, None, problems=[error.message])
+    name = checkpoint.manifest["name"] if checkpoint.manifest is not None else found.name
+    return Candidate(name, found.place, checkpoint, signed=signed)

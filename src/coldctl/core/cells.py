@@ -5,18 +5,18 @@ A cell that is missing, cut short or changed is as good as none: it is measured 
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from coldctl.core import manifest, output
+from coldctl.core.location import Location
 
 
-def write(path: Path, document: Mapping[str, Any]) -> None:
+def write(path: Location, document: Mapping[str, Any]) -> None:
     """Write a measurement, atomically. Raises OutputError."""
     output.write_text(path, json.dumps({**document, "digest": manifest.digest_of(document)}) + "\n")
 
 
-def read(path: Path) -> dict[str, Any] | None:
+def read(path: Location) -> dict[str, Any] | None:
     """A measurement as it was written; None if there is no such."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

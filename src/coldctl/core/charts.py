@@ -6,12 +6,12 @@ import re
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from coldctl.core.curves import Panel
+from coldctl.core.location import Location
 from coldctl.core.report import rows_of
 
 _GAIN, _LOSS, _NOISE, _INK, _GRID = "#2f7d4f", "#b5483a", "#8a8f98", "#333333", "#dddddd"
@@ -33,7 +33,7 @@ def prepare() -> None:
     threading.Thread(target=_pyplot, daemon=True).start()
 
 
-def fuse_chart(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+def fuse_chart(records: Sequence[Mapping[str, Any]], path: Location) -> None:
     """`fuse.png`: per fused contribution the norm of its update and its cosine to the mean update, as columns."""
     plt = _pyplot()
     fused = [record for record in records if record["status"] == "fused"]
@@ -61,7 +61,7 @@ def _plain(name: str) -> str:
     return "".join(character for character in name if character.isprintable()).replace("$", r"\$")
 
 
-def training_chart(curve: Sequence[tuple[int, float, float]], title: str, metric: str, path: Path) -> None:
+def training_chart(curve: Sequence[tuple[int, float, float]], title: str, metric: str, path: Location) -> None:
     """`training.png`: training loss and validation score by step, the best validation marked."""
     plt = _pyplot()
     steps, losses, scores = ([row[column] for row in curve] for column in range(3))
@@ -95,7 +95,7 @@ def charted(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [pair for pair in pairs if pair[0] in shown][:_MOST_PANELS]
 
 
-def gain_chart(results: Mapping[str, Any], path: Path) -> None:
+def gain_chart(results: Mapping[str, Any], path: Location) -> None:
     """`gain.png`: the gain per dataset, sorted, with intervals; a panel per model and protocol."""
     _save(gain_figure(results, charted(results)), path, 144)
 
@@ -128,7 +128,7 @@ def gain_figure(results: Mapping[str, Any], pairs: Sequence[tuple[str, str]], wi
     return figure
 
 
-def curve_chart(panels: Sequence[Panel], path: Path) -> None:
+def curve_chart(panels: Sequence[Panel], path: Location) -> None:
     """`curve.png`: scores over iterations."""
     _save(curve_figure(panels, columns=2), path, 144)
 
@@ -232,10 +232,12 @@ def _bare(axis: Any, lines: Literal["x", "y"]) -> None:
     axis.set_axisbelow(True)
 
 
-def _save(figure: Any, path: Path, dpi: int) -> None:
+def _save(figure: Any, path: Location, dpi: int) -> None:
     """Write a PNG without a date or version in it, so that the same chart has the same bytes."""
     plt = _pyplot()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
-        figure.savefig(path, dpi=dpi, metadata={"Software": None})
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
+        path.write_bytes(drawn.getvalue())
     plt.close(figure)

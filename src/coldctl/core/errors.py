@@ -51,7 +51,7 @@ class OutputError(InputError):
 
 
 class BusyError(OutputError):
-    """An output that another command is writing at the moment."""
+    """An output that a living command is writing at this moment: wait, and it may be there."""
 
 
 class DeclinedError(ColdctlError):

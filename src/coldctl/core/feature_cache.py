@@ -16,20 +16,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.core import manifest
+from coldctl.core import caching, manifest
 from coldctl.core.saving import as_os_errors
 
 LIMIT = 4 << 30  # bytes
 _SCHEMA = 1
 
 Features = NDArray[np.float32]
-
-
-def folder() -> Path:
-    """Where features are kept."""
-    if given := os.environ.get("COLDCTL_CACHE"):
-        return Path(given).expanduser() / "features"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coldctl" / "features"
 
 
 def cached(
@@ -39,7 +32,10 @@ def cached(
 
     A cache that cannot be written costs nothing but a word to `complain`.
     """
-    path = folder() / f"{manifest.digest_of({'schema': _SCHEMA, **key}).removeprefix('sha256:')}.safetensors"
+    path = (
+        caching.folder("features")
+        / f"{manifest.digest_of({'schema': _SCHEMA, **key}).removeprefix('sha256:')}.safetensors"
+    )
     if (found := _read(path)) is not None:
         return found
     parts = compute()

@@ -34,6 +34,7 @@ from coldctl.core.describe import bare_config
 from coldctl.core.documents import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
 from coldctl.core.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
 from coldctl.core.lineage import signers_within
+from coldctl.core.location import Location
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.merge import Array
 from coldctl.core.passes import (
@@ -55,7 +56,7 @@ from coldctl.core.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, 
 from coldctl.core.reference import Model
 from coldctl.core.signatures import TrustedKey
 from coldctl.core.statistics import UpdateStatistics, names_of, outliers
-from coldctl.core.storage import LocalFolder
+from coldctl.core.storage import open_folder
 
 _SCALE = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\*)?auto|(?P<fixed>[0-9.eE+-]+)")
 # What a fused model tells of its contributions' training.
@@ -153,11 +154,11 @@ class Fusion:
     candidates: list[Candidate]
     config: FuseConfig
     scale: Scale
-    destination: Path
+    destination: Location
     progress: Progress
     trusted: Sequence[TrustedKey] | None = None
 
-    def run(self, partial: Path) -> Manifest:
+    def run(self, partial: Location) -> Manifest:
         """Accept, survey if something must be known first, write, prove, describe."""
         config = self.config
         accepted = [item for item in self.candidates if not item.problems]
@@ -213,7 +214,7 @@ class Fusion:
             self._note_statistics(accepted, statistics)
         self._write_config(partial)
         if not written.body_digest:  # mixed dtypes are not written in name order
-            written = replace(written, body_digest=body_digest(open_checkpoint(LocalFolder(partial), "fused")))
+            written = replace(written, body_digest=body_digest(open_checkpoint(open_folder(partial), "fused")))
         for item in without:
             rest = [candidate for index, candidate in enumerate(accepted) if index != item.index]
             weights = np.delete(recipe.weights, item.index)
@@ -361,7 +362,7 @@ class Fusion:
                 item.notes.append(f"outlier: {found[index]}")
                 self.progress.note(f"{item.name} stands out: {found[index]}; --screen reject would drop it")
 
-    def _without(self, partial: Path, accepted: Sequence[Candidate], weights: Array) -> list[Without]:
+    def _without(self, partial: Location, accepted: Sequence[Candidate], weights: Array) -> list[Without]:
         if not self.config.leave_one_out:
             return []
         if np.count_nonzero(weights) < 2:
@@ -397,7 +398,7 @@ class Fusion:
         rows = np.stack([item.contributions for item in recipe.tensor_weights.values()])
         return np.asarray(sizes @ rows / sizes.sum())
 
-    def _write_config(self, folder: Path) -> None:
+    def _write_config(self, folder: Location) -> None:
         names = {name: key for key, name in DTYPE_NAMES.items()}
         first = next((tensor.dtype for tensor in self.base_checkpoint.body.values() if tensor.floating), "F32")
         document = bare_config(self.base_checkpoint.config, self.config.dtype or names.get(first))
@@ -405,7 +406,13 @@ class Fusion:
         (folder / layout.MODEL_CONFIG).write_text(text, encoding="utf-8")
 
     def _describe(
-        self, folder: Path, written: Written, fused: Sequence[Candidate], weights: Array, scale: float, base_digest: str
+        self,
+        folder: Location,
+        written: Written,
+        fused: Sequence[Candidate],
+        weights: Array,
+        scale: float,
+        base_digest: str,
     ) -> Manifest:
         """Copy the base's tokenizer, draw the chart and write the manifest: the last file."""
         main = folder.parent.name != layout.LEAVE_ONE_OUT
@@ -431,8 +438,8 @@ class Fusion:
             "iteration": ((before.get("iteration") or 0) if before else 0) + 1,
             "encoding": "full",
             "identity": fuse_identity(self.config, base_digest, self.candidates, self.trusted),
-            "body_digest": written.body_digest or body_digest(open_checkpoint(LocalFolder(folder), name)),
-            "outside_body": outside_body(open_checkpoint(LocalFolder(folder), name)),
+            "body_digest": written.body_digest or body_digest(open_checkpoint(open_folder(folder), name)),
+            "outside_body": outside_body(open_checkpoint(open_folder(folder), name)),
             "base": {"name": ancestor["name"], "body_digest": base_digest},
             "config": {**_public_record(self.config, self.trusted), "effective_scale": scale},
             "environment": manifest.environment(["numpy", "ml-dtypes"]),
@@ -443,7 +450,7 @@ class Fusion:
         return manifest.write(folder, document, written.digests)
 
 
-def model_name(destination: Path) -> str:
+def model_name(destination: Location) -> str:
     """The directory's own name, or its iteration's inside a RUN."""
     whole = destination.resolve()
     return whole.parent.name if whole.name == "fused" and whole.parent.name.startswith("iteration-") else whole.name

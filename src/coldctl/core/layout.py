@@ -1,10 +1,13 @@
-"""Every file and folder name of the directory contract, in one place."""
+"""Every file and folder name of the directory contract, in one place; for directories here and in stores alike."""
 
 import re
-from pathlib import Path
+from typing import Any
+
+from coldctl.core.location import Location, children
 
 MANIFEST = "coldctl.json"
 RUN = "run.json"
+PRETRAINED = "pretrained"  # in a RUN in a store, where its base was a directory of one machine
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 MODEL_CONFIG = "config.json"
@@ -57,42 +60,44 @@ VOCABULARY_FILES = (
 MODEL_FILES = (MODEL_CONFIG, MANIFEST, "*.safetensors", WEIGHTS_INDEX, ADAPTER_CONFIG, *TOKENIZER_FILES)
 
 
-def partial(path: Path) -> Path:
+def partial(path: Location) -> Location:
     """Where unfinished work on `path` lives: a hidden sibling, so that one rename completes it."""
     return path.parent / f".{path.name}.partial"
 
 
-def iteration(run: Path, number: int) -> Path:
+def iteration(run: Location, number: int) -> Location:
     """`RUN/iteration-001`, and so on."""
     return run / f"iteration-{number:03d}"
 
 
-def iteration_numbers(run: Path) -> list[int]:
+def iteration_numbers(run: Location) -> list[int]:
     """The iterations that a RUN has folders of, ascending."""
-    found = (re.fullmatch(r"iteration-(\d{3,})", child.name) for child in run.iterdir() if child.is_dir())
+    found = (re.fullmatch(r"iteration-(\d{3,})", child.name) for child in children(run) if child.is_dir())
     return sorted(int(match[1]) for match in found if match)
 
 
-def contributions(run: Path, number: int) -> Path:
+def contributions(run: Location, number: int) -> Location:
     """The folder that holds one contribution per contributor."""
     return iteration(run, number) / "contributions"
 
 
-def fused(run: Path, number: int) -> Path:
+def fused(run: Location, number: int) -> Location:
     """The fused model of an iteration."""
     return iteration(run, number) / "fused"
 
 
-def evaluation(run: Path, number: int) -> Path:
+def evaluation(run: Location, number: int) -> Location:
     """The evaluation of an iteration's fused model."""
     return iteration(run, number) / "evaluation"
 
 
-def enclosing_run(path: Path) -> Path | None:
+def enclosing_run(path: Location) -> Location | None:
     """The RUN that `path` lies in, if it lies in one: the nearest parent with `run.json`."""
-    for parent in (path.resolve(), *path.resolve().parents):
-        if (parent / RUN).is_file():
-            return parent
+    whole: Any = path.resolve()
+    for parent in (whole, *whole.parents):
+        candidate: Location = parent
+        if (candidate / RUN).is_file():
+            return candidate
     return None
 
 
@@ -101,6 +106,6 @@ def outer_state(kind: str) -> str:
     return f"outer_{kind}.safetensors"
 
 
-def is_complete(path: Path) -> bool:
+def is_complete(path: Location) -> bool:
     """Whether a directory of ours is finished: its manifest is the last file written."""
     return (path / MANIFEST).is_file()

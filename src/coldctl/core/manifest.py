@@ -19,6 +19,7 @@ from coldctl import __version__
 from coldctl.core import layout
 from coldctl.core.documents import MAYBE_NUMBER, MAYBE_TEXT, NUMBER, SCALAR, Shape, json_value, misfit
 from coldctl.core.errors import ManifestError
+from coldctl.core.location import Location
 from coldctl.core.storage import Reader
 
 SCHEMA = 1
@@ -115,10 +116,11 @@ def digest_of(document: Mapping[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
 
 
-def digest_of_file(path: Path) -> str:
+def digest_of_file(path: Location) -> str:
     """`sha256:…` of a file's bytes, read in pieces."""
     hasher = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as opened:
+        file: Any = opened
         buffer = memoryview(bytearray(_COPY))
         while count := file.readinto(buffer):
             hasher.update(buffer[:count])
@@ -148,16 +150,17 @@ def digest_of_reader(reader: Reader) -> str:
     return "sha256:" + hasher.hexdigest()
 
 
-def write(folder: Path, manifest: Manifest, known: Mapping[str, str] | None = None) -> Manifest:
+def write(folder: Location, manifest: Manifest, known: Mapping[str, str] | None = None) -> Manifest:
     """Complete `manifest` with digests and write it into `folder` as the last file, fsynced.
 
     `known` gives digests that were computed while the files were written; the others are computed here.
     Returns the manifest as written.
     """
     known = known or {}
+    found: Any = folder.rglob("*")
     names = sorted(
         path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
+        for path in found
         if path.is_file() and path != folder / layout.MANIFEST and not path.name.startswith(".")
     )
     whole: Manifest = {
@@ -172,8 +175,9 @@ def write(folder: Path, manifest: Manifest, known: Mapping[str, str] | None = No
     text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
     with (folder / layout.MANIFEST).open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        if isinstance(folder, Path):
+            file.flush()
+            os.fsync(file.fileno())
     return whole
 
 
@@ -205,7 +209,7 @@ def parse(data: bytes, where: str) -> Manifest:
     return manifest
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: Location) -> Manifest:
     """Read and verify `folder/coldctl.json`. Raises ManifestError."""
     path = folder / layout.MANIFEST
     try:
@@ -216,7 +220,7 @@ def read(folder: Path) -> Manifest:
     return parse(data, str(path))
 
 
-def changed_files(folder: Path, manifest: Manifest) -> list[str]:
+def changed_files(folder: Location, manifest: Manifest) -> list[str]:
     """Names of the files that are missing from `folder` or differ from the manifest's digests, in order."""
     return [
         name
@@ -225,7 +229,7 @@ def changed_files(folder: Path, manifest: Manifest) -> list[str]:
     ]
 
 
-def read_unchanged(folder: Path) -> Manifest:
+def read_unchanged(folder: Location) -> Manifest:
     """Read a manifest and prove that every file it names is as it was written. Raises ManifestError."""
     document = read(folder)
     if changed := changed_files(folder, document):

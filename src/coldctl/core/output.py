@@ -1,7 +1,9 @@
-"""Writing a directory so that nothing half-written is ever read.
+"""Writing a directory so that nothing half-written is ever read, on this machine or in a store.
 
-Work happens in the hidden sibling `.NAME.partial/`; when it is done, every file is fsynced, the manifest is
-written last, and one rename makes it visible. A complete output with the same identity is left alone.
+Work happens in the hidden sibling `.NAME.partial/`; when it is done, the manifest is the last file of it. On this machine
+every file is then fsynced and one rename makes the directory visible. Stores know no rename: there the files are
+copied by the store itself, the manifest last and only if nobody else has completed the output (`core/placing.py`).
+A complete output with the same identity is left alone.
 """
 
 import errno
@@ -13,14 +15,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from coldctl.core import layout, manifest
+from coldctl.core import caching, conditional, layout, manifest, placing
 from coldctl.core.errors import BusyError, ManifestError, OutputError
-from coldctl.core.storage import is_url
+from coldctl.core.lease import Lease
+from coldctl.core.location import Location, children, in_store, locate
+from coldctl.core.progress import SILENT, Progress
 
 IDENTITY = ".identity"  # in the partial directory: which config and inputs the unfinished work belongs to
+LEASE = ".lease"  # in a store, in place of a lock
 
 
-def is_done(path: Path, identity: str, *, overwrite: bool) -> bool:
+def is_done(path: Location, identity: str, *, overwrite: bool) -> bool:
     """Whether `path` already holds the complete result of the same config and inputs.
 
     With `overwrite` every file of it is looked at, and one that was changed since makes it as good as not there.
@@ -44,6 +49,8 @@ def is_done(path: Path, identity: str, *, overwrite: bool) -> bool:
                 f"{path} is complete but was made from other inputs or another config: "
                 "give --overwrite to replace it, or another --output"
             )
+    elif in_store(path) and (layout.partial(path) / IDENTITY).exists():
+        return False  # files that an interrupted call of ours has copied there already
     elif any(path.iterdir()):  # never deleted, whatever the flags
         raise OutputError(
             f"{path} holds files that coldctl did not write: give another --output, or remove them yourself"
@@ -51,62 +58,107 @@ def is_done(path: Path, identity: str, *, overwrite: bool) -> bool:
     return False
 
 
-def refuse_overlap(path: Path, inputs: Iterable[str | Path]) -> None:
+def refuse_overlap(path: Location, inputs: Iterable[str | Location]) -> None:
     """Refuse an output that is one of its own inputs, lies in one, or holds one. Raises OutputError."""
     place = path.resolve()
     for item in inputs:
-        if is_url(str(item)):
+        other = locate(item).resolve()
+        if in_store(other) != in_store(place):
             continue
-        other = Path(item).expanduser().resolve()
-        if place == other or place.is_relative_to(other) or other.is_relative_to(place):
+        if place == other or other in place.parents or place in other.parents:
             raise OutputError(f"{path} would overwrite its own input {item}: give another --output")
 
 
 @contextmanager
-def writing(path: Path, identity: str | None, *, overwrite: bool) -> Iterator[Path]:
+def writing(path: Location, identity: str | None, *, overwrite: bool) -> Iterator[Location]:
     """Give the partial directory of `path` to write into; on success publish it as `path`.
 
     The caller writes everything including the manifest. Unfinished work of the same `identity` is found there
     and may be gone on with; that of another identity is refused without `overwrite`. Without an `identity`
     the work is too short to be worth resuming: it starts from nothing, and leaves nothing if it fails.
+    Raises BusyError if another command is writing `path`.
     """
+    if isinstance(path, Path):
+        with _writing_here(path, identity, overwrite=overwrite) as here:
+            yield here
+        return
     partial = layout.partial(path)
+    lease = Lease(partial / LEASE, str(path))
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial, os.O_RDONLY)
-    except OSError as error:
-        raise _cannot_write(path, error) from None
-    try:
-        _lock(lock, path)
         _claim(partial, path, identity or "", overwrite=overwrite or identity is None)
+        replaced = conditional.read(path / layout.MANIFEST)
         try:
             yield partial
-            (partial / IDENTITY).unlink()
-            sync_tree(partial)
-            _replace(partial, path)
-        except OSError as error:
-            raise _cannot_write(path, error) from error
-        finally:
+            placing.place(partial, path, lease, replaced)
+        except BaseException as error:
             if identity is None:
-                shutil.rmtree(partial, ignore_errors=True)
+                with suppress(Exception):  # files that were placed already need the marker that says whose they are
+                    _remove(partial, but=(LEASE, IDENTITY) if path.exists() else (LEASE,))
+            if isinstance(error, OSError):
+                raise _cannot_write(path, error) from error
+            raise
+        _remove(partial, but=(LEASE,))
     finally:
-        os.close(lock)
+        lease.release()
+        with suppress(Exception):  # stores that know directories keep empty ones
+            if not children(partial):
+                partial.rmdir()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically: a hidden sibling of the writer's own, fsync, rename. Others may do the same."""
-    partial = layout.partial(path.with_name(f"{path.name}.{threading.get_native_id()}"))
+def is_held(partial: Location) -> bool:
+    """Whether a command is at work in a partial directory; in a store one that has died counts until its lease is over."""
+    if not isinstance(partial, Path):
+        return (partial / LEASE).is_file()
+    descriptor = os.open(partial, os.O_RDONLY)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _sync(path.parent)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextmanager
+def working(path: Location, identity: str | None, *, overwrite: bool, progress: Progress = SILENT) -> Iterator[Path]:
+    """As `writing`, but always with a directory of this machine to write into, for what libraries write.
+
+    For an output in a store it lies in the user's cache, where the same command finds unfinished work again.
+    """
+    if isinstance(path, Path):
+        with _writing_here(path, identity, overwrite=overwrite) as here:
+            yield here
+        return
+    key = manifest.digest_of({"output": str(path)}).removeprefix("sha256:")[:16]
+    here = caching.folder("unfinished") / f"{path.name}-{key}"
+    with _held_here(here, path, identity, overwrite=overwrite):
+        yield here
+        with writing(path, identity, overwrite=True) as partial:
+            if not is_done(path, identity or "", overwrite=overwrite):
+                placing.send(here, partial, progress)
+        shutil.rmtree(here)
+
+
+def write_text(path: Location, text: str) -> None:
+    """Write a small file atomically: a hidden sibling of the writer's own, fsync, rename. Others may do the same."""
+    try:
+        if not isinstance(path, Path):
+            path.write_text(text, encoding="utf-8")  # a store shows an object when it is whole
+            return
+        partial = layout.partial(path.with_name(f"{path.name}.{os.getpid()}-{threading.get_native_id()}"))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            _sync(path.parent)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise _cannot_write(path, error) from None
 
 
@@ -124,6 +176,39 @@ def sync_tree(folder: Path) -> None:
     _sync(folder)
 
 
+@contextmanager
+def _writing_here(path: Path, identity: str | None, *, overwrite: bool) -> Iterator[Path]:
+    partial = layout.partial(path)
+    assert isinstance(partial, Path)
+    with _held_here(partial, path, identity, overwrite=overwrite):
+        try:
+            yield partial
+            (partial / IDENTITY).unlink()
+            sync_tree(partial)
+            _replace(partial, path)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        finally:
+            if identity is None:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _held_here(partial: Path, path: Location, identity: str | None, *, overwrite: bool) -> Iterator[None]:
+    """Hold a directory of this machine for unfinished work on `path`, made or gone on with."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    try:
+        _lock(lock, path)
+        _claim(partial, path, identity or "", overwrite=overwrite or identity is None)
+        yield
+    finally:
+        os.close(lock)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -132,7 +217,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _lock(descriptor: int, path: Location) -> None:
     """Hold the partial directory itself, so that a dead process leaves no lock behind."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,10 +227,10 @@ def _lock(descriptor: int, path: Path) -> None:
         raise BusyError(f"{path} is being written by another command: wait for it, or give another --output") from None
 
 
-def _claim(partial: Path, path: Path, identity: str, *, overwrite: bool) -> None:
+def _claim(partial: Location, path: Location, identity: str, *, overwrite: bool) -> None:
     marker = partial / IDENTITY
     found = marker.read_text(encoding="utf-8") if marker.is_file() else None
-    others = [child for child in partial.iterdir() if child != marker]
+    others = [child for child in children(partial) if child.name not in (IDENTITY, LEASE)]
     if identity and found == identity:
         (partial / layout.MANIFEST).unlink(missing_ok=True)  # of a call that was killed while it wrote it
         return
@@ -154,12 +239,21 @@ def _claim(partial: Path, path: Path, identity: str, *, overwrite: bool) -> None
             f"{partial} holds unfinished work on {path.name} under another config or other inputs: "
             "give --overwrite to drop it, or repeat the earlier command to finish it"
         )
-    for child in others:
-        if child.is_dir():
+    _remove(partial, but=(LEASE,))
+    marker.write_text(identity, encoding="utf-8")
+
+
+def _remove(folder: Location, *, but: tuple[str, ...]) -> None:
+    """Remove what a folder holds, but for these files."""
+    for child in children(folder):
+        if child.name in but:
+            continue
+        if not isinstance(child, Path):
+            child.fs.rm(child.path, recursive=True)
+        elif child.is_dir():
             shutil.rmtree(child)
         else:
             child.unlink()
-    marker.write_text(identity, encoding="utf-8")
 
 
 def _replace(partial: Path, path: Path) -> None:
@@ -173,6 +267,6 @@ def _replace(partial: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
+def _cannot_write(path: Location, error: OSError) -> OutputError:
     reason = error.strerror or str(error)
     return OutputError(f"cannot write {path}: {reason}: free the cause and run the same command again")

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from pathlib import Path
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from coldctl.core.checkpoint import (
 )
 from coldctl.core.config import FuseConfig, size_in_bytes
 from coldctl.core.errors import CheckpointError
+from coldctl.core.location import Location
 from coldctl.core.manifest import Manifest
 from coldctl.core.merge import Array
 from coldctl.core.progress import Progress
@@ -94,6 +94,8 @@ class Prover:
         if not self._verify and (index or checkpoint.manifest):
             return checkpoint.manifest["body_digest"] if checkpoint.manifest else "", []
         actual = digester.body_digest() if digester else body_digest(checkpoint)
+        if checkpoint.manifest is None:
+            return actual, [f"{name} changed while it was read" for name in checkpoint.folder.changed()]
         return actual, differences(checkpoint, actual) if self._verify else []
 
 
@@ -251,13 +253,13 @@ class Without:
     """A fused model that lacks one contribution, written in the same pass."""
 
     index: int
-    folder: Path
+    folder: Location
 
 
 def write(
     inputs: Inputs,
     recipe: Recipe,
-    folder: Path,
+    folder: Location,
     *,
     prover: Prover | None,
     statistics: UpdateStatistics | None,
@@ -331,7 +333,7 @@ def output_dtype(tensor: Tensor, config: FuseConfig) -> str:
 class _Sink:
     """Rounds, hashes and writes one model's (or one state's) tensors in a thread of its own."""
 
-    def __init__(self, folder: Path, base: Checkpoint, config: FuseConfig, *, state: str | None = None) -> None:
+    def __init__(self, folder: Location, base: Checkpoint, config: FuseConfig, *, state: str | None = None) -> None:
         self._layouts = {
             name: Layout(name, "F32" if state else output_dtype(tensor, config), tensor.shape)
             if tensor.floating

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from coldctl.core import layout, run
 from coldctl.core.errors import ColdctlError, ModelError
-from coldctl.core.storage import Folder, download, is_url, open_folder
+from coldctl.core.location import Location, is_url, locate
+from coldctl.core.storage import Folder, download, open_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -53,14 +54,12 @@ def resolve(reference: str, revision: str | None = None) -> Model:
 
     Raises ModelError if it is nowhere, with what was tried.
     """
-    if is_url(reference):
-        return Model(reference.rstrip("/").rsplit("/", 1)[-1], reference.rstrip("/"))
-    path = Path(reference).expanduser()
-    if path.is_dir():
+    path = locate(reference)
+    if is_url(reference) or path.is_dir():
         if run.is_run(path):
             found = run.read(path)
             return resolve(found.base_model, found.revision)
-        return Model(_local_name(path), str(path))
+        return Model(_directory_name(path), str(path))
     if path.exists():
         raise ModelError(f"{reference} is a file: give the directory that holds the model")
     if reference.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(reference):
@@ -68,7 +67,7 @@ def resolve(reference: str, revision: str | None = None) -> Model:
     return Model(reference, _from_hub(reference, revision))
 
 
-def _local_name(path: Path) -> str:
+def _directory_name(path: Location) -> str:
     """A directory's own name, or what it is inside a RUN; never more of the path."""
     whole = path.resolve()
     if whole.name == "fused" and whole.parent.name.startswith("iteration-"):

@@ -6,13 +6,14 @@ base model is the last promoted one, else the pretrained model.
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from coldctl.core import layout, output
+from coldctl.core import conditional, layout
+from coldctl.core.conditional import Version
 from coldctl.core.documents import MAYBE_TEXT, json_value, misfit
-from coldctl.core.errors import ConfigError, ManifestError
+from coldctl.core.errors import ConfigError, ManifestError, OutputError
+from coldctl.core.location import Location
 
 SCHEMA = 1
 _ITERATION = {"number!": int, "promoted!": bool, "body_digest!": str, "reason": MAYBE_TEXT}
@@ -34,9 +35,12 @@ class Iteration:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as `run.json` holds it. `base` is a MODEL; a path in it is relative to the run's folder."""
+    """A run as `run.json` holds it. `base` is a MODEL; a path in it is relative to the run's folder.
 
-    folder: Path
+    `version` is the file that it was read from: nobody else's decision is written over.
+    """
+
+    folder: Location
     base: str
     revision: str | None
     config_digest: str
@@ -45,6 +49,7 @@ class Run:
     gate: bool
     target: int
     iterations: tuple[Iteration, ...] = ()
+    version: Version | None = field(default=None, compare=False, repr=False)
 
     @property
     def decided(self) -> int:
@@ -67,12 +72,12 @@ class Run:
         return self.pretrained
 
 
-def is_run(path: Path) -> bool:
+def is_run(path: Location) -> bool:
     """Whether a directory is a RUN."""
     return (path / layout.RUN).is_file()
 
 
-def _begun(folder: Path, number: int, own: Collection[str]) -> list[Path]:
+def _begun(folder: Location, number: int, own: Collection[str]) -> list[Location]:
     """What an iteration has made itself so far, unfinished work included."""
     contributions = layout.contributions(folder, number)
     pieces = [
@@ -83,11 +88,14 @@ def _begun(folder: Path, number: int, own: Collection[str]) -> list[Path]:
     return [place for piece in pieces for place in (piece, layout.partial(piece)) if place.exists()]
 
 
-def read(folder: Path) -> Run:
+def read(folder: Location) -> Run:
     """Read `folder/run.json`. Raises ManifestError."""
     path = folder / layout.RUN
+    version = conditional.read(path)
+    if version is None:
+        raise ManifestError(f"{folder} is not a run (it has no {layout.RUN}): start one with `coldctl plan`")
     try:
-        document = json_value(path.read_bytes())
+        document = json_value(version.data)
         if place := misfit(document, _SHAPE):
             raise ValueError(f"{place} is not what it should be")
         if document["schema"] > SCHEMA:
@@ -102,15 +110,14 @@ def read(folder: Path) -> Run:
             gate=document["gate"],
             target=document["target"],
             iterations=tuple(Iteration(**entry) for entry in document["iterations"]),
+            version=version,
         )
-    except FileNotFoundError:
-        raise ManifestError(f"{folder} is not a run (it has no {layout.RUN}): start one with `coldctl plan`") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ManifestError(f"{path} is not a readable run file ({error}): restore it or start a new RUN") from None
 
 
 def write(run: Run) -> None:
-    """Write `run.json` atomically."""
+    """Write `run.json`, if it still is as `run` was read from it. Raises OutputError if another command was quicker."""
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "base": run.base,
@@ -122,7 +129,10 @@ def write(run: Run) -> None:
         "target": run.target,
         "iterations": [vars(iteration) for iteration in run.iterations],
     }
-    output.write_text(run.folder / layout.RUN, json.dumps(document, indent=2) + "\n")
+    path, data = run.folder / layout.RUN, (json.dumps(document, indent=2) + "\n").encode()
+    version = run.version
+    if not (conditional.create(path, data) if version is None else conditional.replace(path, data, version)):
+        raise OutputError(f"{path} was changed by another command at the same time: run the same command again")
 
 
 def extended(run: Run, planned: Run, iterations: int, own: Collection[str]) -> Run:
@@ -145,4 +155,4 @@ def extended(run: Run, planned: Run, iterations: int, own: Collection[str]) -> R
             f"restore it to finish that iteration, or remove {', '.join(map(str, begun))} to start it again"
         )
     target = run.target if run.decided < run.target else run.decided + iterations
-    return replace(planned, iterations=run.iterations, target=target)
+    return replace(planned, iterations=run.iterations, target=target, version=run.version)

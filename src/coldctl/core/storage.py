@@ -5,19 +5,25 @@ nothing is mapped or kept; remote ones by range requests.
 """
 
 import os
-import re
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from coldctl.core import layout
 from coldctl.core.errors import CheckpointError, ModelError
-from coldctl.core.progress import Progress
+from coldctl.core.location import Location, is_url, locate
 
 SMALL_FILE_LIMIT = 64 << 20  # bytes; the largest vocabularies need half of it
+_KEPT_FILE = 1 << 20  # bytes; what is read of a store and is no larger is kept for whoever asks next
+_FIRST_WINDOW = 64 << 10  # bytes; a safetensors header, usually
+_PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between tries
+
+T = TypeVar("T")
 
 
 class Reader(Protocol):
@@ -51,6 +57,9 @@ class Folder(Protocol):
 
     def open(self, name: str) -> Reader:
         """Open a large file for reading by position. Raises CheckpointError."""
+
+    def changed(self) -> list[str]:
+        """The files, sorted, that are not any more what they were when the folder was opened, where that can be told."""
 
 
 class LocalReader:
@@ -132,6 +141,10 @@ class LocalFolder:
         """Open a file for reading by position."""
         return LocalReader(self._inside(name))
 
+    def changed(self) -> list[str]:
+        """None: an open file stays what it is when another one takes its name."""
+        return []
+
     def _inside(self, name: str) -> Path:
         """The file's real path; a stranger's checkpoint must not reach outside its own directory."""
         if leads_outside(name):
@@ -147,79 +160,172 @@ class LocalFolder:
 
 
 class RemoteReader:
-    """A file in a store, read by range requests."""
+    """A file in a store, read by range requests of at least `window` bytes: what follows is usually asked for next."""
 
-    def __init__(self, filesystem: Any, path: str) -> None:
-        self._filesystem, self._path = filesystem, path
-        self.size = int(filesystem.size(path) or 0)
+    def __init__(self, filesystem: Any, path: str, size: int, label: str) -> None:
+        self._filesystem, self._path, self._label = filesystem, path, label
+        self.size = size
+        self.window = _FIRST_WINDOW  # bytes; whoever reads much sets it
+        self._start = 0
+        self._held = b""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `offset` with one range request."""
-        try:
-            data = self._filesystem.cat_file(self._path, start=offset, end=offset + len(buffer))
-        except Exception as error:  # each store has exceptions of its own
-            raise CheckpointError(f"cannot read {self._path}: {error}") from None
-        if len(data) != len(buffer):
-            raise CheckpointError(f"{self._path} ends at byte {offset + len(data)}: it is truncated, store it again")
-        buffer[:] = data
+        """Fill `buffer` from `offset`, from what is held or by requests."""
+        done = 0
+        while done < len(buffer):
+            at = offset + done
+            if not self._start <= at < self._start + len(self._held):
+                stop = min(self.size, at + max(self.window, len(buffer) - done))
+                if at >= stop:
+                    raise CheckpointError(f"{self._label} ends at byte {self.size}: it is truncated, store it again")
+                self._held, self._start = self._fetched(at, stop), at
+            part = memoryview(self._held)[at - self._start :][: len(buffer) - done]
+            buffer[done : done + len(part)] = part
+            done += len(part)
 
     def close(self) -> None:
-        """Nothing is held between requests."""
+        """Let go of what is held."""
+        self._held = b""
+
+    def _fetched(self, start: int, stop: int) -> bytes:
+        def fetch() -> bytes:
+            data = bytes(self._filesystem.cat_file(self._path, start=start, end=stop))
+            if len(data) != stop - start:
+                raise _ShortError(f"{len(data)} of {stop - start} bytes came")
+            return data
+
+        return _persistently(fetch, self._label)
+
+
+class _ShortError(OSError):
+    """A store sent fewer bytes than it was asked for."""
+
+
+def _persistently(fetch: Callable[[], T], label: str) -> T:
+    """What `fetch` returns, tried again when a request fails, breaks off or is refused for a while.
+
+    Raises CheckpointError at once where another try cannot help, else after the last one.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return fetch()
+        except FileNotFoundError:
+            raise CheckpointError(f"{label} is missing: it was removed, or never stored") from None
+        except PermissionError as error:
+            raise CheckpointError(f"cannot read {label}: {error}: check your credentials") from None
+        except Exception as error:  # each store has exceptions of its own
+            if pause is None:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                tries = len(_PAUSES) + 1
+                raise CheckpointError(f"cannot read {label} in {tries} tries: {reason}: try again later") from None
+            time.sleep(pause)
+    raise AssertionError
 
 
 class RemoteFolder:
-    """A directory in a store that fsspec knows."""
+    """A directory in a store that fsspec knows. It is listed once, when it is first asked about."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, entries: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """`entries` are what a listing has already said about its files: by name, with size and version."""
         self.label = url
         self._filesystem, self._root = _filesystem(url)
+        self._entries = entries
+        self._small: dict[str, bytes] = {}
+
+    @property
+    def entries(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the store says about each file in it and below, by name. Raises ModelError."""
+        if self._entries is None:
+            self._entries = _listed(self._filesystem, self._root, self.label)
+        return self._entries
 
     def names(self) -> list[str]:
         """The plain files in it, sorted."""
-        return sorted(name for name, kind in self._entries() if kind == "file")
+        return sorted(name for name in self.entries if "/" not in name)
 
     def walk(self) -> list[str]:
         """All files in it and below it."""
-        try:
-            found = self._filesystem.find(self._root)
-        except Exception as error:  # each store has exceptions of its own
-            raise ModelError(f"cannot list {self.label}: {error}: check the URL and your credentials") from None
-        return sorted(str(path).removeprefix(f"{self._root}/") for path in found)
+        return sorted(self.entries)
 
     def has(self, name: str) -> bool:
         """Whether it holds a file of that name."""
-        return bool(self._filesystem.isfile(f"{self._root}/{name}"))
+        return name in self.entries
 
     def read(self, name: str, limit: int = SMALL_FILE_LIMIT) -> bytes:
         """A small file's bytes."""
-        if leads_outside(name):
-            raise CheckpointError(f"{self.label}: {name!r} points outside the directory: do not use this checkpoint")
-        try:
-            if self._filesystem.size(f"{self._root}/{name}") > limit:
-                raise _too_large(f"{self.label}/{name}", limit)
-            return bytes(self._filesystem.cat_file(f"{self._root}/{name}"))
-        except CheckpointError:
-            raise
-        except Exception as error:  # each store has exceptions of its own
-            raise CheckpointError(f"cannot read {self.label}/{name}: {error}") from None
+        size = self._size(name)
+        if size > limit:
+            raise _too_large(f"{self.label}/{name}", limit)
+        if name not in self._small:
+            reader = self.open(name)
+            data = bytearray(size)
+            reader.read_into(0, memoryview(data))
+            if size > _KEPT_FILE:
+                return bytes(data)
+            self._small[name] = bytes(data)
+        return self._small[name]
 
     def open(self, name: str) -> Reader:
         """Open a file for range requests."""
+        size = self._size(name)
+        if name in self._small:
+            return HeldReader(self._small[name], f"{self.label}/{name}")
+        return RemoteReader(self._filesystem, f"{self._root}/{name}", size, f"{self.label}/{name}")
+
+    def changed(self) -> list[str]:
+        """The files that are not any more what they were when the folder was listed, sorted. Raises ModelError."""
+        before, now = self.entries, _listed(self._filesystem, self._root, self.label)
+        return sorted(name for name in before if _version(before[name]) != _version(now.get(name, {})))
+
+    def _size(self, name: str) -> int:
         if leads_outside(name):
             raise CheckpointError(f"{self.label}: {name!r} points outside the directory: do not use this checkpoint")
-        return RemoteReader(self._filesystem, f"{self._root}/{name}")
+        if name not in self.entries:
+            raise CheckpointError(f"cannot read {self.label}/{name}: no such file")
+        return int(self.entries[name]["size"] or 0)
 
-    def folders(self) -> list[str]:
-        """The directories in it, sorted."""
-        return sorted(name for name, kind in self._entries() if kind == "directory")
 
-    def _entries(self) -> Iterator[tuple[str, str]]:
-        try:
-            listing = self._filesystem.ls(self._root, detail=True)
-        except Exception as error:  # each store has exceptions of its own
-            raise ModelError(f"cannot list {self.label}: {error}: check the URL and your credentials") from None
-        for entry in listing:
-            yield PurePosixPath(entry["name"]).name, entry["type"]
+class HeldReader:
+    """A small file that was read before."""
+
+    def __init__(self, data: bytes, label: str) -> None:
+        self._data, self._label = data, label
+        self.size = len(data)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `offset`."""
+        part = self._data[offset : offset + len(buffer)]
+        if len(part) != len(buffer):
+            raise CheckpointError(f"{self._label} ends at byte {self.size}: it is truncated, store it again")
+        buffer[:] = part
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def remote_folders(url: str) -> tuple[Folder, dict[str, Folder]]:
+    """A folder in a store, and the folders directly inside it by name, all from one listing. Raises ModelError."""
+    whole = RemoteFolder(url)
+    inside: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for path, entry in whole.entries.items():
+        name, slash, rest = path.partition("/")
+        if slash:
+            inside.setdefault(name, {})[rest] = entry
+    return whole, {name: RemoteFolder(f"{url}/{name}", found) for name, found in sorted(inside.items())}
+
+
+def _listed(filesystem: Any, root: str, label: str) -> dict[str, Mapping[str, Any]]:
+    """Every file below `root`, by its path from there."""
+    try:
+        found = _persistently(lambda: filesystem.find(root, detail=True), label)
+    except CheckpointError as error:
+        raise ModelError(f"cannot list {label}: {error.message}: check the URL and your credentials") from None
+    return {path[len(root) :].strip("/"): entry for path, entry in found.items() if path.strip("/") != root.strip("/")}
+
+
+def _version(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells one version of a file in a store from another, as far as the store says."""
+    return tuple(str(entry.get(key)) for key in ("size", "ETag", "etag", "generation", "mtime", "created", "blob_id"))
 
 
 def _too_large(label: str, limit: int) -> CheckpointError:
@@ -236,26 +342,10 @@ def leads_outside(name: str) -> bool:
     return not name or name != "/".join(parts) or len(parts) > 2 or ".." in parts or "\\" in name
 
 
-def is_url(reference: str) -> bool:
-    """Whether a reference names a store of fsspec, such as `s3://bucket/folder` or `memory://folder`."""
-    return re.match(r"[a-z][a-z0-9+.-]*://", reference) is not None
-
-
-def open_folder(reference: str | Path) -> Folder:
+def open_folder(reference: "str | Location") -> Folder:
     """The folder at a local path or a URL. Raises ModelError for a scheme whose library is missing."""
-    if isinstance(reference, str) and is_url(reference):
-        return RemoteFolder(reference)
-    return LocalFolder(Path(reference))
-
-
-def subfolders(reference: str | Path) -> list[str | Path]:
-    """References of the directories directly inside a folder, sorted by name."""
-    if isinstance(reference, str) and is_url(reference):
-        return [f"{reference.rstrip('/')}/{name}" for name in RemoteFolder(reference).folders()]
-    try:
-        return sorted(child for child in Path(reference).iterdir() if child.is_dir())
-    except OSError as error:
-        raise ModelError(f"cannot read {reference}: {error.strerror}: check the path") from None
+    place = str(reference)
+    return RemoteFolder(place) if is_url(place) else LocalFolder(Path(place))
 
 
 def download(url: str, folder: Path) -> Path:
@@ -265,54 +355,10 @@ def download(url: str, folder: Path) -> Path:
     for name in RemoteFolder(url).names():
         if not any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES):
             continue  # never code, never pickles
-        filesystem.get_file(f"{root}/{name}", str(folder / name))
+        _persistently(partial(filesystem.get_file, f"{root}/{name}", str(folder / name)), f"{url}/{name}")
     return folder
 
 
-def exists(url: str) -> bool:
-    """Whether there is anything at a URL. Raises ModelError for a scheme whose library is missing."""
-    filesystem, root = _filesystem(url)
-    return bool(filesystem.exists(root))
-
-
-def staging_of(url: str) -> str:
-    """Where a folder in a store is put together before it takes its place: a hidden sibling."""
-    parent, _, name = url.rstrip("/").rpartition("/")
-    return f"{parent}/.{name}.partial"
-
-
-def replace_folder(folder: Path, url: str, progress: Progress) -> None:
-    """Put the files of a local folder where `url` points, in place of what stands there.
-
-    They are stored in `staging_of(url)` first and copied from there by the store itself, the manifest last: what is long
-    and may break leaves `url` alone. Raises what the store raises.
-    """
-    filesystem, root = _filesystem(url)
-    staging = _filesystem(staging_of(url))[1]
-    if filesystem.exists(staging):
-        filesystem.rm(staging, recursive=True)
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    files.sort(key=lambda item: item == layout.MANIFEST)  # the manifest is last: it means "complete"
-    progress.begin("store", sum((folder / item).stat().st_size for item in files), "bytes")
-    for item in files:
-        filesystem.makedirs(f"{staging}/{item}".rpartition("/")[0], exist_ok=True)
-        filesystem.put_file(str(folder / item), f"{staging}/{item}")
-        progress.advance("store", (folder / item).stat().st_size)
-    progress.end("store")
-    before = {path.removeprefix(f"{root}/") for path in filesystem.find(root)} if filesystem.exists(root) else set()
-    for item in files:
-        filesystem.makedirs(f"{root}/{item}".rpartition("/")[0], exist_ok=True)
-        filesystem.cp_file(f"{staging}/{item}", f"{root}/{item}")
-    for item in sorted(before.difference(files)):
-        filesystem.rm_file(f"{root}/{item}")
-    filesystem.rm(staging, recursive=True)
-
-
 def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        filesystem, root = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ModelError(f"cannot open {url}: {error}") from None
-    return filesystem, root.rstrip("/")
+    found: Any = locate(url)
+    return found.fs, found.path.rstrip("/")

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from coldctl.core import layout, output, storage
-from coldctl.core.errors import CheckpointError, ManifestError, ModelError, OutputError
+from coldctl.core import layout, output, placing, storage
+from coldctl.core.errors import CheckpointError, ManifestError, OutputError
+from coldctl.core.location import Location, locate
 from coldctl.core.manifest import Manifest, parse
 from coldctl.core.progress import Progress
 
@@ -70,7 +71,7 @@ class LocalTarget:
     @contextmanager
     def writing(self) -> Iterator[Sending]:
         """As the protocol says."""
-        with output.writing(self.path, None, overwrite=True) as partial:
+        with output.working(self.path, None, overwrite=True) as partial:
             yield Sending(partial, place=str(self.path))
 
 
@@ -105,13 +106,14 @@ class StoreTarget:
             raise OutputError(
                 f"{self.label} is complete but was made from something else: give --overwrite to replace it"
             )
-        if _exists(self.url) and not _exists(f"{storage.staging_of(self.url)}/{layout.MANIFEST}"):
+        place = locate(self.url)
+        if _exists(place) and not _exists(layout.partial(place) / output.IDENTITY):
             raise OutputError(f"{self.label} holds files that coldctl did not write: give another --to")
         return False
 
     def standing(self) -> tuple[str | None, Manifest | None]:
         """As the protocol says."""
-        return _standing(storage.RemoteFolder(self.url)) if _exists(self.url) else (None, None)
+        return _standing(storage.RemoteFolder(self.url)) if _exists(locate(self.url)) else (None, None)
 
     def settle(self, tag: str | None) -> None:
         """Nothing: it is complete or not there."""
@@ -123,14 +125,8 @@ class StoreTarget:
             sending = Sending(Path(scratch) / "published", place=self.url)
             sending.folder.mkdir()
             yield sending
-            try:
-                storage.replace_folder(sending.folder, self.url, self.progress)
-            except Exception as error:  # each store has exceptions of its own
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise OutputError(
-                    f"{self.label} could not be written ({reason}): check your credentials and the connection, and run "
-                    "the same command again"
-                ) from None
+            with output.writing(locate(self.url), None, overwrite=True) as partial:
+                placing.send(sending.folder, partial, self.progress)
 
 
 @dataclass
@@ -162,13 +158,11 @@ class DryTarget:
             yield Sending(folder, place=self.label)
 
 
-def _exists(url: str) -> bool:
+def _exists(place: Location) -> bool:
     try:
-        return storage.exists(url)
+        return place.exists()
     except Exception as error:  # each store has exceptions of its own
-        if isinstance(error, ModelError):
-            raise
-        raise OutputError(f"cannot look into {url}: {error}: check the URL and your credentials") from None
+        raise OutputError(f"cannot look into {place}: {error}: check the URL and your credentials") from None
 
 
 def _standing(folder: storage.Folder) -> tuple[str | None, Manifest | None]:

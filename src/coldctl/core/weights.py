@@ -9,14 +9,17 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from coldctl.core import layout
 from coldctl.core.checkpoint import DTYPES
+from coldctl.core.location import Location
 
 _ALIGNMENT = 8
+_PART = 16 << 20  # bytes that are sent to a store at a time
 _WRITE_BACK = 32 << 20  # bytes after which the disk may begin, so that the sync at the end has little left
 
 
@@ -46,14 +49,14 @@ class WeightsWriter:
     """Writes tensors in `file_order` into `folder`; `digests` holds the sha256 of each file once closed."""
 
     def __init__(
-        self, folder: Path, layouts: Sequence[Layout], max_shard_size: int, *, single: str | None = None
+        self, folder: Location, layouts: Sequence[Layout], max_shard_size: int, *, single: str | None = None
     ) -> None:
         """`single` names a file that takes all tensors instead of the model's weights."""
         self._folder = folder
         self._single = single
         self._shards = [file_order(layouts)] if single else _shards(file_order(layouts), max_shard_size)
         self._pending = list(self._names_and_shards())
-        self._file: IO[bytes] | None = None
+        self._file: Any = None
         self._hasher = hashlib.sha256()
         self._left = 0
         self._unsynced = 0
@@ -65,7 +68,6 @@ class WeightsWriter:
             return
         if self._left == 0:
             self._next_shard()
-        assert self._file is not None
         _write_all(self._file, data)
         self._hasher.update(data)
         self._left -= len(data)
@@ -95,9 +97,14 @@ class WeightsWriter:
 
     def abandon(self) -> None:
         """Close the file without finishing it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._file is None:
+            return
+        if not isinstance(self._folder, Path):  # else a store would take what was written so far for all of it
+            self._file.discard()
+            with suppress(AttributeError):
+                self._file.closed = True
+        self._file.close()
+        self._file = None
 
     def _names_and_shards(self) -> list[tuple[str, list[Layout]]]:
         count = len(self._shards)
@@ -111,15 +118,15 @@ class WeightsWriter:
         self._finish_shard()
         self._name, shard = self._pending.pop(0)
         head = header(shard)
-        self._file = (self._folder / self._name).open("wb", buffering=0)
+        path = self._folder / self._name
+        self._file = path.open("wb", buffering=0) if isinstance(path, Path) else path.open("wb", block_size=_PART)
         _write_all(self._file, memoryview(head))
         self._hasher = hashlib.sha256(head)
         self._left = sum(item.nbytes for item in shard)
 
     def _write_back(self) -> None:
         """Let the disk begin with what was written; nothing waits for it, and nothing is dropped unwritten."""
-        assert self._file is not None
-        if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise") and isinstance(self._folder, Path):
             end = self._file.tell()
             os.posix_fadvise(self._file.fileno(), end - self._unsynced, self._unsynced, os.POSIX_FADV_DONTNEED)
         self._unsynced = 0
@@ -129,13 +136,14 @@ class WeightsWriter:
             return
         if self._left:
             raise ValueError(f"{self._left} bytes of {self._name} were never written")
-        os.fsync(self._file.fileno())
+        if isinstance(self._folder, Path):
+            os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
         self.digests[self._name] = "sha256:" + self._hasher.hexdigest()
 
 
-def _write_all(file: IO[bytes], data: memoryview) -> None:
+def _write_all(file: Any, data: memoryview) -> None:
     """Write all of `data`, however many calls the kernel needs: a disk that fills up takes a part first."""
     done = 0
     while done < len(data):

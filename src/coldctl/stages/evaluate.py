@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from coldctl.core.config import (
     identity,
 )
 from coldctl.core.errors import ConfigError, DataError, ModelError, OutputError
+from coldctl.core.location import Location, locate
 from coldctl.core.page import page
 from coldctl.core.passes import prove
 from coldctl.core.progress import Progress
@@ -96,7 +97,7 @@ class Cell:
 class Evaluated:
     """What `evaluate` found, as `results.json` holds it, and whether it already stood there."""
 
-    path: Path
+    path: Location
     results: dict[str, Any]
     unchanged: bool
 
@@ -105,7 +106,7 @@ def evaluate(
     models: Sequence[Candidate],
     baseline: Model,
     datasets: Sequence[DatasetConfig],
-    destination: Path,
+    destination: Location,
     config: EvaluateConfig,
     finetuning: FinetuneConfig,
     *,
@@ -176,9 +177,9 @@ def candidates_of(references: Sequence[str], revision: str | None) -> list[Candi
 
     They are called `iteration-NNN`, and with several RUNs `RUN/iteration-NNN`. Raises ModelError.
     """
-    folders = [Path(reference).expanduser() for reference in references]
-    runs = {folder for folder in folders if folder.is_dir() and run.is_run(folder)}
-    names: dict[Path, str] = {}
+    folders = [locate(reference) for reference in references]
+    runs = {folder for folder in folders if run.is_run(folder)}
+    names: dict[Location, str] = {}
     found = []
     for reference, folder in zip(references, folders, strict=True):
         if folder not in runs:
@@ -195,10 +196,10 @@ def candidates_of(references: Sequence[str], revision: str | None) -> list[Candi
     return found
 
 
-def _candidate(model: Model, names: dict[Path, str]) -> Candidate:
+def _candidate(model: Model, names: dict[Location, str]) -> Candidate:
     """A single model; one that lies in a RUN is known by its iteration."""
-    path = Path(model.place)
-    enclosing = layout.enclosing_run(path) if path.is_dir() else None
+    path = locate(model.place)
+    enclosing = layout.enclosing_run(path)
     if enclosing is not None:
         for number in layout.iteration_numbers(enclosing):
             if path.resolve() == layout.fused(enclosing, number):
@@ -206,7 +207,7 @@ def _candidate(model: Model, names: dict[Path, str]) -> Candidate:
     return Candidate(model)
 
 
-def _run_name(folder: Path, names: dict[Path, str]) -> str:
+def _run_name(folder: Location, names: dict[Location, str]) -> str:
     """What a RUN is called: its directory's name, unless another of the RUNs in `names` is called so."""
     place = folder.resolve()
     if place not in names:
@@ -224,7 +225,7 @@ def default_baseline(model: Model) -> Model:
         raise ModelError(f"{model.name} has no manifest that names its base: give --baseline")
     wanted = document["base"]
     candidates = []
-    enclosing = layout.enclosing_run(Path(model.place))
+    enclosing = layout.enclosing_run(locate(model.place))
     if enclosing is not None:
         found = run.read(enclosing)
         candidates = [str(layout.fused(enclosing, item.number)) for item in reversed(found.iterations)] + [
@@ -286,7 +287,7 @@ def _overlaps(loaded: dict[str, data.Dataset]) -> list[dict[str, Any]]:
     ]
 
 
-def _earlier(destination: Path, results: dict[str, Any], document: manifest.Manifest) -> list[dict[str, Any]]:
+def _earlier(destination: Location, results: dict[str, Any], document: manifest.Manifest) -> list[dict[str, Any]]:
     """What the RUN that `destination` belongs to found in its other iterations, where it can be compared."""
     enclosing = layout.enclosing_run(destination.parent)
     if enclosing is None:
@@ -310,7 +311,7 @@ def _measured_as(results: dict[str, Any]) -> tuple[Any, ...]:
     return results["baseline"], results["fingerprints"], suite
 
 
-def _cell_folder(destination: Path, partial: Path) -> Path:
+def _cell_folder(destination: Location, partial: Location) -> Location:
     """In a RUN all evaluations share their cells, so that the pretrained model is measured once."""
     enclosing = layout.enclosing_run(destination.parent)
     folder = enclosing / layout.CELLS if enclosing else partial / layout.CELLS
@@ -318,9 +319,9 @@ def _cell_folder(destination: Path, partial: Path) -> Path:
     return folder
 
 
-def _known_cells(destination: Path, contenders: Sequence[Contender]) -> list[Path]:
+def _known_cells(destination: Location, contenders: Sequence[Contender]) -> list[Location]:
     """Where measurements may lie already: the output that is replaced, and the runs that models come from."""
-    runs = (layout.enclosing_run(Path(item.model.place)) for item in contenders if Path(item.model.place).is_dir())
+    runs = (layout.enclosing_run(locate(item.model.place)) for item in contenders)
     places = [destination, *(found for found in runs if found is not None)]
     return [place / layout.CELLS for place in dict.fromkeys(places) if (place / layout.CELLS).is_dir()]
 
@@ -337,7 +338,7 @@ def _cells(
     loaded: dict[str, data.Dataset],
     config: EvaluateConfig,
     finetuning: FinetuneConfig,
-    folder: Path,
+    folder: Location,
 ) -> list[Cell]:
     cells = []
     newest = {item.run: item for item in sorted(contenders, key=lambda item: item.iteration or 0)}
@@ -406,9 +407,9 @@ def _settings(protocol: str, config: EvaluateConfig, finetuning: FinetuneConfig)
     return settings | ({"shots": config.shots} if protocol == "few-shot" else {})
 
 
-def _compute(cells: Sequence[Cell], known: Sequence[Path], engine: Engine, progress: Progress) -> None:
+def _compute(cells: Sequence[Cell], known: Sequence[Location], engine: Engine, progress: Progress) -> None:
     for cell in cells:
-        path = Path(cell.path)
+        path = locate(cell.path)
         for folder in known:
             if (
                 folder != path.parent
@@ -416,7 +417,7 @@ def _compute(cells: Sequence[Cell], known: Sequence[Path], engine: Engine, progr
                 and (found := cell_files.read(folder / path.name))
             ):
                 cell_files.write(path, found)
-    unique = list({cell.path: cell for cell in cells if cell_files.read(Path(cell.path)) is None}.values())
+    unique = list({cell.path: cell for cell in cells if cell_files.read(locate(cell.path)) is None}.values())
     if not unique:
         return
     failures = []
@@ -455,13 +456,13 @@ def measure(cell: Cell, threads: int, progress: Progress) -> str:
         **details,
         "predictions": [part.tolist() for part in predictions],
     }
-    cell_files.write(Path(cell.path), document)
+    cell_files.write(locate(cell.path), document)
     return cell.path
 
 
 def _measurement(cell: Cell) -> dict[str, Any]:
     """What `measure` has found. Raises OutputError if it is gone again."""
-    found = cell_files.read(Path(cell.path))
+    found = cell_files.read(locate(cell.path))
     if found is None:
         raise OutputError(f"{cell.path} was changed or removed while it was used: run the same command again")
     return found
@@ -564,7 +565,10 @@ def _results(
     files = {}
     for cell in cells:
         files.update(
-            {(cell.contender.name, item.name, cell.protocol, cell.seed): Path(cell.path).stem for item in cell.datasets}
+            {
+                (cell.contender.name, item.name, cell.protocol, cell.seed): PurePath(cell.path).stem
+                for item in cell.datasets
+            }
         )
         found = _measurement(cell)["predictions"]
         for dataset, part in zip(cell.datasets, found, strict=True):

@@ -27,6 +27,7 @@ from coldctl.core.config import (
 )
 from coldctl.core.deltas import ENCODINGS
 from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedError, TeamError
+from coldctl.core.location import Location, locate
 from coldctl.core.manifest import Manifest
 from coldctl.core.passes import prove
 from coldctl.core.progress import Progress
@@ -92,7 +93,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
     """
     started = time.perf_counter()
     peers = team.find()
-    destination = Path(job.destination)
+    destination = locate(job.destination)
     with ExitStack() as stack:
         work, folder, error = None, None, None
         try:
@@ -100,7 +101,8 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             if peers.leads and not output.is_done(destination, work.key, overwrite=job.overwrite):
                 if job.config.send == "delta-int8":
                     residuals.prepare(job.name)  # a training whose rounding errors cannot be kept is not worth its time
-                folder = stack.enter_context(output.writing(destination, work.key, overwrite=job.overwrite))
+                working = output.working(destination, work.key, overwrite=job.overwrite, progress=progress)
+                folder = stack.enter_context(working)
         except ColdctlError as caught:
             error = caught
         if _together(peers, work, error, done=folder is None):
@@ -129,7 +131,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
 def jobs_of_suite(
     datasets: Sequence[DatasetConfig],
     base: Model,
-    destination: Path,
+    destination: Location,
     config: FinetuneConfig,
     *,
     sample: int | None,
@@ -172,7 +174,7 @@ def jobs_of_suite(
 def single_job(
     dataset: DatasetConfig,
     base: Model,
-    destination: Path,
+    destination: Location,
     config: FinetuneConfig,
     *,
     name: str | None,
@@ -239,7 +241,7 @@ class _Learned:
 def _prepared(job: Job) -> _Prepared:
     """Read the dataset and the base's headers."""
     output.refuse_overlap(
-        Path(job.destination), [job.base.place, *([] if data.is_hub(job.dataset.path) else [job.dataset.path])]
+        locate(job.destination), [job.base.place, *([] if data.is_hub(job.dataset.path) else [job.dataset.path])]
     )
     if job.sign_key is not None:
         _signing().check_key(job.sign_key)
@@ -275,8 +277,8 @@ def _signing() -> ModuleType:
 
 def _refuse_log_inside(job: Job) -> None:
     """A log inside the contribution would go to strangers with it, and stand in the way of writing it."""
-    place, folder = Path(job.destination).resolve(), Path(job.watching.folder).resolve()
-    if folder.is_relative_to(place) or folder / job.name == place:
+    place, folder = locate(job.destination).resolve(), Path(job.watching.folder).resolve()
+    if place in (folder, folder / job.name) or place in folder.parents:
         raise ConfigError(
             f"--log-folder {job.watching.folder} lies in the contribution {place}: give one outside of it"
         )

@@ -17,19 +17,20 @@ from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkp
 from coldctl.core.config import FuseConfig, identity
 from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
+from coldctl.core.location import Location, locate
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.passes import Inputs, Prover, write
 from coldctl.core.progress import Progress
 from coldctl.core.recipe import Recipe
 from coldctl.core.reference import Model
-from coldctl.core.storage import LocalFolder
+from coldctl.core.storage import open_folder
 
 
 @dataclass(frozen=True)
 class Fused:
     """What `fuse` did: the fused model's manifest, and whether it already stood there."""
 
-    path: Path
+    path: Location
     manifest: Manifest
     unchanged: bool
 
@@ -37,7 +38,7 @@ class Fused:
 def fuse(
     references: Sequence[str],
     base: Model,
-    destination: Path,
+    destination: Location,
     config: FuseConfig,
     *,
     overwrite: bool,
@@ -77,7 +78,7 @@ def withdraw(
     name: str,
     others: Sequence[str],
     base: Model,
-    destination: Path,
+    destination: Location,
     config: FuseConfig,
     *,
     overwrite: bool,
@@ -100,7 +101,7 @@ def withdraw(
         raise ManifestError(f"{name!r} is the only contribution of {source.label}: use the base model instead")
     config = _recorded_config(source.manifest, config)
     places = list(others)
-    beside = Path(fused.place).parent / layout.contributions(Path(), 1).name
+    beside = locate(fused.place).parent / layout.contributions(Path(), 1).name
     if not places and beside.is_dir():
         places = [str(beside)]
     base_checkpoint = open_checkpoint(base.folder, base.name)
@@ -167,7 +168,7 @@ def _subtract(
     source: Checkpoint,
     record: ContributionRecord,
     withdrawn: Checkpoint,
-    destination: Path,
+    destination: Location,
     config: FuseConfig,
     *,
     overwrite: bool,
@@ -202,8 +203,8 @@ def _subtract(
         document = source.manifest.copy()
         document["name"] = model_name(destination)
         document["identity"] = key
-        document["body_digest"] = written.body_digest or body_digest(open_checkpoint(LocalFolder(partial), "fused"))
-        document["outside_body"] = outside_body(open_checkpoint(LocalFolder(partial), "fused"))
+        document["body_digest"] = written.body_digest or body_digest(open_checkpoint(open_folder(partial), "fused"))
+        document["outside_body"] = outside_body(open_checkpoint(open_folder(partial), "fused"))
         document["contributions"] = records
         document["config"] = {**source.manifest["config"], "withdrawn": record["name"], "relative_error_bound": bound}
         document = manifest.write(partial, document, written.digests)

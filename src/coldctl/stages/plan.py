@@ -7,13 +7,16 @@ the configurations of the runs that an experiment compares.
 import json
 import os
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
-from coldctl.core import experiment, layout, manifest, output, run, scoring
+from coldctl.core import conditional, experiment, layout, manifest, output, placing, run, scoring
 from coldctl.core.config import ConfigFile, RunConfig, contributors_of
 from coldctl.core.errors import ConfigError, ManifestError
 from coldctl.core.experiment import Variant
-from coldctl.core.reference import resolve
+from coldctl.core.location import Location, children
+from coldctl.core.progress import Progress
+from coldctl.core.reference import Model, resolve
 from coldctl.core.run import Iteration, Run
 
 
@@ -33,7 +36,7 @@ def variants(file: Path, folder: Path) -> list[Variant]:
 
 
 def plan(
-    folder: Path,
+    folder: Location,
     file: ConfigFile,
     config: RunConfig,
     *,
@@ -41,6 +44,7 @@ def plan(
     seed: int,
     gate: bool,
     target: int | None = None,
+    progress: Progress,
 ) -> list[int]:
     """Start or extend a run and return the numbers of the iterations to be made, perhaps begun already.
 
@@ -49,11 +53,13 @@ def plan(
     """
     if not config.base:
         raise ConfigError(f'{file.path}: [run] names no base: add `base = "…"`, a directory or a Hub id')
-    resolve(config.base, config.revision)  # a base that cannot be had stops the run before it starts
+    model = resolve(config.base, config.revision)  # a base that cannot be had stops the run before it starts
     base = config.base
-    if Path(base).is_absolute():  # relative, so that a run and its base can move together
+    if Path(base).is_absolute() and isinstance(folder, Path):  # relative, so that a run and its base can move together
         base = os.path.relpath(Path(base).resolve(), folder.resolve())
         base = base if base.startswith(".") else f"./{base}"
+    elif Path(base).is_absolute():  # others find nothing of this machine
+        base = f"./{layout.PRETRAINED}"
     wanted = iterations if target is None else target
     planned = Run(folder, base, config.revision, file.digest, config.sample, seed, gate, target=wanted)
     if run.is_run(folder):
@@ -61,13 +67,39 @@ def plan(
         if target is not None:
             iterations = max(0, target - found.decided)
         planned = run.extended(found, planned, iterations, {name for name, _ in contributors_of(file.datasets)})
-    elif folder.exists() and any(not child.name.startswith(".") for child in folder.iterdir()):  # a kill leaves those
+    elif folder.exists() and any(_is_anothers(child.name) for child in children(folder)):
         raise ConfigError(f"{folder} holds files but no {layout.RUN}: give a new directory as RUN")
+    if base == f"./{layout.PRETRAINED}" and not isinstance(folder, Path):
+        _share(model, folder / layout.PRETRAINED, progress)
     run.write(planned)
     return list(range(planned.decided + 1, planned.target + 1))
 
 
-def promote(folder: Path) -> Iteration:
+def _share(model: Model, place: Location, progress: Progress) -> None:
+    """Store a pretrained model of this machine in the RUN, so that whoever works on it finds it. Raises OutputError."""
+    digest = manifest.digest_of(
+        {name: manifest.digest_of_reader(model.folder.open(name)) for name in model.folder.names() if _belongs(name)}
+    )
+    marker = place.parent / f".{place.name}.digest"
+    if (known := conditional.read(marker)) is not None:
+        if known.data.decode() != digest:
+            raise ConfigError(f"{place} holds another model than {model.place}: restore the base, or give a new RUN")
+        return
+    progress.note(f"{model.name} is stored in {place}: whoever works on the run starts from there")
+    placing.send(Path(model.place), place, progress, _belongs)
+    conditional.create(marker, digest.encode())
+
+
+def _is_anothers(name: str) -> bool:
+    """Whether a plan that was broken off cannot have left this."""
+    return not name.startswith(".") and name != layout.PRETRAINED
+
+
+def _belongs(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES)
+
+
+def promote(folder: Location) -> Iteration:
     """Decide about the iteration after the last decided one: its fused model becomes the base, or the gate keeps the old.
 
     Raises ManifestError if that iteration is not complete.
@@ -83,7 +115,7 @@ def promote(folder: Path) -> Iteration:
     return decision
 
 
-def _gate_says_no(gate: Path) -> str | None:
+def _gate_says_no(gate: Location) -> str | None:
     """Why the gate refuses, from its evaluation against the iteration's own base; None if it does not."""
     if not layout.is_complete(gate):
         raise ManifestError(f"{gate} is not complete: evaluate against the iteration's base first")

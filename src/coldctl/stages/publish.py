@@ -15,11 +15,11 @@ from coldctl.core.charts import gain_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
 from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
+from coldctl.core.location import Location, is_url
 from coldctl.core.manifest import Manifest
 from coldctl.core.passes import DTYPE_NAMES, prove
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
-from coldctl.core.storage import is_url
 from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target
 
 # What an evaluation's directory gives to the published one.
@@ -50,7 +50,7 @@ class _Work:
     name: str
     digest: str  # of the source's body
     results: dict[str, Any] | None  # of this model alone
-    evaluation: Path | None
+    evaluation: Location | None
     sign_key: Path | None
     key: str
     progress: Progress
@@ -89,7 +89,7 @@ def publish(
     target: Target,
     config: PublishConfig,
     *,
-    evaluation: Path | None,
+    evaluation: Location | None,
     sign_key: Path | None,
     overwrite: bool,
     progress: Progress,
@@ -121,7 +121,7 @@ def _prepared(
     model: Model,
     target: Target,
     config: PublishConfig,
-    evaluation: Path | None,
+    evaluation: Location | None,
     sign_key: Path | None,
     progress: Progress,
 ) -> _Work:
@@ -153,7 +153,7 @@ def _name(given: str, target: Target) -> str:
     return target.reference if re.fullmatch(r"iteration-\d+", given) else given
 
 
-def _evaluation(folder: Path, digest: str) -> dict[str, Any]:
+def _evaluation(folder: Location, digest: str) -> dict[str, Any]:
     """What an evaluation says about the body of this digest. Raises ManifestError if it says nothing."""
     manifest.read_unchanged(folder)
     results: dict[str, Any] = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))

@@ -1,11 +1,9 @@
 """`coldctl status`: what a run has, what is missing, and what is being worked on."""
 
-import fcntl
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
-from coldctl.core import layout, run
+from coldctl.core import layout, output, run
+from coldctl.core.location import Location, children
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class RunStatus:
     iterations: tuple[IterationStatus, ...]
 
 
-def status(folder: Path) -> RunStatus:
+def status(folder: Location) -> RunStatus:
     """Read a run off its folders. Raises ManifestError if `folder` is no run."""
     found = run.read(folder)
     decided = {item.number: item.promoted for item in found.iterations}
@@ -48,13 +46,13 @@ def status(folder: Path) -> RunStatus:
     )
 
 
-def _iteration(folder: Path, number: int, promoted: bool | None) -> IterationStatus:
+def _iteration(folder: Location, number: int, promoted: bool | None) -> IterationStatus:
     contributions = layout.contributions(folder, number)
-    children = sorted(contributions.iterdir()) if contributions.is_dir() else []
-    complete = tuple(child.name for child in children if layout.is_complete(child) and not child.name.startswith("."))
-    partials = [child for child in children if _is_partial(child)]
-    partials += [child for child in layout.iteration(folder, number).glob(".*") if _is_partial(child)]
-    held = {child for child in partials if _is_held(child)}
+    found = children(contributions) if contributions.is_dir() else []
+    complete = tuple(child.name for child in found if layout.is_complete(child) and not child.name.startswith("."))
+    partials = [child for child in found if _is_partial(child)]
+    partials += [child for child in children(layout.iteration(folder, number)) if _is_partial(child)]
+    held = {child for child in partials if output.is_held(child)}
     return IterationStatus(
         number,
         complete,
@@ -66,21 +64,9 @@ def _iteration(folder: Path, number: int, promoted: bool | None) -> IterationSta
     )
 
 
-def _is_partial(path: Path) -> bool:
+def _is_partial(path: Location) -> bool:
     return path.is_dir() and path.name.startswith(".") and path.name.endswith(".partial")
 
 
-def _name(partial: Path) -> str:
+def _name(partial: Location) -> str:
     return partial.name.removeprefix(".").removesuffix(".partial")
-
-
-def _is_held(partial: Path) -> bool:
-    """Whether a living process holds the lock of a partial directory."""
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
