@@ -163,7 +163,9 @@ def test_fuse_and_others(tmp_path: Path, base: Path, contributions: Path, suite:
     )
     refused(coldctl("fuse", contributions, "--base", base, "--output", out, "--max-shard-size", "big"), out, "no size")
     refused(coldctl("publish", base, "--to", out), out, "no licence")
-    refused(coldctl("publish", base, "--to", out, "--license", "mit", "--evaluation", base), out, "coldctl.json")
+    refused(
+        coldctl("publish", base, "--to", out, "--license", "mit", "--evaluation", base), out, "`coldctl evaluate` wrote"
+    )
     refused(coldctl("lineage", base), out, "does not say where it came from")
     refused(coldctl("status", base), out, "not a run")
     refused(coldctl("evaluate", base, "--suite", suite, "--output", out), out, "--baseline")

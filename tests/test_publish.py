@@ -17,7 +17,9 @@ import pytest
 import yaml
 from fsspec.implementations.memory import MemoryFileSystem
 
+import coldctl as coldctl_package
 import tiny
+from coldctl.core.manifest import digest_of
 from conftest import FAST, Ran, suite_text
 
 Run = Callable[..., Ran]
@@ -142,6 +144,7 @@ def test_the_card_says_where_every_number_comes_from(published: Path, evaluation
         assert metric["args"]["body_digest"] == results["models"][0]["body_digest"]
     card = (published / "README.md").read_text()
     assert "3 of 4 contributions" in card
+    assert "The tables and the picture call this model fused." in card
     assert "epochs: 1, batch: 16" in card
     assert re.search(r"contribution1x\d -\. \"refused#58; .*\" \.-> model1|-\. \"refused: .*\" \.->", card)
     assert "do not say under which licence they are given" in card
@@ -158,6 +161,52 @@ def test_lineage_needs_the_published_directory_alone(published: Path, tmp_path: 
     assert statuses == {"data-one": "fused", "data-two": "fused", "data-three": "fused", "broken": "rejected"}
     tree = coldctl("lineage", alone).stderr
     assert "refused:" in tree
+    assert "data-one on" not in tree  # a dataset is named where it is called otherwise
+
+
+def test_the_card_tells_how_it_was_fused(base: Path, contributions: Path, tmp_path: Path, coldctl: Run) -> None:
+    parts = Path(shutil.copytree(contributions, tmp_path / "parts"))
+    manifest = json.loads((parts / "one" / "coldctl.json").read_text())
+    manifest["dataset"]["source"] = "org/data:config"
+    manifest.pop("manifest_digest")
+    (parts / "one" / "coldctl.json").write_text(json.dumps({**manifest, "manifest_digest": digest_of(manifest)}))
+    recipe = ("--method", "ties", "--scale", "auto", "--density", 0.4)
+    assert coldctl("fuse", parts, "--base", base, "--output", tmp_path / "fused", *recipe).code == 0
+    for options in ((), ("--dtype", "bfloat16")):
+        target = tmp_path / f"published-{len(options)}"
+        ran = coldctl("publish", tmp_path / "fused", "--to", target, "--license", "mit", *options)
+        assert ran.code == 0, ran.stderr
+        card = (target / "README.md").read_text()
+        assert re.search(r"3 of 3 contributions, fused by `ties` with λ = auto \([0-9.]+\), density: 0\.4\.", card)
+        assert re.search(r"Fused with python .*, numpy ", card)  # its own versions, not those of the publication
+        assert set(front_matter(target)["datasets"]) == {"org/data", "data-two", "data-three"}
+
+
+def test_a_model_of_unknown_origin_has_a_card_without_guesses(base: Path, tmp_path: Path, coldctl: Run) -> None:
+    assert coldctl("publish", base, "--to", tmp_path / "p", "--license", "mit").code == 0
+    assert "A text encoder, made with" in (tmp_path / "p" / "README.md").read_text()
+
+
+def test_a_place_among_the_published_models(fused: Path, base: Path, suite: Path, tmp_path: Path, coldctl: Run) -> None:
+    """The base is roberta-base if the publisher says so, whatever its directory was called."""
+    text = re.sub(r'name = "red"', 'name = "cola"', suite.read_text().split('[[dataset]]\nname = "green"')[0])
+    (suite.parent / "ranked.toml").write_text(text)
+    ran = coldctl(
+        "evaluate", fused, "--baseline", base, "--suite", suite.parent / "ranked.toml", "--output", tmp_path / "e",
+        "--protocol", "finetune", "--jobs", 1,
+    )  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    publish = ("publish", fused, "--license", "mit", "--evaluation", tmp_path / "e", "--to")
+    assert coldctl(*publish, tmp_path / "named", "--base-model", "FacebookAI/roberta-base").code == 0
+    card = (tmp_path / "named" / "README.md").read_text()
+    assert re.search(
+        r"published models of the \[model-recycling leaderboard\]\(https://.*\) it would stand at rank", card
+    )
+    assert f"against {base.name} (its pretrained model, `FacebookAI/roberta-base`)" in card
+    assert "its pretrained model" in card.split("## How it works")[0]
+    assert "call this model" not in card  # tables and card have one name for it
+    assert coldctl(*publish, tmp_path / "unnamed").code == 0
+    assert "leaderboard" not in (tmp_path / "unnamed" / "README.md").read_text()
 
 
 def test_what_a_person_wrote_into_the_card_is_kept(
@@ -165,6 +214,7 @@ def test_what_a_person_wrote_into_the_card_is_kept(
 ) -> None:
     target = Path(shutil.copytree(published, tmp_path / "published"))
     text = (target / "README.md").read_text()
+    text = text.replace("\n# Recycled\n", "\n![ours](banner.png)\n\n# Recycled\n", 1)
     before = text.replace("## How it works\n", "Hello from us.\n\n## How it works\n", 1)
     before = before.replace("## Lineage\n", "Our own remark.\n\n## Lineage\n", 1)
     before = before.replace(
@@ -173,25 +223,38 @@ def test_what_a_person_wrote_into_the_card_is_kept(
     before = before.replace("language: en\n", "language: en\nwidget:\n- text: ours\n", 1)
     before = before.replace("tags:\n", "tags:\n- our-tag\n", 1) + "\nThe last word.\n"
     (target / "README.md").write_text(before)
-    ran = coldctl("publish", fused, "--to", target, "--license", "apache-2.0", "--overwrite")
+    ran = coldctl("publish", fused, "--to", target, "--license", "apache-2.0", "--name", "Recycled", "--overwrite")
     assert ran.code == 0, ran.stderr
     after = (target / "README.md").read_text()
     head = front_matter(target)
     assert head["widget"] == [{"text": "ours"}]
     assert "our-tag" in head["tags"]
     assert head["license"] == "apache-2.0"
-    places = ["Hello from us.", "## How it works", "Our own remark.", "## Lineage", "## Contact", "Ask *Ann*.",
+    places = ["![ours](banner.png)", "# Recycled\n",
+              "Hello from us.", "## How it works", "Our own remark.", "## Lineage", "## Contact", "Ask *Ann*.",
               "```sh\necho ours\n\necho too\n```", "## Citation", "The last word."]  # fmt: skip
     positions = [after.index(words) for words in places]
     assert positions == sorted(positions)
     assert all(after.count(words) == 1 for words in places)
     assert "### Linear-probe" not in after  # this time without an evaluation
     assert "published without an evaluation" in after
-    again = coldctl("publish", fused, "--to", target, "--license", "mit", "--evaluation", evaluation, "--overwrite")
+    again = coldctl(
+        "publish", fused, "--to", target, "--license", "mit", "--evaluation", evaluation, "--name", "Recycled",
+        "--base-model", "org/tiny", "--overwrite",
+    )  # fmt: skip
     assert again.code == 0, again.stderr
     third = (target / "README.md").read_text()
     assert "published without an evaluation" not in third
     assert all(third.count(words) == 1 for words in places)
+    # What was published here and written into is published elsewhere: with these words, and with what is known of it.
+    ran = coldctl("publish", target, "--to", tmp_path / "elsewhere")
+    assert ran.code == 0, ran.stderr
+    fourth = (tmp_path / "elsewhere" / "README.md").read_text()
+    assert all(fourth.count(words) == 1 for words in places)
+    assert "fused by `mean` with λ = 1" in fourth
+    head = front_matter(tmp_path / "elsewhere")
+    assert (head["widget"], head["license"], head["base_model"]) == ([{"text": "ours"}], "mit", "org/tiny")
+    assert "complete already" in coldctl("publish", target, "--to", tmp_path / "elsewhere").stderr
 
 
 def test_a_signature_covers_every_file(published: Path, key: Path, tmp_path: Path, coldctl: Run) -> None:
@@ -301,6 +364,7 @@ def test_nothing_private_leaves(
     )  # fmt: skip
     assert ran.code == 0, ran.stderr
     planted = [b"zq-home", b"zq-user-name", b"zq-secret-value", b"zq-ordinary-value", b"zqexample", b"zq.Code"]
+    planted += [str(Path(coldctl_package.__file__).parent).encode(), sys.prefix.encode()]  # an exporter's stack traces
     planted += [str(tmp_path).encode(), *([host.encode()] if len(host := socket.gethostname()) > 5 else [])]
     for file in (home / "published").rglob("*"):
         if file.is_file():
@@ -432,7 +496,11 @@ def test_wrong_input_is_one_line_and_leaves_the_target(
         ((fused, "--to", "hf://name", "--license", "mit"), "hf://ORG/NAME"),
         ((fused, "--to", "hf://org/bad..name", "--license", "mit"), "no name for the Hub"),
         ((fused, "--to", "nowhere://x/y", "--license", "mit"), "nowhere"),
-        ((fused, "--to", fused, "--license", "mit"), "own input"),
+        ((fused, "--to", fused, "--license", "mit"), "give another --to"),
+        ((fused, "--to", tmp_path / "no-key.pem", "--license", "mit"), "give --to a directory"),
+        ((fused, "--to", bare, "--license", "mit"), "or another --to"),
+        ((fused, "--to", target, "--license", "mit", "--evaluation", fused), "`coldctl evaluate` wrote"),
+        ((fused, "--to", target, "--license", "mit", "--evaluation", tmp_path / "x"), "`coldctl evaluate` wrote"),
         ((fused, "--to", target, "--license", "mit", "--name", "a/b"), "--name"),
         ((fused, "--to", target, "--license", "mit", "--base-model", "../x"), "--base-model"),
     ]

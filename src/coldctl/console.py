@@ -235,9 +235,11 @@ def lineage_tree(generations: Sequence[Any]) -> Tree:
         for item in generations[index].contributions:
             refused = item.get("status") == "rejected"
             note = f" [red]refused: {escape(printable(str(item.get('reason'))))}[/]" if refused else ""
-            data = item.get("dataset") or "a dataset not stated"
-            words = f"on {data}, signed by {item['signer']}" if item.get("signer") else f"on {data}"
-            branch.add(f"{escape(printable(str(item.get('name'))))} [dim]{escape(printable(words))}[/]{note}")
+            name, data = str(item.get("name")), str(item.get("dataset") or "a dataset not stated")
+            about = [f"on {data}"] if data != name else []
+            about += [f"signed by {item['signer']}"] if item.get("signer") else []
+            words = f" [dim]{escape(printable(', '.join(about)))}[/]" if about else ""
+            branch.add(f"{escape(printable(name))}{words}{note}")
         if index:
             branch = branch.add(_generation(generations[index - 1]))
     return tree

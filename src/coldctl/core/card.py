@@ -9,14 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from coldctl.core import handwritten, layout, licenses
+from coldctl.core.history import fused_generations, history, with_ancestors
 from coldctl.core.lineage import generations, mermaid
 from coldctl.core.manifest import Manifest
-from coldctl.core.report import escaped, overlap_sentences, protocols_of, published, score_table, verdict_in_words
+from coldctl.core.report import (
+    escaped,
+    overlap_sentences,
+    protocols_of,
+    published_markdown,
+    score_table,
+    verdict_in_words,
+)
 
 PAPER = "https://arxiv.org/abs/2212.01378"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _TAGS = ("cold-fusion", "model-recycling", "coldctl", "sentence-transformers")
-_UNFOLDED = 3  # iterations whose contributions are shown without a click
 # What the Hub calls our metrics, and what it calls encoders that are older than its owners' names.
 _METRICS = {"macro_f1": "f1", "matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 _OWNERS = {
@@ -59,25 +66,25 @@ class Card:
     license_warnings: list[str]
 
 
-def card(subject: Subject, existing: str | None, known: Sequence[str]) -> Card:
-    """The card of `subject`, with what a person wrote into the `existing` one kept.
+def card(subject: Subject, earlier: Sequence[tuple[str, Sequence[str]]]) -> Card:
+    """The card of `subject`, with what a person wrote into the `earlier` ones kept.
 
-    `known` are the digests of the existing card's generated blocks.
+    Each comes with the digests of its generated blocks; the first one's front matter comes before the others'.
     """
     from huggingface_hub import ModelCard
 
     document = subject.document
-    made_of = [item for generation in _generations(document) for item in generation.get("contributions", [])]
+    made_of = [item for generation in with_ancestors(document) for item in generation.get("contributions", [])]
     warnings = licenses.warnings(str(document.get("license")), _distinct(made_of))
     text = str(
         ModelCard.from_template(
-            _front_matter(subject, existing),
+            _front_matter(subject, [text for text, _ in earlier]),
             template_path=str(_TEMPLATE),
             title=escaped(subject.name),
             introduction=_introduction(subject),
             license_warnings=[escaped(words) for words in warnings],
             paper=PAPER,
-            history=_history(document),
+            history=history(document),
             lineage=mermaid(generations(document)),
             results=_results(subject),
             reference=json.dumps(subject.reference, ensure_ascii=False),
@@ -91,22 +98,24 @@ def card(subject: Subject, existing: str | None, known: Sequence[str]) -> Card:
     head, body = _split(text)
     blocks = handwritten.digests(body)
     body = "\n\n".join(handwritten.blocks(body)) + "\n"
-    if existing is not None:
+    for existing, known in earlier:
         body = handwritten.keep(body, _split(existing)[1], known)
     return Card(f"{head}\n{body}", blocks, warnings)
 
 
-def _front_matter(subject: Subject, existing: str | None) -> Any:
-    """The YAML of the card; keys and list entries of an existing card that we do not write are kept."""
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+def _front_matter(subject: Subject, earlier: Sequence[str]) -> Any:
+    """The YAML of the card; keys and list entries of earlier cards that we do not write are kept."""
+    from huggingface_hub import EvalResult, ModelCardData
 
     document, results = subject.document, subject.results
     entries = results["results"] if results else []
+    sources = _sources(document)
     evaluations = [
         EvalResult(
             task_type="text-classification",
-            dataset_type=entry["dataset"],
+            dataset_type=sources.get(entry["dataset"], entry["dataset"]).partition(":")[0],
             dataset_name=entry["dataset"],
+            dataset_config=sources.get(entry["dataset"], "").partition(":")[2] or None,
             dataset_split="test",
             metric_type=_METRICS.get(entry["metric"], entry["metric"]),
             metric_value=round(entry["mean"], 2),
@@ -118,12 +127,11 @@ def _front_matter(subject: Subject, existing: str | None) -> Any:
         for entry in entries
     ]
     kept: dict[str, Any] = {}
-    if existing is not None and existing.startswith("---"):
-        try:
-            kept = dict(ModelCard(existing, ignore_metadata_errors=True).data.to_dict())  # type: ignore[no-untyped-call]
-        except Exception:  # YAML that is none, by whoever wrote it: nothing of it can be kept
-            kept = {}
-    base_model = subject.base_model or _hub_id(_pretrained(document))
+    for text in earlier:
+        found = _metadata(text)
+        lists = {key: [*_list(kept.get(key)), *_list(found.get(key))] for key in ("tags", "datasets")}
+        kept = {**found, **kept, **lists}
+    base_model = subject.base_model or _hub_id(_pretrained(document).get("name", ""))
     ours: dict[str, Any] = {
         "language": subject.language,
         "license": document.get("license"),
@@ -131,7 +139,7 @@ def _front_matter(subject: Subject, existing: str | None) -> Any:
         "pipeline_tag": "feature-extraction",
         "tags": list(dict.fromkeys([*_TAGS, *_list(kept.get("tags"))])),
         "base_model": base_model,
-        "base_model_relation": ("merge" if _fused(document) else "finetune") if base_model else None,
+        "base_model_relation": ("merge" if fused_generations(document) else "finetune") if base_model else None,
         "datasets": list(dict.fromkeys([*_datasets(document), *_list(kept.get("datasets"))])) or None,
         "metrics": list(dict.fromkeys(_METRICS.get(entry["metric"], entry["metric"]) for entry in entries)) or None,
     }
@@ -139,6 +147,18 @@ def _front_matter(subject: Subject, existing: str | None) -> Any:
     return ModelCardData(
         **ours, **more, model_name=subject.name if evaluations else None, eval_results=evaluations or None
     )
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    """The front matter of a card as it stands; nothing if it is no YAML, by whoever wrote it."""
+    from huggingface_hub import ModelCard
+
+    if not text.startswith("---"):
+        return {}
+    try:
+        return dict(ModelCard(text, ignore_metadata_errors=True).data.to_dict())  # type: ignore[no-untyped-call]
+    except Exception:
+        return {}
 
 
 def _provenance(entry: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,9 +179,9 @@ def _provenance(entry: Mapping[str, Any], results: Mapping[str, Any]) -> dict[st
 
 def _introduction(subject: Subject) -> str:
     document = subject.document
-    count = len(_fused(document))
-    pretrained = f"`{(subject.base_model or _pretrained(document)).replace('`', '')}`"
-    words = f"A text encoder that started from {pretrained}"
+    count = len(fused_generations(document))
+    pretrained = (subject.base_model or _pretrained(document).get("name", "")).replace("`", "")
+    words = "A text encoder" + (f" that started from `{pretrained}`" if pretrained else "")
     if count:
         many = f"{count} iterations" if count > 1 else "one iteration"
         words += f" and went through {many} of finetuning and fusing by ColD Fusion ([arXiv 2212.01378]({PAPER}))"
@@ -170,79 +190,24 @@ def _introduction(subject: Subject) -> str:
     if not count:
         words += " Nothing was fused into it yet."
     if subject.results:
-        words += " " + " ".join(_gains(subject.results))
+        words += " " + " ".join(_gains(subject.results, document))
     return words
 
 
-def _gains(results: Mapping[str, Any]) -> list[str]:
+def _gains(results: Mapping[str, Any], document: Manifest) -> list[str]:
     """One sentence per protocol: how much better than the baseline it is, and how sure that is."""
     sentences = []
+    against = "its pretrained model" if _is_pretrained(results, document) else escaped(results["baseline"]["name"])
     for entry in results["averages"]:
         if entry["group"] == "all":
             low, high = entry["gain_interval"]
             count = sum(item["protocol"] == entry["protocol"] for item in results["results"])
             sentences.append(
                 f"By {entry['protocol']} on {count} datasets it scores {entry['mean']:.1f} on average, "
-                f"{escaped(results['baseline']['name'])} {entry['baseline_mean']:.1f}: a gain of {entry['gain']:+.1f} points "
+                f"{against} {entry['baseline_mean']:.1f}: a gain of {entry['gain']:+.1f} points "
                 f"(95 % interval {low:+.1f} … {high:+.1f}; {verdict_in_words(entry['verdict'])})."
             )
     return sentences
-
-
-def _history(document: Manifest) -> str:
-    """The iterations: what was fused how, and the contributions with their data, licences, weights and training."""
-    parts = []
-    fused = _fused(document)
-    for index, generation in enumerate(fused):
-        records: Sequence[Mapping[str, Any]] = generation["contributions"]
-        config = generation.get("config", {})
-        accepted = sum(item.get("status") == "fused" for item in records)
-        head = f"Iteration {generation.get('iteration') or index + 1}: {accepted} of {len(records)} contributions, "
-        head += f"fused by `{config.get('method', 'mean')}` with λ = {config.get('scale', '1')}"
-        rows = [
-            "| contribution | dataset | examples | licence | weight | training | |",
-            "|---|---|--:|---|--:|---|---|",
-        ]
-        rows += [_row(item) for item in records]
-        table = "\n".join(rows)
-        folded = index < len(fused) - _UNFOLDED
-        parts.append(
-            f"<details><summary>{head}</summary>\n\n{table}\n\n</details>" if folded else f"{head}.\n\n{table}"
-        )
-    environment = fused[-1].get("environment", {}) if fused else {}
-    if environment:
-        versions = ", ".join(f"{key} {value}" for key, value in environment.items() if isinstance(value, str))
-        parts.append(f"Fused with {escaped(versions)}.")
-    return "\n\n".join(parts) or "It was not fused: there are no iterations to tell of."
-
-
-def _row(item: Mapping[str, Any]) -> str:
-    training, environment = item.get("training") or {}, item.get("environment") or {}
-    words = [
-        form.format(training[key])
-        for key, form in (
-            ("epochs", "epochs: {}"), ("batch_size", "batch: {}"), ("learning_rate", "learning rate: {:g}"),
-            ("lora_rank", "LoRA rank: {}"),
-        )
-        if isinstance(training.get(key), int | float) and training[key]
-    ]  # fmt: skip
-    seconds, threads = environment.get("training_seconds"), environment.get("threads")
-    if isinstance(seconds, int | float):
-        words.append(
-            f"{seconds:.0f} s on {environment.get('device', '?')}" + (f", threads: {threads}" if threads else "")
-        )
-    refused = item.get("status") == "rejected"
-    note = f"refused: {escaped(item.get('reason') or 'no reason given')}" if refused else "fused"
-    cells = [
-        escaped(str(item.get("name", ""))),
-        escaped(item.get("dataset") or "not stated"),
-        str(item.get("num_train") or "not stated"),
-        escaped(item.get("license") or "not stated"),
-        f"{item.get('weight', 0.0):.3f}",
-        escaped(", ".join(words)) or "not stated",
-        note,
-    ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _results(subject: Subject) -> str:
@@ -252,20 +217,34 @@ def _results(subject: Subject) -> str:
     name = results["models"][0]["name"]
     parts = [
         f"![gain per dataset]({layout.GAIN_CHART})",
-        f"Scores are percent on test splits, gains are points against {escaped(results['baseline']['name'])} with a 95 % "
+        f"Scores are percent on test splits, gains are points against {_baseline(subject, results)} with a 95 % "
         "interval (crossed paired bootstrap over seeds and test examples). Datasets marked seen were those of contributors, "
         f"unseen ones were only measured. All measurements with their provenance: [{layout.RESULTS}]({layout.RESULTS}), "
         f"[{layout.REPORT}]({layout.REPORT}).",
     ]
+    if name != subject.name:
+        parts.append(f"The tables and the picture call this model {escaped(name)}.")
     if subject.converted_from:
         parts.append(f"Measured in {subject.converted_from}, before its weights were rounded for this repository.")
     for protocol in protocols_of(results, name):
         parts += [f"### {protocol.capitalize()}", "\n".join(score_table(results, name, protocol))]
         if protocol == "finetune":
-            parts += [escaped(sentence) for sentence in published(results, name)]
+            called = subject.base_model if _is_pretrained(results, subject.document) else None
+            parts += published_markdown(results, name, called)
     if results.get("overlaps"):
         parts.append("\n".join(f"- {escaped(sentence)}" for sentence in overlap_sentences(results)))
     return "\n\n".join(parts)
+
+
+def _baseline(subject: Subject, results: Mapping[str, Any]) -> str:
+    """What gains are measured against, by the name that the tables have for it, and what it is."""
+    name = escaped(results["baseline"]["name"])
+    if not _is_pretrained(results, subject.document):
+        return name
+    known = (
+        f", `{subject.base_model}`" if subject.base_model and subject.base_model != results["baseline"]["name"] else ""
+    )
+    return f"{name} (its pretrained model{known})"
 
 
 def _citation(subject: Subject) -> str:
@@ -282,22 +261,20 @@ def _citation(subject: Subject) -> str:
     return f"```bibtex\n@misc{{{key},\n{inner}}}\n```"
 
 
-def _generations(document: Manifest) -> list[dict[str, Any]]:
-    return [*document.get("ancestors", []), dict(document)]
-
-
-def _fused(document: Manifest) -> list[dict[str, Any]]:
-    return [generation for generation in _generations(document) if generation.get("contributions")]
-
-
 def _distinct(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Contributions of the same name and licence in several iterations, once."""
     return list({(item.get("name"), item.get("license"), item.get("status")): item for item in records}.values())
 
 
-def _pretrained(document: Manifest) -> str:
-    ancestors = document.get("ancestors") or [{"name": document.get("base", {}).get("name", "an encoder")}]
-    return str(ancestors[0].get("name", "an encoder"))
+def _pretrained(document: Manifest) -> Mapping[str, str]:
+    """Name and body digest of what it began with; empty where nothing is known."""
+    first: Mapping[str, Any] = with_ancestors(document)[0] if document.get("ancestors") else document.get("base", {})
+    return {key: str(first[key]) for key in ("name", "body_digest") if first.get(key)}
+
+
+def _is_pretrained(results: Mapping[str, Any], document: Manifest) -> bool:
+    """Whether an evaluation's baseline is the very model that it all began with."""
+    return bool(results["baseline"]["body_digest"] == _pretrained(document).get("body_digest"))
 
 
 def _hub_id(name: str) -> str | None:
@@ -309,9 +286,20 @@ def _hub_id(name: str) -> str | None:
 
 def _datasets(document: Manifest) -> list[str]:
     """The contributions' datasets: by their Hub ids where they came from there, else as they were called."""
-    records = [item for generation in _fused(document) for item in generation["contributions"]]
-    names = [item.get("source") or item.get("dataset") for item in records if item.get("status") == "fused"]
-    return [str(name) for name in dict.fromkeys(names) if name]
+    sources = _sources(document)
+    names = [sources.get(name, name).partition(":")[0] for name in _dataset_names(document)]
+    return list(dict.fromkeys(names))
+
+
+def _dataset_names(document: Manifest) -> list[str]:
+    records = [item for generation in fused_generations(document) for item in generation["contributions"]]
+    return [str(item["dataset"]) for item in records if item.get("status") == "fused" and item.get("dataset")]
+
+
+def _sources(document: Manifest) -> dict[str, str]:
+    """By name, the datasets of contributions that came from the Hub, as `ORG/NAME[:CONFIG]`."""
+    records = [item for generation in fused_generations(document) for item in generation["contributions"]]
+    return {str(item["dataset"]): str(item["source"]) for item in records if item.get("source") and item.get("dataset")}
 
 
 def _tensorflow_class(config: Mapping[str, Any]) -> str | None:

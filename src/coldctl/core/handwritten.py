@@ -47,11 +47,13 @@ def digests(text: str) -> list[str]:
 def keep(generated: str, existing: str, known: Iterable[str]) -> str:
     """`generated` with the blocks of `existing` that are not among the `known` digests.
 
-    A block stays in the section (by its heading) that it was written in, at its end; a section that a person added
-    follows the one that it followed.
+    A block stays in the section (by its heading) that it was written in, at its end, and above the title what stood above
+    it; a section that a person added follows the one that it followed.
     """
     machine = {*known, *digests(generated)}
     sections = [(heading, list(content)) for heading, content in _sections(blocks(generated))]
+    if sections[0][0]:
+        sections.insert(0, ("", []))
     places = {heading: index for index, (heading, _) in enumerate(sections)}
     last = 0
     for heading, content in _sections(blocks(existing)):

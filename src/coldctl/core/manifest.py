@@ -100,6 +100,7 @@ class Manifest(TypedDict, total=False):
     contributions: list[ContributionRecord]
     ancestors: list[dict[str, Any]]
     card_blocks: list[str]
+    fused_by: dict[str, Any]
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
@@ -250,6 +251,7 @@ def shortened(manifest: Manifest) -> dict[str, Any]:
         "dataset",
         "metrics",
         "environment",
+        "fused_by",
     )
     short: dict[str, Any] = {key: manifest[key] for key in kept if key in manifest}  # type: ignore[literal-required]
     if "contributions" in manifest:
@@ -302,6 +304,7 @@ _GENERATION: Shape = {
         **dict.fromkeys(_COUNTS, (int, NoneType)),
     },
     "metrics": {...: {...: MAYBE_NUMBER}}, "contributions": [_RECORD],
+    "fused_by": {"config": dict, "environment": {...: SCALAR}},
 }  # fmt: skip
 _MANIFEST: Shape = {
     **_GENERATION, "kind!": lambda kind: kind in _KINDS, "name!": is_name, "body_digest!": str, "encoding": str,

@@ -39,6 +39,7 @@ def export(folder: Path, file: Path) -> float:
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (the exporter imports it late and complains at length)
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     except ImportError:
         raise ModelError("--onnx needs its libraries: install them with `pip install coldctl[onnx]`") from None
     body, tokenizer = models.load_body(folder), models.load_tokenizer(folder)
@@ -53,11 +54,13 @@ def export(folder: Path, file: Path) -> float:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             wanted = features(*batch.values()).numpy()
-            torch.onnx.export(
-                features, tuple(batch.values()), file, input_names=list(batch), output_names=["last_hidden_state"],
-                dynamic_shapes=(tuple(axes for _ in batch),), opset_version=_OPSET, dynamo=True, external_data=False,
-                verbose=False,
+            program = torch.onnx.export(
+                features, tuple(batch.values()), input_names=list(batch), output_names=["last_hidden_state"],
+                dynamic_shapes=(tuple(axes for _ in batch),), opset_version=_OPSET, dynamo=True, verbose=False,
             )  # fmt: skip
+            assert program is not None
+            ClearMetadataAndDocStringPass()(program.model)  # stack traces, with this machine's directories
+            program.save(file, external_data=False)
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         names = {item.name for item in session.get_inputs()}
         found = session.run(None, {name: value.numpy() for name, value in batch.items() if name in names})[0]

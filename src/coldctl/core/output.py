@@ -25,16 +25,17 @@ IDENTITY = ".identity"  # in the partial directory: which config and inputs the 
 LEASE = ".lease"  # in a store, in place of a lock
 
 
-def is_done(path: Location, identity: str, *, overwrite: bool) -> bool:
+def is_done(path: Location, identity: str, *, overwrite: bool, flag: str = "--output") -> bool:
     """Whether `path` already holds the complete result of the same config and inputs.
 
     With `overwrite` every file of it is looked at, and one that was changed since makes it as good as not there.
     Raises OutputError if something else is there and `overwrite` is not given, ManifestError if its manifest is damaged.
+    Remedies name the `flag` that gave `path`.
     """
     if not path.exists():
         return False
     if not path.is_dir():
-        raise OutputError(f"{path} is a file: give --output a directory that does not exist yet")
+        raise OutputError(f"{path} is a file: give {flag} a directory that does not exist yet")
     if layout.is_complete(path):
         try:
             found = manifest.read_unchanged(path) if overwrite else manifest.read(path)
@@ -47,18 +48,18 @@ def is_done(path: Location, identity: str, *, overwrite: bool) -> bool:
         if not overwrite:
             raise OutputError(
                 f"{path} is complete but was made from other inputs or another config: "
-                "give --overwrite to replace it, or another --output"
+                f"give --overwrite to replace it, or another {flag}"
             )
     elif in_store(path) and (layout.partial(path) / IDENTITY).exists():
         return False  # files that an interrupted call of ours has copied there already
     elif any(path.iterdir()):  # never deleted, whatever the flags
         raise OutputError(
-            f"{path} holds files that coldctl did not write: give another --output, or remove them yourself"
+            f"{path} holds files that coldctl did not write: give another {flag}, or remove them yourself"
         )
     return False
 
 
-def refuse_overlap(path: Location, inputs: Iterable[str | Location]) -> None:
+def refuse_overlap(path: Location, inputs: Iterable[str | Location], *, flag: str = "--output") -> None:
     """Refuse an output that is one of its own inputs, lies in one, or holds one. Raises OutputError."""
     place = path.resolve()
     for item in inputs:
@@ -66,7 +67,7 @@ def refuse_overlap(path: Location, inputs: Iterable[str | Location]) -> None:
         if in_store(other) != in_store(place):
             continue
         if place == other or other in place.parents or place in other.parents:
-            raise OutputError(f"{path} would overwrite its own input {item}: give another --output")
+            raise OutputError(f"{path} would overwrite its own input {item}: give another {flag}")
 
 
 @contextmanager
@@ -224,7 +225,7 @@ def _lock(descriptor: int, path: Location) -> None:
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             return  # a file system without locks: we go on without this protection
-        raise BusyError(f"{path} is being written by another command: wait for it, or give another --output") from None
+        raise BusyError(f"{path} is being written by another command: wait for it, or write to another place") from None
 
 
 def _claim(partial: Location, path: Location, identity: str, *, overwrite: bool) -> None:

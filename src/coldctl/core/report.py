@@ -38,11 +38,7 @@ def markdown(results: dict[str, Any], panels: Sequence[Panel]) -> str:
             lines += ["", f"## {escaped(model['name'])}, {protocol}", ""]
             lines += score_table(results, model["name"], protocol)
             if protocol == "finetune":
-                link = f"[{_LEADERBOARD}]({leaderboard.SOURCE})"
-                lines += [
-                    "\n" + escaped(sentence).replace(_LEADERBOARD, link)
-                    for sentence in published(results, model["name"])
-                ]
+                lines += [f"\n{sentence}" for sentence in published_markdown(results, model["name"])]
     if panels:
         lines += ["", "## Over iterations", "", *_curve_table(panels)]
     if results["overlaps"]:
@@ -101,9 +97,12 @@ def _curve_table(panels: Sequence[Panel]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def published(results: Mapping[str, Any], model: str) -> list[str]:
-    """Where a model stands on the public leaderboard, when the baseline is called what the leaderboard's is."""
-    if results["baseline"]["name"] not in leaderboard.BASELINES:
+def published(results: Mapping[str, Any], model: str, baseline: str | None = None) -> list[str]:
+    """Where a model stands on the public leaderboard, when the baseline is called what the leaderboard's is.
+
+    `baseline` is its name on the Hub, where the evaluation knows it by another one.
+    """
+    if (baseline or results["baseline"]["name"]) not in leaderboard.BASELINES:
         return []
     scores = {entry["dataset"]: entry["mean"] for entry in rows_of(results["results"], model, "finetune")}
     found = leaderboard.standing(scores)
@@ -117,6 +116,12 @@ def published(results: Mapping[str, Any], model: str) -> list[str]:
         f"roberta-base has {found.published_baseline:.2f}{deviation}{above}. Their splits, caps and seeds are the "
         "leaderboard's; compare with care.",
     ]
+
+
+def published_markdown(results: Mapping[str, Any], model: str, baseline: str | None = None) -> list[str]:
+    """The sentences of `published` in Markdown, with a link to the leaderboard."""
+    link = f"[{_LEADERBOARD}]({leaderboard.SOURCE})"
+    return [escaped(sentence).replace(_LEADERBOARD, link) for sentence in published(results, model, baseline)]
 
 
 def escaped(text: str) -> str:

@@ -59,11 +59,11 @@ class LocalTarget:
 
     def is_done(self, identity: str, *, overwrite: bool) -> bool:
         """As the protocol says."""
-        return output.is_done(self.path, identity, overwrite=overwrite)
+        return output.is_done(self.path, identity, overwrite=overwrite, flag="--to")
 
     def standing(self) -> tuple[str | None, Manifest | None]:
         """As the protocol says."""
-        return _standing(storage.LocalFolder(self.path)) if self.path.is_dir() else (None, None)
+        return standing_in(storage.LocalFolder(self.path)) if self.path.is_dir() else (None, None)
 
     def settle(self, tag: str | None) -> None:
         """Nothing: it is complete or not there."""
@@ -113,7 +113,7 @@ class StoreTarget:
 
     def standing(self) -> tuple[str | None, Manifest | None]:
         """As the protocol says."""
-        return _standing(storage.RemoteFolder(self.url)) if _exists(locate(self.url)) else (None, None)
+        return standing_in(storage.RemoteFolder(self.url)) if _exists(locate(self.url)) else (None, None)
 
     def settle(self, tag: str | None) -> None:
         """Nothing: it is complete or not there."""
@@ -165,7 +165,8 @@ def _exists(place: Location) -> bool:
         raise OutputError(f"cannot look into {place}: {error}: check the URL and your credentials") from None
 
 
-def _standing(folder: storage.Folder) -> tuple[str | None, Manifest | None]:
+def standing_in(folder: storage.Folder) -> tuple[str | None, Manifest | None]:
+    """The card and the manifest of a directory, as far as it has them. Raises ManifestError for one that was changed."""
     card, document = None, None
     with suppress(CheckpointError, UnicodeDecodeError):
         card = folder.read(layout.CARD).decode("utf-8") if folder.has(layout.CARD) else None

@@ -4,7 +4,7 @@ import json
 import re
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from coldctl.core.manifest import Manifest
 from coldctl.core.passes import DTYPE_NAMES, prove
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
-from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target
+from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
 
 # What an evaluation's directory gives to the published one.
 _EVALUATION_FILES = (layout.RESULTS, layout.REPORT, layout.PAGE)
@@ -100,7 +100,7 @@ def publish(
     written model does not give the source model's features, OutputError if the target cannot be written.
     """
     if isinstance(target, LocalTarget):
-        output.refuse_overlap(target.path, [model.place, *([evaluation] if evaluation else [])])
+        output.refuse_overlap(target.path, [model.place, *([evaluation] if evaluation else [])], flag="--to")
     work = _prepared(model, target, config, evaluation, sign_key, progress)
     if target.is_done(work.key, overwrite=overwrite):
         standing = target.standing()[1]
@@ -132,10 +132,12 @@ def _prepared(
         signing.check_key(sign_key)
     if config.name is not None:
         check_name(config.name, "--name")
-    if config.base_model is not None and not _HUB_ID.fullmatch(config.base_model):
+    if config.base_model is not None and _hub_id(config.base_model) is None:
         raise ConfigError(f"--base-model {config.base_model} is no name on the Hub: write ORG/NAME")
     source = open_checkpoint(model.folder, model.name)
     stated = source.manifest
+    if _has_card(source) and config.base_model is None:  # said when it was published first
+        config = replace(config, base_model=_hub_id((stated or {}).get("config", {}).get("base_model")))
     license_ = config.license or (stated.get("license") if stated else None)
     if not license_:
         raise ConfigError("no licence: give --license, for example --license apache-2.0 (an SPDX id)")
@@ -143,9 +145,14 @@ def _prepared(
         raise CheckpointError(f"{source.label} has no tokenizer: copy the base model's tokenizer files there")
     digest = stated["body_digest"] if stated else body_digest(source)  # what is stated is proven while it is copied
     results = _evaluation(evaluation, digest) if evaluation else None
-    key = identity("publish", config, body=digest, evaluation=results or {}, signed=sign_key is not None)
+    own = {"card": source.folder.read(layout.CARD).decode("utf-8", "replace")} if _has_card(source) else {}
+    key = identity("publish", config, body=digest, evaluation=results or {}, signed=sign_key is not None, **own)
     name = config.name or _name(stated["name"] if stated else model.name, target)
     return _Work(model, source, config, license_, name, digest, results, evaluation, sign_key, key, progress)
+
+
+def _hub_id(name: object) -> str | None:
+    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
 
 
 def _name(given: str, target: Target) -> str:
@@ -155,6 +162,10 @@ def _name(given: str, target: Target) -> str:
 
 def _evaluation(folder: Location, digest: str) -> dict[str, Any]:
     """What an evaluation says about the body of this digest. Raises ManifestError if it says nothing."""
+    if not (folder / layout.MANIFEST).is_file() or not (folder / layout.RESULTS).is_file():
+        raise ManifestError(
+            f"--evaluation {folder} holds no evaluation: give the directory that `coldctl evaluate` wrote"
+        )
     manifest.read_unchanged(folder)
     results: dict[str, Any] = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
     measured = [item["body_digest"] for item in results["models"]]
@@ -187,7 +198,7 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     work.seconds["copy"] = time.perf_counter() - started
     _prove(work, folder)
     document = _document(work, body)
-    existing, before = target.standing()
+    earlier = [target.standing(), *([standing_in(work.source.folder)] if _has_card(work.source) else [])]
     subject = Subject(
         name=work.name,
         reference=target.reference,
@@ -200,7 +211,9 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
         converted_from=work.converted_from,
         onnx=config.onnx,
     )
-    written = card(subject, existing, before.get("card_blocks", []) if before else [])
+    written = card(
+        subject, [(text, before.get("card_blocks", []) if before else []) for text, before in earlier if text]
+    )
     (folder / layout.CARD).write_text(written.text, encoding="utf-8")
     document["card_blocks"] = written.blocks
     for words in written.license_warnings:
@@ -215,6 +228,12 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     sending.tag = _tag(document)
     sending.message = f"{work.name}, iteration {number}" if number else work.name
     return document
+
+
+def _has_card(source: Checkpoint) -> bool:
+    """Whether it was published before, so that people may have written into its card."""
+    stated = source.manifest
+    return stated is not None and stated["kind"] == "published" and source.folder.has(layout.CARD)
 
 
 def _tag(document: Manifest) -> str | None:
@@ -243,9 +262,11 @@ def _document(work: _Work, body: WrittenBody) -> Manifest:
         document["base"] = {"name": stated["name"], "body_digest": body.source_digest}
         document["ancestors"] = [*stated.get("ancestors", []), manifest.shortened(stated)]
     else:
-        for field_ in ("base", "contributions", "ancestors"):
+        for field_ in ("base", "contributions", "ancestors", "fused_by"):
             if field_ in stated:
                 document[field_] = stated[field_]
+        if stated["kind"] == "fused":  # its own settings and versions, which the publication's do not replace
+            document["fused_by"] = {key: stated.get(key, {}) for key in ("config", "environment")}
     cleaned: Manifest = privacy.without_paths(document)
     return cleaned
 
