@@ -180,6 +180,19 @@ def test_the_card_tells_how_it_was_fused(base: Path, contributions: Path, tmp_pa
         assert re.search(r"3 of 3 contributions, fused by `ties` with λ = auto \([0-9.]+\), density: 0\.4\.", card)
         assert re.search(r"Fused with python .*, numpy ", card)  # its own versions, not those of the publication
         assert set(front_matter(target)["datasets"]) == {"org/data", "data-two", "data-three"}
+    below = tmp_path / "fused"
+    for number in (2, 3, 4):
+        gifts = [tiny.perturb(base, tmp_path / f"{number}-{seed}", seed=seed) for seed in (1, 2)]
+        fuse = ("fuse", *gifts, "--base", below, "--output", tmp_path / f"fused-{number}", "--scale", "1.5*auto")
+        assert coldctl(*fuse).code == 0
+        below = tmp_path / f"fused-{number}"
+    assert coldctl("publish", below, "--to", tmp_path / "p", "--license", "mit").code == 0
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert card.count("fused by `mean` with λ = 1.5\\*auto (") == 3
+    # Of many iterations the first ones are folded up, in HTML.
+    assert re.search(
+        r"<summary>Iteration 1: 3 of 3 contributions, fused by ties with λ = auto \([0-9.]+\), density", card
+    )
 
 
 def test_a_model_of_unknown_origin_has_a_card_without_guesses(base: Path, tmp_path: Path, coldctl: Run) -> None:

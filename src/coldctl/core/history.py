@@ -1,5 +1,7 @@
 """How a fused model was made, in the words of its card: what was fused how, and what the contributions were."""
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,10 +41,10 @@ def history(document: Manifest) -> str:
         ]
         rows += [_row(item) for item in records]
         table = "\n".join(rows)
-        folded = index < len(fused) - _UNFOLDED
-        parts.append(
-            f"<details><summary>{head}</summary>\n\n{table}\n\n</details>" if folded else f"{head}.\n\n{table}"
-        )
+        if index < len(fused) - _UNFOLDED:
+            parts.append(f"<details><summary>{_as_html(head)}</summary>\n\n{table}\n\n</details>")
+        else:
+            parts.append(f"{head}.\n\n{table}")
     if fused and environment:
         versions = ", ".join(f"{key} {value}" for key, value in environment.items() if isinstance(value, str))
         parts.append(f"Fused with {escaped(versions)}.")
@@ -66,6 +68,11 @@ def _recipe(config: Mapping[str, Any]) -> str:
         words = [f"`{_plain(config.get('method', 'mean'))}`", *(_told(config, key) for key in _OUTER)]
     changed = (key for key in _ARITHMETIC if config.get(key, getattr(FuseConfig, key)) != getattr(FuseConfig, key))
     return ", ".join([*words, *(_told(config, key) for key in changed)])
+
+
+def _as_html(markdown: str) -> str:
+    """A line of ours where HTML is read and Markdown is not: without its code marks and escapes."""
+    return html.escape(re.sub(r"\\(.)", r"\1", markdown).replace("`", ""), quote=False)
 
 
 def _told(config: Mapping[str, Any], key: str) -> str:
