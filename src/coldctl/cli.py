@@ -31,6 +31,7 @@ from coldctl.core.config import (
 )
 from coldctl.core.errors import ColdctlError, ConfigError, DeclinedError, OutputError
 from coldctl.core.location import locate, raised_by_store
+from coldctl.core.text import printable
 
 if TYPE_CHECKING:
     from coldctl.console import Screen
@@ -101,11 +102,11 @@ def _usage(error: Exception) -> NoReturn:
 
 def _one_line(error: Exception) -> str:
     """Click's usage errors in our form: what, and which help tells more."""
-    message = " ".join(str(getattr(error, "message", error)).split()).rstrip(".")
+    message = printable(" ".join(str(getattr(error, "message", error)).split())).rstrip(".")
     context = getattr(error, "ctx", None)
     format_message = getattr(error, "format_message", None)
     if callable(format_message):
-        message = " ".join(format_message().split()).rstrip(".")
+        message = printable(" ".join(format_message().split())).rstrip(".")
     return f"{message}: see {context.command_path if context else 'coldctl'} --help"
 
 

@@ -1,6 +1,5 @@
 """What a person sees: progress bars and prose on stderr, one JSON document or tables, never both on stdout."""
 
-import json
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,8 +18,10 @@ from rich.tree import Tree
 from coldctl.core.errors import ColdctlError, TeamError
 from coldctl.core.progress import SILENT, Progress
 from coldctl.core.report import group_name
+from coldctl.core.text import json_document, printable
 
 _VERDICT_STYLE = {"better": "green", "worse": "red"}
+_LONGEST = 2000  # characters of one message
 _LOG_WIDTH = 120  # columns of tables in logs, where nothing says how wide the reader is
 _SHORT_VERDICT = {"better": "better", "worse": "worse", "indistinguishable": "within noise", None: "one seed"}
 
@@ -32,7 +33,7 @@ class Screen:
         self.as_json = as_json
         self._silent = silent
         self._mute = mute
-        self._errors = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._errors = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
         if not self._errors.is_terminal:
             self._errors.width = _LOG_WIDTH
 
@@ -49,9 +50,9 @@ class Screen:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
+            TextColumn("{task.fields[unit]}", markup=False),
         )
-        more = (TimeRemainingColumn(), TextColumn("{task.fields[detail]}", style="dim"))
+        more = (TimeRemainingColumn(), TextColumn("{task.fields[detail]}", style="dim", markup=False))
         with Bars(*columns, *more, console=self._errors, transient=True) as bars:
             yield _Bars(bars, self)
 
@@ -69,7 +70,7 @@ class Screen:
     def result(self, document: Any) -> None:
         """The JSON document of --json."""
         if self.as_json:
-            sys.stdout.write(json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n")
+            sys.stdout.write(json_document(_plain(document)) + "\n")
 
     def error(self, error: ColdctlError) -> None:
         """An error in one line, with the findings it lists below it."""
@@ -77,9 +78,14 @@ class Screen:
             self.result({"error": error.message, "details": list(error.details), "exit_code": error.exit_code})
         if self._mute and not isinstance(error, TeamError):
             return
-        self._errors.print(f"[bold red]error:[/] {escape(printable(error.message))}")
+        self._errors.print(f"[bold red]error:[/] {escape(_shortened(error.message))}")
         for detail in error.details:
-            self._errors.print(f"  - {escape(printable(detail))}")
+            self._errors.print(f"  - {escape(_shortened(detail))}")
+
+
+def _shortened(message: str) -> str:
+    """An error that quotes a stranger's text is no longer than a person reads."""
+    return printable(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…")
 
 
 class _Prose:
@@ -117,7 +123,7 @@ class _Bars:
     def advance(self, task: str, steps: int, detail: str = "") -> None:
         with self._lock:
             if task in self._tasks:
-                fields = {"detail": detail} if detail else {}
+                fields = {"detail": printable(detail)} if detail else {}
                 self._bars.update(self._tasks[task], advance=steps, **fields)  # type: ignore[arg-type]
 
     def end(self, task: str) -> None:
@@ -136,11 +142,6 @@ class _Bars:
             yield
         finally:
             self._bars.start()
-
-
-def printable(text: str) -> str:
-    """Text without anything that a terminal would obey: escape codes, carriage returns, bells."""
-    return "".join(character if character.isprintable() or character == "\n" else "�" for character in text)
 
 
 def evaluation_tables(results: dict[str, Any]) -> list[Table]:

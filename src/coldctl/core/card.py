@@ -13,13 +13,13 @@ from coldctl.core.history import fused_generations, history, with_ancestors
 from coldctl.core.lineage import generations, mermaid
 from coldctl.core.manifest import Manifest
 from coldctl.core.report import (
-    escaped,
     overlap_sentences,
     protocols_of,
     published_markdown,
     score_table,
     verdict_in_words,
 )
+from coldctl.core.text import code, markdown, printable
 
 PAPER = "https://arxiv.org/abs/2212.01378"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -80,9 +80,9 @@ def card(subject: Subject, earlier: Sequence[tuple[str, Sequence[str]]]) -> Card
         ModelCard.from_template(
             _front_matter(subject, [text for text, _ in earlier]),
             template_path=str(_TEMPLATE),
-            title=escaped(subject.name),
+            title=markdown(subject.name),
             introduction=_introduction(subject),
-            license_warnings=[escaped(words) for words in warnings],
+            license_warnings=[markdown(words) for words in warnings],
             paper=PAPER,
             history=history(document),
             lineage=mermaid(generations(document)),
@@ -113,9 +113,9 @@ def _front_matter(subject: Subject, earlier: Sequence[str]) -> Any:
     evaluations = [
         EvalResult(
             task_type="text-classification",
-            dataset_type=sources.get(entry["dataset"], entry["dataset"]).partition(":")[0],
-            dataset_name=entry["dataset"],
-            dataset_config=sources.get(entry["dataset"], "").partition(":")[2] or None,
+            dataset_type=printable(sources.get(entry["dataset"], entry["dataset"])).partition(":")[0],
+            dataset_name=printable(entry["dataset"]),
+            dataset_config=printable(sources.get(entry["dataset"], "")).partition(":")[2] or None,
             dataset_split="test",
             metric_type=_METRICS.get(entry["metric"], entry["metric"]),
             metric_value=round(entry["mean"], 2),
@@ -134,7 +134,7 @@ def _front_matter(subject: Subject, earlier: Sequence[str]) -> Any:
     base_model = subject.base_model or _hub_id(_pretrained(document).get("name", ""))
     ours: dict[str, Any] = {
         "language": subject.language,
-        "license": document.get("license"),
+        "license": printable(document.get("license") or "") or None,
         "library_name": "transformers",
         "pipeline_tag": "feature-extraction",
         "tags": list(dict.fromkeys([*_TAGS, *_list(kept.get("tags"))])),
@@ -168,7 +168,7 @@ def _provenance(entry: Mapping[str, Any], results: Mapping[str, Any]) -> dict[st
         "seeds": [item["seed"] for item in entry["seeds"]],
         "test_examples": entry["num_test"],
         "role": entry["role"],
-        "baseline": results["baseline"]["name"],
+        "baseline": printable(results["baseline"]["name"]),
         "baseline_value": round(entry["baseline_mean"], 2),
         "gain": round(entry["gain"], 2),
         "gain_interval_95": [round(value, 2) for value in entry["gain_interval"]],
@@ -180,8 +180,8 @@ def _provenance(entry: Mapping[str, Any], results: Mapping[str, Any]) -> dict[st
 def _introduction(subject: Subject) -> str:
     document = subject.document
     count = len(fused_generations(document))
-    pretrained = (subject.base_model or _pretrained(document).get("name", "")).replace("`", "")
-    words = "A text encoder" + (f" that started from `{pretrained}`" if pretrained else "")
+    pretrained = subject.base_model or str(_pretrained(document).get("name", ""))
+    words = "A text encoder" + (f" that started from {code(pretrained)}" if pretrained else "")
     if count:
         many = f"{count} iterations" if count > 1 else "one iteration"
         words += f" and went through {many} of finetuning and fusing by ColD Fusion ([arXiv 2212.01378]({PAPER}))"
@@ -197,7 +197,7 @@ def _introduction(subject: Subject) -> str:
 def _gains(results: Mapping[str, Any], document: Manifest) -> list[str]:
     """One sentence per protocol: how much better than the baseline it is, and how sure that is."""
     sentences = []
-    against = "its pretrained model" if _is_pretrained(results, document) else escaped(results["baseline"]["name"])
+    against = "its pretrained model" if _is_pretrained(results, document) else markdown(results["baseline"]["name"])
     for entry in results["averages"]:
         if entry["group"] == "all":
             low, high = entry["gain_interval"]
@@ -223,7 +223,7 @@ def _results(subject: Subject) -> str:
         f"[{layout.REPORT}]({layout.REPORT}).",
     ]
     if name != subject.name:
-        parts.append(f"The tables and the picture call this model {escaped(name)}.")
+        parts.append(f"The tables and the picture call this model {markdown(name)}.")
     if subject.converted_from:
         parts.append(f"Measured in {subject.converted_from}, before its weights were rounded for this repository.")
     for protocol in protocols_of(results, name):
@@ -232,13 +232,13 @@ def _results(subject: Subject) -> str:
             called = subject.base_model if _is_pretrained(results, subject.document) else None
             parts += published_markdown(results, name, called)
     if results.get("overlaps"):
-        parts.append("\n".join(f"- {escaped(sentence)}" for sentence in overlap_sentences(results)))
+        parts.append("\n".join(f"- {markdown(sentence)}" for sentence in overlap_sentences(results)))
     return "\n\n".join(parts)
 
 
 def _baseline(subject: Subject, results: Mapping[str, Any]) -> str:
     """What gains are measured against, by the name that the tables have for it, and what it is."""
-    name = escaped(results["baseline"]["name"])
+    name = markdown(results["baseline"]["name"])
     if not _is_pretrained(results, subject.document):
         return name
     known = (
@@ -280,14 +280,14 @@ def _is_pretrained(results: Mapping[str, Any], document: Manifest) -> bool:
 def _hub_id(name: str) -> str | None:
     """The Hub's name of a pretrained model; None for a directory's, which would be a dead link."""
     if "/" in name:
-        return name
+        return printable(name)
     return next((f"{owner}/{name}" for owner, names in _OWNERS.items() if name in names), None)
 
 
 def _datasets(document: Manifest) -> list[str]:
     """The contributions' datasets: by their Hub ids where they came from there, else as they were called."""
     sources = _sources(document)
-    names = [sources.get(name, name).partition(":")[0] for name in _dataset_names(document)]
+    names = [printable(sources.get(name, name)).partition(":")[0] for name in _dataset_names(document)]
     return list(dict.fromkeys(names))
 
 

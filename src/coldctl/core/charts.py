@@ -13,6 +13,7 @@ import numpy as np
 from coldctl.core.curves import Panel
 from coldctl.core.location import Location
 from coldctl.core.report import rows_of
+from coldctl.core.text import chart as plain
 
 _GAIN, _LOSS, _NOISE, _INK, _GRID = "#2f7d4f", "#b5483a", "#8a8f98", "#333333", "#dddddd"
 _CURVES = ("#2f7d4f", "#3a6ea5", "#c07f1f", "#8a4f9e", "#b5483a", "#4a9a9a")
@@ -25,6 +26,7 @@ _MOST_PANELS = 12
 _MOST_BARS = 60
 _MOST_COLUMNS = 30
 _LONGEST = 24  # characters of a name beside a bar
+_LONGEST_BAR = 60  # of one that has a chart to itself
 
 
 def prepare() -> None:
@@ -50,15 +52,10 @@ def fuse_chart(records: Sequence[Mapping[str, Any]], path: Location) -> None:
         axis.set_title(title, loc="left", fontsize=10)
         axis.axhline(0, color=_INK, linewidth=0.8)
         _bare(axis, "y")
-    names = [_plain(record["name"])[:24] for record in fused]
+    names = [plain(record["name"], _LONGEST) for record in fused]
     every = max(1, len(fused) // 60)  # more names than that cannot be read
     axes[1].set_xticks(list(places)[::every], names[::every], rotation=45, ha="right", fontsize=8)
     _save(figure, path, 110)
-
-
-def _plain(name: str) -> str:
-    """A stranger's name as text in a chart: no control codes, no formulas."""
-    return "".join(character for character in name if character.isprintable()).replace("$", r"\$")
 
 
 def training_chart(curve: Sequence[tuple[int, float, float]], title: str, metric: str, path: Location) -> None:
@@ -76,7 +73,7 @@ def training_chart(curve: Sequence[tuple[int, float, float]], title: str, metric
     axes[1].set_title(f"validation {metric}, kept: {scores[best]:.1f} at step {steps[best]}", loc="left", fontsize=10)
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_xlabel("step")
-    figure.suptitle(_plain(title), fontsize=10, x=0.01, ha="left")
+    figure.suptitle(plain(title), fontsize=10, x=0.01, ha="left")
     _save(figure, path, 110)
 
 
@@ -120,10 +117,10 @@ def gain_figure(results: Mapping[str, Any], pairs: Sequence[tuple[str, str]], wi
         axis.barh(range(len(bars)), gains, color=colours, height=0.65)
         axis.errorbar(gains, range(len(bars)), xerr=reach, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
         names = [f"{entry['dataset']} ({entry['role']})" if "role" in entry else entry["dataset"] for entry in bars]
-        axis.set_yticks(range(len(bars)), [_plain(name) for name in names])
+        axis.set_yticks(range(len(bars)), [plain(name, _LONGEST_BAR) for name in names])
         axis.axvline(0, color=_INK, linewidth=0.8)
         axis.set_xlabel("gain in points (bar) and 95 % interval (line)")
-        axis.set_title(_plain(f"{model} against {results['baseline']['name']}, {protocol}"), loc="left", fontsize=10)
+        axis.set_title(plain(f"{model} against {results['baseline']['name']}, {protocol}"), loc="left", fontsize=10)
         _bare(axis, "x")
     return figure
 
@@ -148,7 +145,7 @@ def curve_figure(panels: Sequence[Panel], columns: int) -> Any:
             low, high = ([point.interval[side] for point in points] for side in (0, 1))
             if start is not None:  # where every run begins
                 places, scores, low, high = [0, *places], [start, *scores], [start, *low], [start, *high]
-            axis.plot(places, scores, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=_plain(run))
+            axis.plot(places, scores, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=plain(run))
             axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
         for style, (words, level) in zip(itertools.cycle(_DASHES), panel.levels.items(), strict=False):
             axis.axhline(level, color=_NOISE, linewidth=1.2, linestyle=style, label=words)
@@ -168,7 +165,7 @@ def norm_figure(records: Sequence[Mapping[str, Any]]) -> Any:
     shown = sorted(records, key=lambda record: record["update_norm"] or 0.0)[-_MOST_BARS:]
     figure, axis = plt.subplots(figsize=(4.8, 0.9 + 0.3 * len(shown)), layout="constrained")
     axis.barh(range(len(shown)), [record["update_norm"] or 0.0 for record in shown], color=_GAIN, height=0.65)
-    axis.set_yticks(range(len(shown)), [_plain(record["name"])[:_LONGEST] for record in shown])
+    axis.set_yticks(range(len(shown)), [plain(record["name"], _LONGEST) for record in shown])
     axis.set_xlabel("L2 norm of contribution − base")
     _bare(axis, "x")
     return figure
@@ -188,7 +185,7 @@ def cosine_figure(cosines: Mapping[str, Mapping[int, float]]) -> Any:
         value = table[row, column]
         ink = "#ffffff" if abs(value) > 0.6 else "#111111"  # on the cell's own colour, whatever the page's
         axis.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
-    axis.set_yticks(np.arange(len(names)) + 0.5, [_plain(name)[:_LONGEST] for name in names])
+    axis.set_yticks(np.arange(len(names)) + 0.5, [plain(name, _LONGEST) for name in names])
     axis.set_xticks(np.arange(len(iterations)) + 0.5, [str(iteration) for iteration in iterations])
     axis.set_xlabel("iteration")
     axis.invert_yaxis()

@@ -265,10 +265,8 @@ def check_name(name: str, where: str) -> None:
     """A name becomes a directory. Raises ConfigError if it cannot be one, or would lead elsewhere."""
     if len(name.encode(errors="replace")) > manifest.LONGEST_NAME:
         raise ConfigError(f"{where}: a name of {len(name)} characters is too long for a directory: shorten it")
-    if not name or name.startswith(".") or set(name) & set('/\\"') or not name.isprintable():
-        raise ConfigError(
-            f"{where}: {name!r} cannot name a directory: no slashes, no leading dot, no control characters"
-        )
+    if not name or name.startswith(".") or set(name) & set('/\\\0\n\r\t"'):
+        raise ConfigError(f"{where}: {name!r} cannot name a directory: no slashes, no leading dot")
 
 
 def contributors_of(datasets: Sequence[DatasetConfig]) -> list[tuple[str, DatasetConfig]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from coldctl.core.config import FuseConfig
 from coldctl.core.manifest import Manifest
-from coldctl.core.report import escaped
+from coldctl.core.text import code, markdown
 
 # Settings of a fuse that its card tells: of an outer step, and where they are not the defaults.
 _OUTER = ("outer_optimizer", "outer_lr", "outer_momentum")
@@ -47,7 +47,7 @@ def history(document: Manifest) -> str:
             parts.append(f"{head}.\n\n{table}")
     if fused and environment:
         versions = ", ".join(f"{key} {value}" for key, value in environment.items() if isinstance(value, str))
-        parts.append(f"Fused with {escaped(versions)}.")
+        parts.append(f"Fused with {markdown(versions)}.")
     return "\n\n".join(parts) or "It was not fused: there are no iterations to tell of."
 
 
@@ -63,16 +63,16 @@ def _recipe(config: Mapping[str, Any]) -> str:
         return "settings that are not stated"
     scale, effective = config.get("scale", "1"), config.get("effective_scale")
     told = f" ({effective:.3g})" if isinstance(effective, float) and "auto" in str(scale) else ""
-    words = [f"`{_plain(config.get('method', 'mean'))}` with λ = {_plain(scale)}{told}"]
+    words = [f"{code(config.get('method', 'mean'))} with λ = {_plain(scale)}{told}"]
     if config.get("outer_optimizer", "none") != "none":
-        words = [f"`{_plain(config.get('method', 'mean'))}`", *(_told(config, key) for key in _OUTER)]
+        words = [code(config.get("method", "mean")), *(_told(config, key) for key in _OUTER)]
     changed = (key for key in _ARITHMETIC if config.get(key, getattr(FuseConfig, key)) != getattr(FuseConfig, key))
     return ", ".join([*words, *(_told(config, key) for key in changed)])
 
 
-def _as_html(markdown: str) -> str:
+def _as_html(words: str) -> str:
     """A line of ours where HTML is read and Markdown is not: without its code marks and escapes."""
-    return html.escape(re.sub(r"\\(.)", r"\1", markdown).replace("`", ""), quote=False)
+    return html.escape(re.sub(r"\\(.)", r"\1", words).replace("`", ""), quote=False)
 
 
 def _told(config: Mapping[str, Any], key: str) -> str:
@@ -80,7 +80,7 @@ def _told(config: Mapping[str, Any], key: str) -> str:
 
 
 def _plain(value: object) -> str:
-    return escaped(str(value))
+    return markdown(str(value))
 
 
 def _row(item: Mapping[str, Any]) -> str:
@@ -99,14 +99,14 @@ def _row(item: Mapping[str, Any]) -> str:
             f"{seconds:.0f} s on {environment.get('device', '?')}" + (f", threads: {threads}" if threads else "")
         )
     refused = item.get("status") == "rejected"
-    note = f"refused: {escaped(item.get('reason') or 'no reason given')}" if refused else "fused"
+    note = f"refused: {markdown(item.get('reason') or 'no reason given')}" if refused else "fused"
     cells = [
-        escaped(str(item.get("name", ""))),
-        escaped(item.get("dataset") or "not stated"),
+        markdown(str(item.get("name", ""))),
+        markdown(item.get("dataset") or "not stated"),
         str(item.get("num_train") or "not stated"),
-        escaped(item.get("license") or "not stated"),
+        markdown(item.get("license") or "not stated"),
         f"{item.get('weight', 0.0):.3f}",
-        escaped(", ".join(words)) or "not stated",
+        markdown(", ".join(words)) or "not stated",
         note,
     ]
     return f"| {' | '.join(cells)} |"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from coldctl.core.manifest import Manifest
+from coldctl.core.text import printable
 
 _MOST_NODES = 150  # a larger graph is one that nobody reads, and Mermaid itself ends at 500 edges
 _LONGEST = 80  # characters of a name or a reason in a node
@@ -135,7 +136,7 @@ def _counted(generation: Generation) -> str:
 
 def _text(words: str) -> str:
     """Plain text inside a quoted label: what Mermaid or HTML would read as markup becomes an entity code."""
-    clean = "".join(character for character in words if character.isprintable())
+    clean = printable(words)
     short = clean if len(clean) <= _LONGEST else clean[: _LONGEST - 1] + "…"
     return "".join(
         character if character.isalnum() or character in " -_.,:+…" else f"#{ord(character)};" for character in short

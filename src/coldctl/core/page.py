@@ -18,6 +18,7 @@ from coldctl.core import charts, report
 from coldctl.core.curves import Panel
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.scoring import RESAMPLES
+from coldctl.core.text import printable
 
 _FOLDER = Path(__file__).parent
 _WORDS = ("name", "status", "reason", "dataset", "license", "body_digest")
@@ -123,5 +124,5 @@ def _number(value: Any) -> float | None:
 @cache
 def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["plain"] = lambda text: "".join(letter for letter in str(text) if letter.isprintable())
+    environment.filters["plain"] = printable
     return environment.from_string((_FOLDER / "page.html").read_text(encoding="utf-8"))

@@ -5,6 +5,8 @@ from typing import Any
 
 from coldctl.core import leaderboard
 from coldctl.core.curves import Panel
+from coldctl.core.text import code
+from coldctl.core.text import markdown as plain
 
 _WORDS = {
     "better": "better",
@@ -31,11 +33,11 @@ def markdown(results: dict[str, Any], panels: Sequence[Panel]) -> str:
 
     `panels` are the scores over iterations, if there are several.
     """
-    lines = [f"# Evaluation against {escaped(results['baseline']['name'])}", ""]
+    lines = [f"# Evaluation against {plain(results['baseline']['name'])}", ""]
     lines.append("Scores are percent on the test split, gains are points with a 95 % interval (paired bootstrap).")
     for model in results["models"]:
         for protocol in protocols_of(results, model["name"]):
-            lines += ["", f"## {escaped(model['name'])}, {protocol}", ""]
+            lines += ["", f"## {plain(model['name'])}, {protocol}", ""]
             lines += score_table(results, model["name"], protocol)
             if protocol == "finetune":
                 lines += [f"\n{sentence}" for sentence in published_markdown(results, model["name"])]
@@ -43,9 +45,9 @@ def markdown(results: dict[str, Any], panels: Sequence[Panel]) -> str:
         lines += ["", "## Over iterations", "", *_curve_table(panels)]
     if results["overlaps"]:
         lines += ["", "## Test examples that training splits hold", ""]
-        lines += [f"- {escaped(sentence)}" for sentence in overlap_sentences(results)]
-    lines += ["", f"Baseline body: `{results['baseline']['body_digest']}`", ""]
-    lines += [f"{escaped(model['name'])} body: `{model['body_digest']}`\n" for model in results["models"]]
+        lines += [f"- {plain(sentence)}" for sentence in overlap_sentences(results)]
+    lines += ["", f"Baseline body: {code(results['baseline']['body_digest'])}", ""]
+    lines += [f"{plain(model['name'])} body: {code(model['body_digest'])}\n" for model in results["models"]]
     return "\n".join(lines)
 
 
@@ -93,7 +95,7 @@ def _curve_table(panels: Sequence[Panel]) -> list[str]:
                 scores.setdefault(point.iteration, {})[column] = point.mean
         for iteration, row in sorted(scores.items()):
             cells = [f"{row[column]:.1f}" if column in row else "" for column in range(len(panels))]
-            rows.append([escaped(run), str(iteration), *cells])
+            rows.append([plain(run), str(iteration), *cells])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -121,15 +123,7 @@ def published(results: Mapping[str, Any], model: str, baseline: str | None = Non
 def published_markdown(results: Mapping[str, Any], model: str, baseline: str | None = None) -> list[str]:
     """The sentences of `published` in Markdown, with a link to the leaderboard."""
     link = f"[{_LEADERBOARD}]({leaderboard.SOURCE})"
-    return [escaped(sentence).replace(_LEADERBOARD, link) for sentence in published(results, model, baseline)]
-
-
-def escaped(text: str) -> str:
-    """A stranger's name as plain text in a Markdown document."""
-    clean = "".join(character for character in text if character.isprintable())
-    return "".join(f"\\{character}" if character in "\\`*_{}[]<>()#|!~" else character for character in clean).replace(
-        "\\_", "_"
-    )
+    return [plain(sentence).replace(_LEADERBOARD, link) for sentence in published(results, model, baseline)]
 
 
 def score_table(results: dict[str, Any], model: str, protocol: str) -> list[str]:
@@ -138,15 +132,15 @@ def score_table(results: dict[str, Any], model: str, protocol: str) -> list[str]
         "dataset",
         "role",
         "metric",
-        escaped(results["baseline"]["name"]),
-        escaped(model),
+        plain(results["baseline"]["name"]),
+        plain(model),
         "gain",
         "95 % interval",
         "",
     ]
     rows = [columns, ["---", "---", "---", "--:", "--:", "--:", ":-:", "---"]]
     rows += [
-        [escaped(entry["dataset"]), entry["role"], entry["metric"], *_numbers(entry)]
+        [plain(entry["dataset"]), entry["role"], entry["metric"], *_numbers(entry)]
         for entry in rows_of(results["results"], model, protocol)
     ]
     rows += [

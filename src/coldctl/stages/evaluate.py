@@ -18,6 +18,7 @@ import numpy as np
 
 from coldctl.core import cells as cell_files
 from coldctl.core import curves, data, feature_cache, layout, manifest, output, run, scoring
+from coldctl.core import results as results_file
 from coldctl.core.candidates import free_names
 from coldctl.core.charts import curve_chart, gain_chart
 from coldctl.core.checkpoint import body_digest, open_checkpoint
@@ -134,8 +135,7 @@ def evaluate(
     )  # fmt: skip
     if output.is_done(destination, key, overwrite=overwrite):
         manifest.read_unchanged(destination)
-        results = json.loads((destination / layout.RESULTS).read_text(encoding="utf-8"))
-        return Evaluated(destination, results, unchanged=True)
+        return Evaluated(destination, results_file.read(destination), unchanged=True)
     _prove(contenders)
     overlaps = _overlaps(loaded)
     for dataset in datasets:
@@ -299,7 +299,7 @@ def _earlier(destination: Location, results: dict[str, Any], document: manifest.
         if number >= newest or folder == destination.resolve() or not layout.is_complete(folder):
             continue
         config = manifest.read_unchanged(folder)["config"]
-        other = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
+        other = results_file.read(folder)
         if _measured_as(other) == _measured_as(results) and config == document["config"]:
             found.append(other)
     return found

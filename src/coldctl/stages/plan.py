@@ -4,13 +4,12 @@
 the configurations of the runs that an experiment compares.
 """
 
-import json
 import os
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from coldctl.core import conditional, experiment, layout, manifest, output, placing, run, scoring
+from coldctl.core import conditional, experiment, layout, manifest, output, placing, results, run, scoring
 from coldctl.core.config import ConfigFile, RunConfig, contributors_of
 from coldctl.core.errors import ConfigError, ManifestError
 from coldctl.core.experiment import Variant
@@ -120,5 +119,4 @@ def _gate_says_no(gate: Location) -> str | None:
     if not layout.is_complete(gate):
         raise ManifestError(f"{gate} is not complete: evaluate against the iteration's base first")
     margin = manifest.read_unchanged(gate)["config"]["evaluate"]["regression_margin"]
-    results = json.loads((gate / layout.RESULTS).read_text(encoding="utf-8"))
-    return "; ".join(scoring.regressions(results, margin)) or None
+    return "; ".join(scoring.regressions(results.read(gate), margin)) or None

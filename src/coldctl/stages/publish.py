@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coldctl.core import layout, manifest, output, privacy, tokenizer_files
+from coldctl.core import layout, manifest, output, privacy, results, tokenizer_files
 from coldctl.core.bare import WrittenBody, write_body, write_config
 from coldctl.core.card import Subject, card
 from coldctl.core.charts import gain_chart
@@ -167,15 +167,15 @@ def _evaluation(folder: Location, digest: str) -> dict[str, Any]:
             f"--evaluation {folder} holds no evaluation: give the directory that `coldctl evaluate` wrote"
         )
     manifest.read_unchanged(folder)
-    results: dict[str, Any] = json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))
-    measured = [item["body_digest"] for item in results["models"]]
+    found = results.read(folder)
+    measured = [item["body_digest"] for item in found["models"]]
     if digest in measured:
-        name = results["models"][measured.index(digest)]["name"]
+        name = found["models"][measured.index(digest)]["name"]
         return {
-            **results,
-            "models": [item for item in results["models"] if item["name"] == name],
-            "results": [entry for entry in results["results"] if entry["model"] == name],
-            "averages": [entry for entry in results["averages"] if entry["model"] == name],
+            **found,
+            "models": [item for item in found["models"] if item["name"] == name],
+            "results": [entry for entry in found["results"] if entry["model"] == name],
+            "averages": [entry for entry in found["averages"] if entry["model"] == name],
         }
     if measured:
         raise ManifestError(
@@ -290,7 +290,7 @@ def _copy_evaluation(work: _Work, folder: Path) -> None:
     for file in _EVALUATION_FILES:
         if (work.evaluation / file).is_file():
             (folder / file).write_bytes((work.evaluation / file).read_bytes())
-    alone = len(json.loads((folder / layout.RESULTS).read_text(encoding="utf-8"))["models"]) == 1
+    alone = len(results.read(work.evaluation)["models"]) == 1
     if alone and (work.evaluation / layout.GAIN_CHART).is_file():
         (folder / layout.GAIN_CHART).write_bytes((work.evaluation / layout.GAIN_CHART).read_bytes())
     else:  # the card's picture is of this model alone
