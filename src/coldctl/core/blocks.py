@@ -17,11 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, digest_prelude
+from coldctl.core.storage import RemoteFolder
 
 MEMORY = 48 << 20  # bytes of buffers, over both sets
 _LARGEST = 1 << 18  # elements per block: what still fits the processor's shared cache
 _WIDEST = 8  # bytes of the widest dtype
 _THREADS = 2
+# Of a store more is asked for at once than a block, and of several files at a time: it is far away.
+_STORE_THREADS = 8
+_STORE_MEMORY = 512 << 20  # bytes that are held of all inputs together, beyond what a block needs
+_STORE_LARGEST = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def read_blocks(
     longest = min(length, max((base.body[name].size for name in names), default=0))
     sets = [[bytearray(longest * _widest(checkpoint)) for checkpoint in inputs] for _ in range(2)]
     last = 1 + len(contributions)
-    with _Workers(len(inputs)) as workers:
+    with _Workers(len(inputs), _STORE_THREADS if _look_ahead(inputs) else _THREADS) as workers:
 
         def fill(number: int, index: int) -> NDArray[Any] | None:
             name, start, stop = plan[number]
@@ -106,6 +111,14 @@ def read_blocks(
                 [_completed(array, first) for array in arrays[1:last]],
                 [np.zeros(stop - start) if array is None else array for array in arrays[last:]],
             )
+
+
+def _look_ahead(inputs: Sequence[Checkpoint]) -> bool:
+    """Let the inputs that lie in a store be read in pieces worth a request. Whether there are any."""
+    remote = [checkpoint.folder for checkpoint in inputs if isinstance(checkpoint.folder, RemoteFolder)]
+    for folder in remote:
+        folder.window = max(folder.window, min(_STORE_LARGEST, _STORE_MEMORY // len(remote)))
+    return bool(remote)
 
 
 def _completed(part: NDArray[Any] | None, base: NDArray[Any]) -> NDArray[Any]:
@@ -145,8 +158,8 @@ def _each(fill: Callable[[int], NDArray[Any] | None], share: range) -> list[NDAr
 class _Workers:
     """Threads that each own some of the inputs, so that one input's pieces are read and hashed in order."""
 
-    def __init__(self, inputs: int) -> None:
-        count = min(_THREADS, inputs)
+    def __init__(self, inputs: int, most: int) -> None:
+        count = min(most, inputs)
         self._shares = [range(worker, inputs, count) for worker in range(count)]
         self._pools = [ThreadPoolExecutor(1, thread_name_prefix="coldctl-read") for _ in range(count)]
         self._waiting: list[Future[list[NDArray[Any] | None]]] = []

@@ -162,34 +162,33 @@ class LocalFolder:
 class RemoteReader:
     """A file in a store, read by range requests of at least `window` bytes: what follows is usually asked for next."""
 
-    def __init__(self, filesystem: Any, path: str, size: int, label: str) -> None:
-        self._filesystem, self._path, self._label = filesystem, path, label
+    def __init__(self, folder: "RemoteFolder", path: str, size: int, label: str) -> None:
+        self._folder, self._path, self._label = folder, path, label
         self.size = size
-        self.window = _FIRST_WINDOW  # bytes; whoever reads much sets it
-        self._start = 0
-        self._held = b""
+        self._held = 0, b""  # where the window begins, and its bytes: one value, since threads may share a reader
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from `offset`, from what is held or by requests."""
         done = 0
         while done < len(buffer):
             at = offset + done
-            if not self._start <= at < self._start + len(self._held):
-                stop = min(self.size, at + max(self.window, len(buffer) - done))
+            start, held = self._held
+            if not start <= at < start + len(held):
+                stop = min(self.size, at + max(self._folder.window, len(buffer) - done))
                 if at >= stop:
                     raise CheckpointError(f"{self._label} ends at byte {self.size}: it is truncated, store it again")
-                self._held, self._start = self._fetched(at, stop), at
-            part = memoryview(self._held)[at - self._start :][: len(buffer) - done]
+                start, held = self._held = at, self._fetched(at, stop)
+            part = memoryview(held)[at - start :][: len(buffer) - done]
             buffer[done : done + len(part)] = part
             done += len(part)
 
     def close(self) -> None:
         """Let go of what is held."""
-        self._held = b""
+        self._held = 0, b""
 
     def _fetched(self, start: int, stop: int) -> bytes:
         def fetch() -> bytes:
-            data = bytes(self._filesystem.cat_file(self._path, start=start, end=stop))
+            data = bytes(self._folder.filesystem.cat_file(self._path, start=start, end=stop))
             if len(data) != stop - start:
                 raise _ShortError(f"{len(data)} of {stop - start} bytes came")
             return data
@@ -228,7 +227,8 @@ class RemoteFolder:
     def __init__(self, url: str, entries: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """`entries` are what a listing has already said about its files: by name, with size and version."""
         self.label = url
-        self._filesystem, self._root = _filesystem(url)
+        self.window = _FIRST_WINDOW  # bytes that its readers ask for at least; whoever reads much sets it
+        self.filesystem, self._root = _filesystem(url)
         self._entries = entries
         self._small: dict[str, bytes] = {}
 
@@ -236,7 +236,7 @@ class RemoteFolder:
     def entries(self) -> Mapping[str, Mapping[str, Any]]:
         """What the store says about each file in it and below, by name. Raises ModelError."""
         if self._entries is None:
-            self._entries = _listed(self._filesystem, self._root, self.label)
+            self._entries = _listed(self.filesystem, self._root, self.label)
         return self._entries
 
     def names(self) -> list[str]:
@@ -270,11 +270,11 @@ class RemoteFolder:
         size = self._size(name)
         if name in self._small:
             return HeldReader(self._small[name], f"{self.label}/{name}")
-        return RemoteReader(self._filesystem, f"{self._root}/{name}", size, f"{self.label}/{name}")
+        return RemoteReader(self, f"{self._root}/{name}", size, f"{self.label}/{name}")
 
     def changed(self) -> list[str]:
         """The files that are not any more what they were when the folder was listed, sorted. Raises ModelError."""
-        before, now = self.entries, _listed(self._filesystem, self._root, self.label)
+        before, now = self.entries, _listed(self.filesystem, self._root, self.label)
         return sorted(name for name in before if _version(before[name]) != _version(now.get(name, {})))
 
     def _size(self, name: str) -> int:

@@ -1,0 +1,94 @@
+"""`scale.py store`: fusing small contributions from an S3 server on loopback, beside downloading the same objects.
+
+By turns, each a process of its own: all objects of all contributions fetched by the store's own client (boto3), one after
+the other and by eight threads, and forgotten; `coldctl fuse` of the same contributions from and into the bucket, with
+everything on. The server (moto, one Python process) shares the cores with its clients. Prints Markdown.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fuse import SMALL, make_family, measure, sign
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+def store(options: argparse.Namespace) -> str:
+    """Make contributions, store them, measure by turns, and say it in Markdown."""
+    from s3_server import serving
+
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.scratch)))
+        server = stack.enter_context(serving("models"))
+        os.environ.update(server.environment)
+        most = max(options.contributions)
+        make_family(scratch / "base", scratch / "plain", SMALL, most)
+        sign(scratch / "base", scratch / "plain", scratch / "signed")
+        client: Any = server.client()
+        _put(client, scratch / "base", "base")
+        folders = sorted((scratch / "signed").iterdir())
+        for count in options.contributions:
+            for folder in folders[:count]:
+                _put(client, folder, f"{count}/{folder.name}")
+        lines = [
+            "| contributions | MB | client, 1 thread, s | client, 8 threads, s | `coldctl fuse`, s | ratio | peak resident, MB |",
+            "| --: | --: | --: | --: | --: | --: | --: |",
+        ]
+        for count in options.contributions:
+            lines.append(_row(server.url, count, client, options.runs))
+        return "\n".join(lines)
+
+
+def _row(url: str, count: int, client: Any, runs: int) -> str:
+    sizes = [item["Size"] for item in _listed(client, f"{count}/")]
+    found: dict[str, list[float]] = {"1": [], "8": [], "fuse": [], "memory": []}
+    for run in range(runs):
+        for threads in ("1", "8"):
+            command = (sys.executable, __file__, f"{count}/", threads)
+            found[threads].append(measure(command).wall)
+        sample = measure(
+            (sys.executable, "-m", "coldctl", "fuse", f"{url}/{count}", "--base", f"{url}/base", "--quiet",
+             "--output", f"{url}/fused-{count}-{run}")
+        )  # fmt: skip
+        found["fuse"].append(sample.wall)
+        found["memory"].append(sample.resident / 1e6)
+    middle = {key: statistics.median(values) for key, values in found.items()}
+    ratio = middle["fuse"] / min(middle["1"], middle["8"])
+    return (
+        f"| {count} | {sum(sizes) / 1e6:,.0f} | {middle['1']:.1f} | {middle['8']:.1f} | {middle['fuse']:.1f} | {ratio:.2f} | "
+        f"{middle['memory']:.0f} |"
+    )
+
+
+def _put(client: Any, folder: Path, prefix: str) -> None:
+    for path in sorted(folder.iterdir()):
+        client.put_object(Bucket="models", Key=f"{prefix}/{path.name}", Body=path.read_bytes())
+
+
+def _listed(client: Any, prefix: str) -> list[dict[str, Any]]:
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket="models", Prefix=prefix)
+    return [item for page in pages for item in page.get("Contents", [])]
+
+
+def download(arguments: Sequence[str]) -> None:
+    """Fetch every object below a prefix, in so many threads."""
+    import boto3
+
+    client = boto3.client("s3")
+    keys = [item["Key"] for item in _listed(client, arguments[0])]
+    with ThreadPoolExecutor(int(arguments[1])) as pool:
+        for _ in pool.map(lambda key: client.get_object(Bucket="models", Key=key)["Body"].read(), keys):
+            pass
+
+
+if __name__ == "__main__":
+    download(sys.argv[1:])
