@@ -43,8 +43,7 @@ def store(options: argparse.Namespace) -> str:
             "| contributions | MB | client, 1 thread, s | client, 8 threads, s | `coldctl fuse`, s | ratio | peak resident, MB |",
             "| --: | --: | --: | --: | --: | --: | --: |",
         ]
-        for count in options.contributions:
-            lines.append(_row(server.url, count, client, options.runs))
+        lines += [_row(server.url, count, client, options.runs) for count in options.contributions]
         return "\n".join(lines)
 
 

@@ -6,10 +6,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from coldctl.core import layout, run
+from coldctl.core import layout, model_cache, run
 from coldctl.core.errors import ColdctlError, ModelError
 from coldctl.core.location import Location, is_url, locate
-from coldctl.core.storage import Folder, download, open_folder
+from coldctl.core.storage import Folder, open_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -26,11 +26,9 @@ class Model:
         """For reading ranges, without a copy."""
         return open_folder(self.place)
 
-    def local(self, scratch: Path) -> Path:
-        """A local directory with its files, downloaded below `scratch` if it is in a store."""
-        if not is_url(self.place):
-            return Path(self.place)
-        return download(self.place, scratch / re.sub(r"\W+", "-", self.place))
+    def local(self) -> Path:
+        """A local directory with its files: a copy in the user's cache if it is in a store. Raises ModelError."""
+        return model_cache.fetched(self.place) if is_url(self.place) else Path(self.place)
 
 
 def memory_needed(model: Model, *, training: bool) -> int:

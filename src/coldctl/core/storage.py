@@ -272,6 +272,10 @@ class RemoteFolder:
             return HeldReader(self._small[name], f"{self.label}/{name}")
         return RemoteReader(self, f"{self._root}/{name}", size, f"{self.label}/{name}")
 
+    def versions(self) -> dict[str, list[str]]:
+        """What tells this version of each file from others, as far as the store says."""
+        return {name: list(_version(entry)) for name, entry in sorted(self.entries.items())}
+
     def changed(self) -> list[str]:
         """The files that are not any more what they were when the folder was listed, sorted. Raises ModelError."""
         before, now = self.entries, _listed(self.filesystem, self._root, self.label)
@@ -323,7 +327,7 @@ def _listed(filesystem: Any, root: str, label: str) -> dict[str, Mapping[str, An
     return {path[len(root) :].strip("/"): entry for path, entry in found.items() if path.strip("/") != root.strip("/")}
 
 
-def _version(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+def _version(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """What tells one version of a file in a store from another, as far as the store says."""
     return tuple(str(entry.get(key)) for key in ("size", "ETag", "etag", "generation", "mtime", "created", "blob_id"))
 

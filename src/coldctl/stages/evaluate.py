@@ -493,9 +493,8 @@ def _features(cell: Cell, dataset: data.Dataset, progress: Progress) -> list[Any
     from coldctl.core import model as models
     from coldctl.core.probe import features
 
-    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-        folder = cell.contender.model.local(Path(scratch))
-        tokenizer, body = models.load_tokenizer(folder), models.load_body(folder)
+    folder = cell.contender.model.local()
+    tokenizer, body = models.load_tokenizer(folder), models.load_body(folder)
     length = models.length_limit(tokenizer, body.config, cell.evaluation.max_length)
     device = models.device_of_choice()
     body.to(device)
@@ -513,7 +512,7 @@ def _features(cell: Cell, dataset: data.Dataset, progress: Progress) -> list[Any
 def _finetune(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tuple[list[Any], dict[str, Any]]:
     """Finetune on one dataset, on few shots of it, or on all datasets with one body and a head for each."""
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-        return _trained(cell, loaded, cell.contender.model.local(Path(scratch)), Path(scratch), progress)
+        return _trained(cell, loaded, cell.contender.model.local(), Path(scratch), progress)
 
 
 def _trained(

@@ -377,10 +377,9 @@ def _train(job: Job, work: _Prepared, folder: Path, threads: int, progress: Prog
     torch.set_num_threads(max(1, threads // peers.local_size))
     config, dataset = job.config, work.dataset
     seed = derived_seed(config.seed, "finetune", work.number, job.name)
-    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-        base = job.base.local(Path(scratch))
-        tokenizer = models.load_tokenizer(base)
-        model = models.load_classifier(base, dataset.labels, seed, multilabel=dataset.multilabel)
+    base = job.base.local()
+    tokenizer = models.load_tokenizer(base)
+    model = models.load_classifier(base, dataset.labels, seed, multilabel=dataset.multilabel)
     adapted = trainable.restrict(model, config, job.base.name, seed)
     length = models.length_limit(tokenizer, model.config, config.max_length)
     training, validation, test = (

@@ -2,7 +2,6 @@
 
 import json
 import re
-import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -302,8 +301,7 @@ def _prove(work: _Work, folder: Path) -> None:
     started = time.perf_counter()  # importing torch and transformers is part of it
     from coldctl.core.proof import prove_loading
 
-    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-        prove_loading(work.model.local(Path(scratch)), folder, work.config.dtype)
+    prove_loading(work.model.local(), folder, work.config.dtype)
     work.seconds["loading"] = time.perf_counter() - started
     work.progress.note(f"loaded as its users will load it, features compared: {work.seconds['loading']:.1f} s")
     if work.config.onnx:
