@@ -28,6 +28,7 @@ from coldctl.core.config import (
     RunConfig,
     read,
     resolve,
+    seconds_in,
 )
 from coldctl.core.errors import ColdctlError, ConfigError, DeclinedError, OutputError
 from coldctl.core.location import locate, raised_by_store
@@ -422,6 +423,18 @@ def fuse(
     allow_other_base: Annotated[
         bool | None, typer.Option("--allow-other-base", help="Take contributions of another base.")
     ] = None,
+    stale: Annotated[
+        str | None,
+        typer.Option(
+            "--stale",
+            metavar="reject|discount",
+            help="Contributions made on an earlier base. [dim]default: discount in a RUN, else reject[/]",
+        ),
+    ] = None,
+    old_base: Annotated[
+        list[str] | None,
+        typer.Option("--old-base", metavar="MODEL", help="Where an earlier base is, outside of a RUN; repeatable."),
+    ] = None,
     allow_pickle: Annotated[
         bool | None, typer.Option("--allow-pickle", help="Read .bin files, by torch's weights-only unpickler.")
     ] = None,
@@ -463,7 +476,7 @@ def fuse(
             "byzantine": byzantine, "position": position, "outer_optimizer": outer_optimizer, "outer_lr": outer_lr,
             "outer_momentum": outer_momentum, "seed": seed, "screen": screen_, "min_contributions": min_contributions,
             "strict": strict, "verify": False if no_verify else None, "trusted_keys": trusted_keys,
-            "allow_other_base": allow_other_base, "allow_pickle": allow_pickle, "common_rows": common_rows,
+            "allow_other_base": allow_other_base, "stale": stale, "allow_pickle": allow_pickle, "common_rows": common_rows,
             "leave_one_out": leave_one_out, "dtype": dtype, "max_shard_size": max_shard_size,
         }  # fmt: skip
         settings = resolve(FuseConfig, file, flags)
@@ -480,10 +493,17 @@ def fuse(
                     settings,
                     overwrite=overwrite,
                     progress=progress,
+                    old_bases=old_base or (),
                 )
             else:
                 done = stage.fuse(
-                    contributions, model, locate(output), settings, overwrite=overwrite, progress=progress
+                    contributions,
+                    model,
+                    locate(output),
+                    settings,
+                    overwrite=overwrite,
+                    progress=progress,
+                    old_bases=old_base or (),
                 )
         if done.unchanged:
             screen.say(f"{output}: complete already, left alone")
@@ -771,6 +791,8 @@ def status(
             sys.stdout.write(f"{found.pretrained if pretrained else found.evaluation}\n")
             return
         screen.show(status_table(found))
+        if found.waiting:
+            screen.say(f"late, waiting for the next fuse: {', '.join(found.waiting)}")
         screen.result(found)
 
 
@@ -862,3 +884,74 @@ def promote(
         else:
             screen.say(f"iteration {decision.number} is not promoted, the base model stays: {decision.reason}")
         screen.result(decision)
+
+
+@app.command(epilog="Example: coldctl watch runs/demo --min-contributions 3 --every 10m --suite configs/demo.toml")
+def watch(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory, made by `coldctl plan`.")],
+    min_contributions: Annotated[
+        int | None, typer.Option("--min-contributions", min=1, metavar="N", help="Usable ones that an iteration needs.")
+    ] = None,
+    every: Annotated[str, typer.Option("--every", metavar="TIME", help="How often to look: 30s, 10m, 2h.")] = "10m",
+    suite: Annotated[
+        Path | None, typer.Option("--suite", metavar="FILE.toml", help="The datasets to measure on, and the settings.")
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option("--iterations", min=1, metavar="K", help="End after K more. [dim]default: go on[/]")
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Look one time, do what can be done, and end: for cron.")
+    ] = False,
+    config: Config = None,
+    seed: Seed = None,
+    jobs: Jobs = 0,
+    threads: Threads = None,
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    _overwrite: NoOverwrite = False,
+) -> None:
+    """Fuse whenever enough contributions have come to a run, evaluate, promote, and wait for the next ones."""
+    with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl import watch as watching
+        from coldctl.engines import choose
+
+        datasets, file = _suite(suite, config)
+        # Strangers may write to what is watched: unless the file says otherwise, what is bad is dropped and stops nobody.
+        screening = None if "screen" in file.sections.get("fuse", {}) else "reject"
+        fusing = resolve(FuseConfig, file, {"min_contributions": min_contributions, "screen": screening, "seed": seed})
+        if not fusing.min_contributions:
+            raise ConfigError("how many contributions does an iteration need? Give --min-contributions N")
+        settings = watching.Settings(
+            fusing,
+            resolve(EvaluateConfig, file, {"seed": seed}),
+            resolve(FinetuneConfig, file, {"seed": seed}),
+            datasets or file.datasets,
+            choose(engine, jobs=jobs, threads=threads, ray_address=ray_address),
+        )
+        with screen.progress() as progress:
+            looks = watching.watch(
+                locate(run),
+                settings,
+                every=seconds_in(every),
+                iterations=iterations,
+                once=once,
+                progress=progress,
+                announce=lambda look: _announce(screen, look, fusing.min_contributions),
+            )
+        screen.result({"run": run, "looks": looks})
+
+
+def _announce(screen: "Screen", look: Any, least: int) -> None:
+    """One look of `watch` in words, and in tables where there is something to show."""
+    from coldctl.console import evaluation_tables, fuse_table
+
+    if look.state == "waiting":
+        screen.say(f"iteration {look.iteration}: {look.usable} of {least} contributions have come, waiting")
+    elif look.state != "decided":
+        screen.say(f"iteration {look.iteration}: {look.reason}; waiting")
+    else:
+        screen.show(fuse_table(look.fused["contributions"]), *(evaluation_tables(look.results) if look.results else ()))
+        promoted = "promoted" if look.promoted else f"not promoted, the base model stays: {look.reason}"
+        screen.say(f"iteration {look.iteration} is fused and {promoted}")

@@ -193,11 +193,17 @@ def fuse_table(contributions: Sequence[dict[str, Any]]) -> Table:
         note = "verified" if item["verified"] else "unverified"
         if item["status"] != "fused":
             note = f"[red]rejected: {escape(printable(item['reason'] or ''))}[/]"
+        if item.get("age"):
+            note += f", {_age(item['age'])}"
         if item.get("signer"):
             note += f", signed by {escape(printable(item['signer']))}"
         numbers = ["–" if item[key] is None else f"{item[key]:.3f}" for key in ("update_norm", "cosine_to_mean")]
         table.add_row(escape(printable(item["name"])), f"{item['weight']:.3f}", *numbers, note)
     return table
+
+
+def _age(age: int) -> str:
+    return f"{age} iteration{'s' if age > 1 else ''} old"
 
 
 def check_table(report: Any) -> Table:
@@ -238,6 +244,7 @@ def lineage_tree(generations: Sequence[Any]) -> Tree:
             note = f" [red]refused: {escape(printable(str(item.get('reason'))))}[/]" if refused else ""
             name, data = str(item.get("name")), str(item.get("dataset") or "a dataset not stated")
             about = [f"on {data}"] if data != name else []
+            about += [_age(item["age"])] if item.get("age") else []
             about += [f"signed by {item['signer']}"] if item.get("signer") else []
             words = f" [dim]{escape(printable(', '.join(about)))}[/]" if about else ""
             branch.add(f"{escape(printable(name))}{words}{note}")
@@ -273,12 +280,14 @@ def status_table(status: Any) -> Table:
         ),
         title_justify="left",
     )
-    for column in ("iteration", "contributions", "running", "unfinished", "fused", "evaluated", "promoted"):
+    for column in ("iteration", "contributions", "running", "unfinished", "late", "fused", "evaluated", "promoted"):
         table.add_column(column)
     for item in status.iterations:
         promoted = {True: "yes", False: "no", None: "–"}[item.promoted]
+        late = [f"{name} ({_age(age)})" for name, age in item.late.items()]
         lists = [
-            escape(printable(", ".join(names))) or "–" for names in (item.contributions, item.running, item.unfinished)
+            escape(printable(", ".join(names))) or "–"
+            for names in (item.contributions, item.running, item.unfinished, late)
         ]
         table.add_row(
             f"{item.number:03d}", *lists, *("yes" if there else "–" for there in (item.fused, item.evaluated)), promoted

@@ -1,14 +1,14 @@
 """Finding the checkpoints that a list of arguments means, in an order that no caller can influence."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from coldctl.core import layout, signatures
-from coldctl.core.checkpoint import Checkpoint, body_digest
+from coldctl.core.checkpoint import Checkpoint, body_digest, read_manifest
 from coldctl.core.decoded import shared
 from coldctl.core.encodings import open_contribution
 from coldctl.core.errors import ColdctlError, ModelError
@@ -16,6 +16,7 @@ from coldctl.core.location import is_url
 from coldctl.core.progress import Progress
 from coldctl.core.reference import as_text, resolve
 from coldctl.core.signatures import Signed, TrustedKey
+from coldctl.core.staleness import Ancestry
 from coldctl.core.storage import Folder, LocalFolder, open_folder, remote_folders
 
 _AT_ONCE = 16  # checkpoints in a store that are opened side by side
@@ -36,6 +37,15 @@ class Candidate:
     update_norm: float | None = None
     cosine_to_mean: float | None = None
     update_share: dict[str, float] | None = None  # of the squared norm, per group of layers
+    age: int = 0  # how many generations ago its base was the base
+    base_then: Checkpoint | None = None  # that base, where it is not the one of now
+    late: bool = False  # found in an earlier iteration: what is wrong with it stops nobody
+
+    @property
+    def contributor(self) -> str:
+        """Its name without what is added to a late one's."""
+        manifest = self.checkpoint.manifest if self.checkpoint else None
+        return manifest["name"] if self.late and manifest else self.name
 
     @property
     def stated_digest(self) -> str | None:
@@ -50,22 +60,30 @@ def gather(
     *,
     allow_pickle: bool = False,
     trusted: Sequence[TrustedKey] | None = None,
+    ancestry: Ancestry | None = None,
+    late: Mapping[str, str] | None = None,
 ) -> list[Candidate]:
     """Open checkpoints, and the checkpoints directly inside folders. Adapters and differences need `base` to be decoded.
 
     With `trusted` keys nothing of a checkpoint is opened unless one of them signed it and it is as it was signed, but for
     the files that a signed manifest names: these are proven against it by whoever reads them.
+    With an `ancestry` those made on one of its bodies are opened on that. `late` are the places, by name, of
+    contributions that belong to earlier iterations.
 
     The order is that of the digests that the manifests state, of the names where there is none, whatever the
     order of the arguments. A checkpoint that cannot be opened is a candidate with a problem. Raises ModelError
     for an argument that holds none.
     """
-    found = _once([place for reference in references for place in _found_at(reference, progress)], progress)
+    given = [place for reference in references for place in _found_at(reference, progress, needed=not late)]
+    found = _once(given, progress)
+    after = [_Found(name, open_folder(place)) for name, place in (late or {}).items()]
     decoder = shared(base) if base is not None else None
-    opened = partial(_open, base=decoder, allow_pickle=allow_pickle, trusted=trusted)
+    opened = partial(_open, base=decoder, allow_pickle=allow_pickle, trusted=trusted, ancestry=ancestry)
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store answers many requests in the time of one
-        remote = any(is_url(item.folder.label) for item in found)
-        candidates = list(pool.map(opened, found) if remote else map(opened, found))
+        remote = any(is_url(item.folder.label) for item in (*found, *after))
+        candidates = list(pool.map(opened, (*found, *after)) if remote else map(opened, (*found, *after)))
+    for place, index in zip(after, range(len(found), len(candidates)), strict=True):
+        candidates[index] = replace(candidates[index], name=place.name, late=True)
     names = [item.name for item in candidates]
     for item in candidates:
         if names.count(item.name) > 1 and item.checkpoint is not None and item.stated_digest is None:
@@ -112,7 +130,7 @@ def _once(found: Sequence[_Found], progress: Progress) -> list[_Found]:
     return kept
 
 
-def _found_at(reference: str, progress: Progress) -> list[_Found]:
+def _found_at(reference: str, progress: Progress, *, needed: bool) -> list[_Found]:
     """The checkpoints that one argument means."""
     model = resolve(reference)
     whole: Folder
@@ -125,13 +143,14 @@ def _found_at(reference: str, progress: Progress) -> list[_Found]:
         return [_Found(model.name, whole)]
     found = []
     for name, folder in children.items():
-        if name.startswith("."):
+        being_put = f".{name}.partial" in children and not folder.has(layout.MANIFEST)  # in a store, file by file
+        if name.startswith(".") or being_put:
             progress.note(f"skipped {name}: unfinished work")
         elif not _is_checkpoint(folder):
             progress.note(f"skipped {name}: not a checkpoint")
         else:
             found.append(_Found(name, folder))
-    if not found:
+    if needed and not found:
         raise ModelError(f"{reference} holds no checkpoint and no folder that does: give contributions")
     return found
 
@@ -172,16 +191,27 @@ def _refuse_copies(candidates: Sequence[Candidate]) -> None:
 
 
 def _open(
-    found: _Found, base: Checkpoint | None, *, allow_pickle: bool, trusted: Sequence[TrustedKey] | None
+    found: _Found,
+    base: Checkpoint | None,
+    *,
+    allow_pickle: bool,
+    trusted: Sequence[TrustedKey] | None,
+    ancestry: Ancestry | None,
 ) -> Candidate:
-    signed = None
+    """The one place where a contribution is opened: on the base it was made on, if that can be had."""
+    signed, age, base_then = None, 0, None
     try:
         if trusted is not None:
             signed = signatures.read(found.folder, trusted)
             if problems := signatures.differences(found.folder, signed, manifest_proves=True):
                 return Candidate(found.name, found.place, None, problems=problems)
-        checkpoint = open_contribution(found.folder, found.name, base, allow_pickle=allow_pickle)
+        stated = read_manifest(found.folder) if ancestry is not None else None
+        if ancestry is not None and stated is not None:
+            digest = stated.get("base", {}).get("body_digest", "")
+            age = ancestry.age(digest)
+            base_then = ancestry.open(digest) if age else None
+        checkpoint = open_contribution(found.folder, found.name, base_then or base, allow_pickle=allow_pickle)
     except ColdctlError as error:
-        return Candidate(found.name, found.place, None, problems=[error.message])
+        return Candidate(found.name, found.place, None, problems=[error.message], age=age)
     name = checkpoint.manifest["name"] if checkpoint.manifest is not None else found.name
-    return Candidate(name, found.place, checkpoint, signed=signed)
+    return Candidate(name, found.place, checkpoint, signed=signed, age=age, base_then=base_then)

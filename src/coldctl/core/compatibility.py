@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from coldctl.core.checkpoint import Checkpoint, is_pooler, is_vocabulary
 from coldctl.core.decoded import RelativeCheckpoint
+from coldctl.core.staleness import generations
 
 _LISTED = 3  # names that one finding spells out
 
@@ -30,13 +31,15 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
         return verdict
     _compare_tensors(base, other, verdict)
     if finding := other_base(other, base_digest):
+        remedy = "give that base as --base, or --allow-other-base to fuse it all the same"
         if isinstance(other, RelativeCheckpoint):
             remedy = "it is a difference from that one, give it as --base"
-            verdict.problems.append(f"{finding}: {remedy}")
-        elif allow_other_base:
+        declared = other.manifest["base"].get("body_digest", "") if other.manifest else ""
+        if age := generations(base.manifest).get(declared):
+            remedy = f"that was the base {age} iteration{'s' if age > 1 else ''} ago, --stale discount takes it"
+        if allow_other_base and not isinstance(other, RelativeCheckpoint):
             verdict.notes.append(finding)
         else:
-            remedy = "give that base as --base, or --allow-other-base to fuse it all the same"
             verdict.problems.append(f"{finding}: {remedy}")
     if other.original is not None:
         verdict.notes.append("has another vocabulary: only the common rows are taken")

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -112,6 +113,7 @@ class FuseConfig:
     verify: bool = True
     trusted_keys: str | None = None
     allow_other_base: bool = False
+    stale: Literal["auto", "reject", "discount"] = "auto"
     dtype: str | None = None
     max_shard_size: str = "5GB"
 
@@ -327,6 +329,18 @@ def size_in_bytes(text: str) -> int:
     if size <= 0:
         raise ConfigError(f"{text!r} is no size: write for example 5GB or 200MB")
     return size
+
+
+def seconds_in(text: str) -> float:
+    """`"30s"`, `"10m"`, `"2h"`, `"1d"` in seconds. Raises ConfigError.
+
+    >>> seconds_in("10m")
+    600.0
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text.strip())
+    if found is None or not float(found[1]):
+        raise ConfigError(f"{text!r} is no length of time: write for example 30s, 10m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 def _datasets(tables: Any, path: Path) -> tuple[DatasetConfig, ...]:

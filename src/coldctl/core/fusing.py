@@ -55,6 +55,7 @@ from coldctl.core.progress import Progress
 from coldctl.core.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
 from coldctl.core.reference import Model
 from coldctl.core.signatures import TrustedKey
+from coldctl.core.staleness import discount, moved
 from coldctl.core.statistics import UpdateStatistics, names_of, outliers
 from coldctl.core.storage import open_folder
 
@@ -118,9 +119,16 @@ def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: Fu
         return
     if config.common_rows:
         item.checkpoint = with_common_rows(base, item.checkpoint)
-    verdict = compare(base, item.checkpoint, base_digest, allow_other_base=config.allow_other_base)
+    verdict = compare(
+        base, item.checkpoint, None if item.age else base_digest, allow_other_base=config.allow_other_base
+    )
     item.problems += verdict.problems
     item.notes += verdict.notes
+    if item.base_then is not None and not item.problems:
+        try:
+            item.checkpoint = moved(item.checkpoint, base, item.base_then, item.age)
+        except CheckpointError as error:
+            item.problems.append(error.message)
     if config.method == "fisher":
         try:
             open_companion(item.checkpoint, layout.FISHER)
@@ -161,8 +169,9 @@ class Fusion:
     def run(self, partial: Location) -> Manifest:
         """Accept, survey if something must be known first, write, prove, describe."""
         config = self.config
+        self._look_at_late()
         accepted = [item for item in self.candidates if not item.problems]
-        suspicious = len(accepted) < len(self.candidates)
+        suspicious = any(item.problems and not item.late for item in self.candidates)
         if not accepted:
             self._accepted()
         if config.screen != "off":
@@ -183,7 +192,7 @@ class Fusion:
             if len(sound) < len(accepted) and sound:  # what was refused must not hide who else stands out
                 statistics = self._survey_again(sound, gram=gram)
             if config.screen == "reject" and sound:
-                for index, reason in outliers(statistics, [item.name for item in sound]).items():
+                for index, reason in outliers(statistics, [item.name for item in sound], _discounts(sound)).items():
                     sound[index].problems.append(f"outlier: {reason}")
             accepted = self._accepted()
             if len(accepted) < len(sound):
@@ -225,6 +234,19 @@ class Fusion:
             partial, written, accepted, self._reported_weights(recipe), recipe.scale, proof.base_digest
         )
 
+    def _look_at_late(self) -> None:
+        """Read late contributions by themselves first, so that what is wrong with them stops nobody else."""
+        late = [item for item in self.candidates if item.late and not item.problems]
+        if late:
+            inputs = self._inputs(late)
+            prover = Prover(inputs, verify=self.config.verify, whole=True)
+            equal = np.full(len(late), 1 / len(late))
+            survey(inputs, equal, prover, gram=False, pairs=False, progress=self.progress)
+            self._learn(late, prover.prove())
+        for item in self.candidates:
+            if item.late and item.problems:
+                self.progress.note(f"{item.name} came late and is left out: {'; '.join(item.problems)}")
+
     def _survey_again(self, accepted: Sequence[Candidate], *, gram: bool) -> UpdateStatistics:
         inputs = self._inputs(accepted)
         prover = Prover(inputs, verify=False, whole=False)
@@ -235,15 +257,18 @@ class Fusion:
         """The candidates without problems. Raises if a problem must stop everything."""
         config, candidates = self.config, self.candidates
         good = [item for item in candidates if not item.problems]
-        details = [f"{item.place}: {problem}" for item in candidates for problem in item.problems]
-        if not details:
+        stopping = [item for item in candidates if item.problems and not item.late]  # late ones were looked at before
+        late = [item for item in candidates if item.problems and item.late]
+        if good and not stopping and not (late and config.strict):
             return good
+        details = [f"{item.place}: {problem}" for item in (*stopping, *late) for problem in item.problems]
         bad, total = len(candidates) - len(good), len(candidates)
         if config.strict:
             raise DeclinedError(f"{bad} of {total} contributions would be dropped, and --strict forbids that", details)
         if config.screen != "reject":
             remedy = "mend or remove them, or drop them with --screen reject"
             raise CheckpointError(f"{bad} of {total} contributions cannot be fused: {remedy}", details)
+        total -= len(late)
         least = config.min_contributions or total // 2 + 1
         if len(good) < least:
             remedy = "mend the others, or lower --min-contributions"
@@ -277,9 +302,10 @@ class Fusion:
         if config.weights == "examples":
             return [_examples(item) for item in accepted]
         table = _weights_file(Path(config.weights))
-        if missing := [item.name for item in accepted if item.name not in table]:
+        names = [item.name if item.name in table else item.contributor for item in accepted]
+        if missing := [name for name in names if name not in table]:
             raise ConfigError(f"{config.weights} gives no weight for {missing[0]!r}: add it (0 leaves it out)")
-        return [table[item.name] for item in accepted]
+        return [table[name] for name in names]
 
     def _recipe(self, accepted: Sequence[Candidate], inputs: Inputs, statistics: UpdateStatistics | None) -> Recipe:
         """Find the method's parameters, reading the inputs again where it must."""
@@ -336,7 +362,7 @@ class Fusion:
         if proof.base_problems:
             raise CheckpointError(f"{label}: {proof.base_problems[0]}: make or fetch the base model again")
         for index, item in enumerate(accepted):
-            if item.checkpoint is not None and not self.config.allow_other_base:
+            if item.checkpoint is not None and not item.age and not self.config.allow_other_base:
                 finding = other_base(item.checkpoint, proof.base_digest)  # until now the base was only presumed
                 item.problems += [f"{finding}: give that base as --base"] if finding else []
                 if finding and isinstance(item.checkpoint, RelativeCheckpoint):
@@ -354,7 +380,8 @@ class Fusion:
 
     def _note_statistics(self, accepted: Sequence[Candidate], statistics: UpdateStatistics) -> None:
         norms, cosines = statistics.norms, statistics.cosines
-        found = outliers(statistics, [item.name for item in accepted]) if self.config.screen == "report" else {}
+        names = [item.name for item in accepted]
+        found = outliers(statistics, names, _discounts(accepted)) if self.config.screen == "report" else {}
         for index, item in enumerate(accepted):
             item.update_norm, item.cosine_to_mean = float(norms[index]), float(cosines[index])
             item.update_share = statistics.shares(index)
@@ -473,7 +500,9 @@ def _record(item: Candidate, weight: float | None) -> ContributionRecord:
         "status": "fused" if fused else "rejected",
         "reason": _without_place("; ".join(item.problems), item) or None,
         "verified": item.verified,
-        "age": 0,
+        "age": item.age,
+        "discount": discount(item.age),
+        "iteration": source.get("iteration") if source else None,
         "signer": item.signed.key.name if item.signed else None,
         "signer_key": item.signed.key.fingerprint if item.signed else None,
         "signers_within": signers_within(source) if source else {},
@@ -482,6 +511,10 @@ def _record(item: Candidate, weight: float | None) -> ContributionRecord:
         "update_share": item.update_share if fused else None,
         "notes": [_without_place(note, item) for note in item.notes],
     }
+
+
+def _discounts(items: Sequence[Candidate]) -> Array:
+    return np.asarray([discount(item.age) for item in items], np.float64)
 
 
 def _chosen(record: Any, keys: Sequence[str]) -> dict[str, Any]:

@@ -100,6 +100,8 @@ def _row(item: Mapping[str, Any]) -> str:
         )
     refused = item.get("status") == "rejected"
     note = f"refused: {markdown(item.get('reason') or 'no reason given')}" if refused else "fused"
+    if item.get("age"):
+        note += f", made on the base {item['age']} iteration{'s' if item['age'] > 1 else ''} before, discounted"
     cells = [
         markdown(str(item.get("name", ""))),
         markdown(item.get("dataset") or "not stated"),

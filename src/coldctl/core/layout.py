@@ -91,6 +91,11 @@ def evaluation(run: Location, number: int) -> Location:
     return iteration(run, number) / "evaluation"
 
 
+def gate(run: Location, number: int) -> Location:
+    """The evaluation of an iteration's fused model against the iteration's own base."""
+    return iteration(run, number) / "gate"
+
+
 def enclosing_run(path: Location) -> Location | None:
     """The RUN that `path` lies in, if it lies in one: the nearest parent with `run.json`."""
     whole: Any = path.resolve()
@@ -99,6 +104,16 @@ def enclosing_run(path: Location) -> Location | None:
         if (candidate / RUN).is_file():
             return candidate
     return None
+
+
+def iteration_of(contributions: Location) -> tuple[Location, int] | None:
+    """The RUN and the number of the iteration whose folder of contributions this is; None for any other place."""
+    whole: Any = contributions.resolve()
+    found = re.fullmatch(r"iteration-(\d{3,})", whole.parent.name)
+    run: Location = whole.parent.parent
+    if found is None or whole.name != "contributions" or not (run / RUN).is_file():
+        return None
+    return run, int(found[1])
 
 
 def outer_state(kind: str) -> str:

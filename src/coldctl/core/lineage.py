@@ -122,9 +122,10 @@ def mermaid(ancestry: Sequence[Generation]) -> str:
 
 
 def _described(item: dict[str, Any]) -> str:
-    """A contribution in few words: its name, and its dataset where that is called otherwise."""
+    """A contribution in few words: its name, its dataset where that is called otherwise, its age where it is old."""
     name, dataset = str(item.get("name", "?")), item.get("dataset")
     words = name if dataset in (None, name) else f"{name} on {dataset}"
+    words += f", age {item['age']}" if item.get("age") else ""
     return f"{words}, signed by {item['signer']}" if item.get("signer") else words
 
 

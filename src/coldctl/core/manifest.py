@@ -66,7 +66,9 @@ class ContributionRecord(TypedDict, total=False):
     status: Literal["fused", "rejected"]
     reason: str | None
     verified: bool
+    iteration: int | None
     age: int
+    discount: float
     signer: str | None
     signer_key: str | None
     signers_within: dict[str, str]
@@ -291,6 +293,7 @@ _RECORD: Shape = {
     "name!": is_name, "dataset": MAYBE_TEXT, "num_train": (int, NoneType), "source": MAYBE_TEXT, "license": MAYBE_TEXT,
     "training": {...: SCALAR}, "environment": {...: SCALAR}, "body_digest": MAYBE_TEXT, "weight": NUMBER,
     "status": MAYBE_TEXT, "reason": MAYBE_TEXT, "verified": (bool, NoneType), "age": (int, NoneType),
+    "discount": MAYBE_NUMBER, "iteration": (int, NoneType),
     "signer": MAYBE_TEXT, "signer_key": MAYBE_TEXT, "signers_within": {...: str}, "update_norm": MAYBE_NUMBER,
     "cosine_to_mean": MAYBE_NUMBER, "notes": [str],
 }  # fmt: skip

@@ -59,6 +59,29 @@ def is_done(path: Location, identity: str, *, overwrite: bool, flag: str = "--ou
     return False
 
 
+def unfinished(path: Location) -> str | None:
+    """The identity of the unfinished work on `path` that `working` would find; None where there is none."""
+    marker = _workplace(path) / IDENTITY
+    return marker.read_text(encoding="utf-8") if marker.is_file() else None
+
+
+def drop(path: Location) -> None:
+    """Drop the unfinished work on `path` that `working` would find. Raises BusyError if a command is at it."""
+    here = _workplace(path)
+    with _held_here(here, path, None, overwrite=True):
+        shutil.rmtree(here)
+
+
+def _workplace(path: Location) -> Path:
+    """Where on this machine `working` works on `path`."""
+    if isinstance(path, Path):
+        partial = layout.partial(path)
+        assert isinstance(partial, Path)
+        return partial
+    key = manifest.digest_of({"output": str(path)}).removeprefix("sha256:")[:16]
+    return caching.folder("unfinished") / f"{path.name}-{key}"
+
+
 def refuse_overlap(path: Location, inputs: Iterable[str | Location], *, flag: str = "--output") -> None:
     """Refuse an output that is one of its own inputs, lies in one, or holds one. Raises OutputError."""
     place = path.resolve()
@@ -130,8 +153,7 @@ def working(path: Location, identity: str | None, *, overwrite: bool, progress: 
         with _writing_here(path, identity, overwrite=overwrite) as here:
             yield here
         return
-    key = manifest.digest_of({"output": str(path)}).removeprefix("sha256:")[:16]
-    here = caching.folder("unfinished") / f"{path.name}-{key}"
+    here = _workplace(path)
     with _held_here(here, path, identity, overwrite=overwrite):
         yield here
         with writing(path, identity, overwrite=True) as partial:

@@ -22,7 +22,7 @@ from coldctl.core.text import printable
 
 _FOLDER = Path(__file__).parent
 _WORDS = ("name", "status", "reason", "dataset", "license", "body_digest")
-_NUMBERS = ("weight", "update_norm", "cosine_to_mean", "num_train")
+_NUMBERS = ("weight", "update_norm", "cosine_to_mean", "num_train", "age", "discount")
 
 
 def page(results: Mapping[str, Any], panels: Sequence[Panel], evaluation: Manifest, origin: Manifest | None) -> str:

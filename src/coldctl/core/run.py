@@ -64,12 +64,21 @@ class Run:
         return self.base
 
     @property
+    def bases(self) -> dict[int, str]:
+        """The MODELs that contributors have started from, and will now, newest first.
+
+        By the newest iteration that starts from each: a contribution to it is made on that base.
+        """
+        place, newest = self.pretrained, {self.pretrained: 1}
+        for item in self.iterations:
+            place = str(layout.fused(self.folder, item.number)) if item.promoted else place
+            newest[place] = item.number + 1
+        return {number: place for place, number in reversed(newest.items())}
+
+    @property
     def base_model(self) -> str:
         """The MODEL that contributors start from now: the last promoted fused model, else the pretrained one."""
-        for iteration in reversed(self.iterations):
-            if iteration.promoted:
-                return str(layout.fused(self.folder, iteration.number))
-        return self.pretrained
+        return next(iter(self.bases.values()))
 
 
 def is_run(path: Location) -> bool:

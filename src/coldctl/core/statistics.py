@@ -130,8 +130,12 @@ def layer_group(name: str) -> str:
     return "embeddings" if "embedding" in name else "other"
 
 
-def outliers(statistics: UpdateStatistics, names: Sequence[str]) -> Mapping[int, str]:
+def outliers(
+    statistics: UpdateStatistics, names: Sequence[str], discounts: NDArray[np.float64] | float = 1.0
+) -> Mapping[int, str]:
     """Which updates stand out, and why, by robust rules that bear almost half of them being wrong; none below five.
+
+    `discounts` [N] are what the updates were shortened by for their age, which says nothing against them.
 
     An update is an outlier if
 
@@ -142,7 +146,7 @@ def outliers(statistics: UpdateStatistics, names: Sequence[str]) -> Mapping[int,
 
     Cosines of pairs, unlike those to a mean, cannot be turned by a few who work together.
     """
-    norms, cosines = statistics.norms, statistics.pairwise_cosines
+    norms, cosines = statistics.norms / discounts, statistics.pairwise_cosines
     count = len(norms)
     if count < _LEAST_FOR_OUTLIERS or cosines is None:
         return {}

@@ -4,8 +4,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,12 +26,12 @@ from coldctl.core.config import (
     settled_finetuning,
 )
 from coldctl.core.deltas import ENCODINGS
-from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedError, TeamError
+from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
 from coldctl.core.location import Location, locate
 from coldctl.core.manifest import Manifest
 from coldctl.core.passes import prove
 from coldctl.core.progress import Progress
-from coldctl.core.reference import Model, memory_needed
+from coldctl.core.reference import Model, memory_needed, resolve
 from coldctl.core.saving import as_os_errors
 from coldctl.core.training_log import Log, open_log
 from coldctl.engines.jobs import Engine, Needs, Outcome
@@ -52,8 +52,20 @@ _UNWATCHED = Watching()
 
 
 @dataclass(frozen=True)
+class Begun:
+    """Unfinished training of a contribution to an earlier iteration of a RUN."""
+
+    base: Model
+    destination: str
+    iteration: int
+
+
+@dataclass(frozen=True)
 class Job:
-    """One contribution to be made. Plain values only, so that it can go to another process."""
+    """One contribution to be made. Plain values only, so that it can go to another process.
+
+    One that `joins` a RUN may go on with training that was `begun` on an earlier base.
+    """
 
     dataset: DatasetConfig
     base: Model
@@ -64,6 +76,8 @@ class Job:
     overwrite: bool = False
     watching: Watching = _UNWATCHED
     sign_key: Path | None = None  # no part of the identity: what is complete can be signed as it is
+    joins: bool = False
+    begun: tuple[Begun, ...] = ()
 
     @property
     def title(self) -> str:
@@ -93,16 +107,20 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
     """
     started = time.perf_counter()
     peers = team.find()
-    destination = locate(job.destination)
+    error: ColdctlError | None = None
     with ExitStack() as stack:
-        work, folder, error = None, None, None
+        work, folder = None, None
         try:
-            work = _prepared(job)
+            job, work = _gone_on_with(job, _prepared(job), progress)
+            destination = locate(job.destination)
             if peers.leads and not output.is_done(destination, work.key, overwrite=job.overwrite):
                 if job.config.send == "delta-int8":
                     residuals.prepare(job.name)  # a training whose rounding errors cannot be kept is not worth its time
                 working = output.working(destination, work.key, overwrite=job.overwrite, progress=progress)
                 folder = stack.enter_context(working)
+        except OutputError as caught:
+            others = ", or another --name if it is another contributor's" if job.joins else ""
+            error = type(caught)(f"{caught.message}{others}", caught.details)
         except ColdctlError as caught:
             error = caught
         if _together(peers, work, error, done=folder is None):
@@ -123,6 +141,14 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             if peers.size > 1:
                 raise TeamError(f"{job.name}, process {peers.rank}: {caught}") from caught
             raise
+    if (
+        job.joins
+        and job.iteration
+        and layout.is_complete(layout.fused(destination.parent.parent.parent, job.iteration))
+    ):
+        progress.note(
+            f"iteration {job.iteration} is fused already: a later one takes {job.name} as a late contribution"
+        )
     seconds = time.perf_counter() - started
     signed = job.sign_key is not None
     return Finetuned(job.name, job.destination, False, document, seconds, trained.rate, trained.stopped, signed)
@@ -142,7 +168,7 @@ def jobs_of_suite(
 ) -> list[Job]:
     """One job per contributor of the suite's seen datasets, or per sampled one, or per one named in `only`.
 
-    In a RUN the contributions belong to its next iteration, and whether and how many are sampled is the run's
+    In a RUN the contributions belong to the iteration that starts from `base`, and whether and how many are sampled is the run's
     own setting unless given. Raises ConfigError.
     """
     config = settled_finetuning(config)
@@ -156,7 +182,7 @@ def jobs_of_suite(
     folder = destination
     if run.is_run(destination):
         found = run.read(destination)
-        number, seed = found.decided + 1, found.seed
+        number, seed = _iteration_on(found, base), found.seed
         sample = found.sample if sample is None else sample
         folder = layout.contributions(destination, number)
     chosen = seen
@@ -182,19 +208,64 @@ def single_job(
     watching: Watching = _UNWATCHED,
     sign_key: Path | None = None,
 ) -> Job:
-    """The job of one contribution; in a RUN it goes where the next iteration looks for it."""
+    """The job of one contribution; in a RUN it goes to the iteration that starts from `base`, fused already or not.
+
+    Training of the same contribution that was interrupted in an earlier iteration goes on there, on the base it began
+    with: work done is worth more than a newer base, and late ones are not lost. Raises ConfigError.
+    """
     config = settled_finetuning(config)
     called = name or dataset.name
     check_name(called, "--name")
-    if run.is_run(destination):
-        number = run.read(destination).decided + 1
-        if layout.is_complete(layout.fused(destination, number)):
-            raise ConfigError(
-                f"iteration {number} of {destination} is fused and not yet decided: come back when it is promoted"
-            )
-        folder = layout.contributions(destination, number)
-        return Job(dataset, base, str(folder / called), called, config, number, overwrite, watching, sign_key)
-    return Job(dataset, base, str(destination), called, config, None, overwrite, watching, sign_key)
+    if not run.is_run(destination):
+        return Job(dataset, base, str(destination), called, config, None, overwrite, watching, sign_key)
+    found = run.read(destination)
+    number = _iteration_on(found, base)
+    place = layout.contributions(destination, number) / called
+    if overwrite and layout.is_complete(place) and layout.is_complete(layout.fused(destination, number)):
+        raise ConfigError(
+            f"{place} has been fused already, --overwrite would leave the fused model without it: give another --name, "
+            f"or wait until iteration {number} is promoted"
+        )
+    begun = [
+        Begun(resolve(start, found.revision), str(layout.contributions(destination, earlier) / called), earlier)
+        for earlier, start in found.bases.items()
+        if earlier < number and output.unfinished(layout.contributions(destination, earlier) / called) is not None
+    ]
+    return Job(
+        dataset, base, str(place), called, config, number, overwrite, watching, sign_key, joins=True, begun=tuple(begun)
+    )
+
+
+def _iteration_on(found: run.Run, base: Model) -> int:
+    """The newest iteration that starts from a base; the next one for a base that is none of the run's."""
+    for number, place in found.bases.items():
+        known = resolve(place, found.revision).place
+        if str(locate(known).resolve()) == str(locate(base.place).resolve()):
+            return number
+    return found.decided + 1
+
+
+def _gone_on_with(job: Job, work: "_Prepared", progress: Progress) -> "tuple[Job, _Prepared]":
+    """The same contribution where its training was interrupted on an earlier base, if it was and is still the same."""
+    if layout.is_complete(locate(job.destination)):
+        return job, work
+    for before in job.begun:
+        again = replace(job, base=before.base, destination=before.destination, iteration=before.iteration)
+        source = open_checkpoint(again.base.folder, again.base.name)
+        earlier = _identified(again, work.dataset, source)
+        if output.unfinished(locate(before.destination)) != earlier.key:
+            continue
+        if job.overwrite:
+            with suppress(OutputError):
+                output.drop(locate(before.destination))
+            continue
+        prove(source)
+        progress.note(
+            f"{job.name}: going on with what was begun on the base of iteration {before.iteration}; "
+            "--overwrite starts anew on the newest"
+        )
+        return again, earlier
+    return job, work
 
 
 def finetune_all(
@@ -259,6 +330,10 @@ def _prepared(job: Job) -> _Prepared:
                 )
     source = open_checkpoint(job.base.folder, job.base.name)
     prove(source)
+    return _identified(job, dataset, source)
+
+
+def _identified(job: Job, dataset: data.Dataset, source: Checkpoint) -> _Prepared:
     base_digest = source.manifest["body_digest"] if source.manifest else body_digest(source)
     number = job.iteration or (((source.manifest or {}).get("iteration") or 0) + 1)
     key = identity(

@@ -6,23 +6,26 @@ fused body as it comes, and only publish it when every digest and every number h
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from coldctl.core import layout, manifest, output, signatures
-from coldctl.core.candidates import gather
+from coldctl.core import layout, manifest, output, run, signatures
+from coldctl.core.candidates import Candidate, gather
 from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import FuseConfig, identity
-from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
+from coldctl.core.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
 from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
+from coldctl.core.late import as_listed, counted_once, listed, waiting
 from coldctl.core.location import Location, locate
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.passes import Inputs, Prover, write
-from coldctl.core.progress import Progress
+from coldctl.core.progress import SILENT, Progress
 from coldctl.core.recipe import Recipe
 from coldctl.core.reference import Model
+from coldctl.core.staleness import Ancestry
 from coldctl.core.storage import open_folder
 
 
@@ -43,8 +46,12 @@ def fuse(
     *,
     overwrite: bool,
     progress: Progress,
+    old_bases: Sequence[str] = (),
 ) -> Fused:
     """Fuse contributions into `destination`. Nothing is written unless all that goes in was found good.
+
+    Where the contributions are those of an iteration of a RUN, so are the late ones of earlier iterations, and what
+    comes after it was fused changes it no more. `old_bases` are MODELs that contributions may have been made on.
 
     Raises CheckpointError (with one detail per finding) if an input cannot be fused and `config.screen` is not
     "reject", DeclinedError if `config.strict` forbids a drop, ConfigError for settings that do not go together,
@@ -54,13 +61,14 @@ def fuse(
     output.refuse_overlap(destination, [base.place])
     base_checkpoint = open_checkpoint(base.folder, base.name)
     trusted = _trusted(config)
-    candidates = gather(references, progress, base_checkpoint, allow_pickle=config.allow_pickle, trusted=trusted)
-    base_digest = stated_digest(base_checkpoint) or presumed_base(candidates, config)
-    if base_digest is None and any(item.stated_digest for item in candidates):
-        base_digest = body_digest(base_checkpoint)
+    home = _home(references)
+    config = _settled(config, home)
+    candidates = _offered(references, base, base_checkpoint, home, config, old_bases, progress)
+    closed = home is not None and not overwrite and str(destination.resolve()) == str(layout.fused(*home))
+    if closed and layout.is_complete(destination):
+        candidates = as_listed(candidates, manifest.read(destination), progress)
     output.refuse_overlap(destination, [item.place for item in candidates])
-    for item in candidates:
-        judge(item, base_checkpoint, base_digest, config)
+    _judge(candidates, base_checkpoint, config)
     cheap = all(item.stated_digest for item in candidates)  # without manifests an identity costs reading everything
     if layout.is_complete(destination) and (cheap or not overwrite):
         key = fuse_identity(config, stated_digest(base_checkpoint) or body_digest(base_checkpoint), candidates, trusted)
@@ -69,8 +77,85 @@ def fuse(
     output.is_done(destination, "", overwrite=overwrite)
     job = Fusion(base, base_checkpoint, candidates, config, scale, destination, progress, trusted)
     with output.writing(destination, None, overwrite=True) as partial:
+        if closed and layout.is_complete(destination):  # it is what others go on from: a second one must not differ
+            raise BusyError(f"{destination} was completed by another command meanwhile: run the same command again")
         document = job.run(partial)
     return Fused(destination, document, unchanged=False)
+
+
+def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[Candidate]:
+    """What `fuse` would be offered now, judged by headers and manifests alone; those it would refuse have problems.
+
+    Empty where there is nothing yet.
+    """
+    base_checkpoint = open_checkpoint(base.folder, base.name)
+    home = _home(references)
+    config = _settled(replace(config, verify=False), home)
+    try:
+        candidates = _offered(references, base, base_checkpoint, home, config, (), SILENT)
+    except ModelError:
+        return []
+    _judge(candidates, base_checkpoint, config)
+    return candidates
+
+
+def _home(references: Sequence[str]) -> tuple[Location, int] | None:
+    """The RUN and the iteration whose contributions are fused, where the references mean those and nothing else."""
+    return layout.iteration_of(locate(references[0])) if len(references) == 1 else None
+
+
+def _settled(config: FuseConfig, home: tuple[Location, int] | None) -> FuseConfig:
+    if config.stale != "auto":
+        return config
+    return replace(config, stale="discount" if home else "reject")
+
+
+def _judge(candidates: Sequence[Candidate], base_checkpoint: Checkpoint, config: FuseConfig) -> None:
+    base_digest = stated_digest(base_checkpoint) or presumed_base(candidates, config)
+    if base_digest is None and any(item.stated_digest for item in candidates):
+        base_digest = body_digest(base_checkpoint)
+    for item in candidates:
+        judge(item, base_checkpoint, base_digest, config)
+
+
+def _offered(
+    references: Sequence[str],
+    base: Model,
+    base_checkpoint: Checkpoint,
+    home: tuple[Location, int] | None,
+    config: FuseConfig,
+    old_bases: Sequence[str],
+    progress: Progress,
+) -> list[Candidate]:
+    """What is to be fused, each once: with `home`, the RUN and iteration they belong to, the late ones of earlier ones."""
+    within = home[0] if home else layout.enclosing_run(locate(base.place))
+    places: list[tuple[str, str | None]] = [(place, None) for place in old_bases]
+    if within is not None:
+        found = run.read(within)
+        places += [(place, found.revision) for place in found.bases.values()]
+    ancestry = Ancestry(base_checkpoint.manifest, places, config.verify) if config.stale == "discount" else None
+    opened = partial(
+        gather,
+        progress=progress,
+        base=base_checkpoint,
+        allow_pickle=config.allow_pickle,
+        trusted=_trusted(config),
+        ancestry=ancestry,
+    )
+    if home is None:
+        return opened(references)
+    counted = listed(home[0], but=home[1])
+    late = waiting(*home, counted)
+    if late and ancestry is None:
+        progress.note(
+            f"{', '.join(late)} came late and {'is' if len(late) == 1 else 'are'} not taken: --stale discount would"
+        )
+        late = {}
+    candidates = opened([place for place in references if not late or locate(place).is_dir()], late=late)
+    kept = counted_once(candidates, counted, progress)
+    if not kept:
+        raise ModelError(f"{references[0]} holds no contribution that has not been counted yet: wait for new ones")
+    return kept
 
 
 def withdraw(
@@ -83,6 +168,7 @@ def withdraw(
     *,
     overwrite: bool,
     progress: Progress,
+    old_bases: Sequence[str] = (),
 ) -> Fused:
     """Make the fused model that `fused` would have been without the contribution `name`.
 
@@ -103,7 +189,7 @@ def withdraw(
     places = list(others)
     beside = locate(fused.place).parent / layout.contributions(Path(), 1).name
     if not places and beside.is_dir():
-        places = [str(beside)]
+        places = [str(beside), *_earlier(beside, [record for record in used.values() if record.get("age")])]
     base_checkpoint = open_checkpoint(base.folder, base.name)
     trusted = _trusted(config)
     found = (
@@ -116,13 +202,14 @@ def withdraw(
     if all(wanted.values()):
         kept = [item.place for item in wanted.values() if item is not None]
         progress.note(f"{name} is withdrawn exactly: the other {len(kept)} contributions are fused again")
-        return fuse(kept, base, destination, config, overwrite=overwrite, progress=progress)
+        return fuse(kept, base, destination, config, overwrite=overwrite, progress=progress, old_bases=old_bases)
     withdrawn = by_digest.get(used[name]["body_digest"])
     plain = (
         config.method == "mean" and config.scale == "1" and config.outer_optimizer == "none" and not config.common_rows
     )
     if withdrawn is not None and withdrawn.checkpoint is not None:
         plain = plain and set(source.body) <= set(withdrawn.checkpoint.body) and used[name]["weight"] < 1
+        plain = plain and not used[name].get("age")  # what was fused is not what it holds
     missing = sorted(key for key, item in wanted.items() if item is None)
     if withdrawn is None or withdrawn.checkpoint is None or not plain:
         why = "nor can it be subtracted from what this method gave" if not plain else f"nor is {name} to subtract"
@@ -137,6 +224,17 @@ def withdraw(
 
 def _trusted(config: FuseConfig) -> list[signatures.TrustedKey] | None:
     return signatures.trusted_keys(Path(config.trusted_keys)) if config.trusted_keys is not None else None
+
+
+def _earlier(contributions: Location, stale: Sequence[ContributionRecord]) -> list[str]:
+    """The folders that late contributions to a fused model came from."""
+    home = layout.iteration_of(contributions)
+    if home is None or not stale:
+        return []
+    folders = [
+        layout.contributions(home[0], number) for number in layout.iteration_numbers(home[0]) if number < home[1]
+    ]
+    return [str(folder) for folder in folders if folder.is_dir()]
 
 
 def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from coldctl.core import conditional, experiment, layout, manifest, output, placing, results, run, scoring
 from coldctl.core.config import ConfigFile, RunConfig, contributors_of
-from coldctl.core.errors import ConfigError, ManifestError
+from coldctl.core.errors import ConfigError, ManifestError, OutputError
 from coldctl.core.experiment import Variant
 from coldctl.core.location import Location, children
 from coldctl.core.progress import Progress
@@ -98,19 +98,28 @@ def _belongs(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES)
 
 
-def promote(folder: Location) -> Iteration:
+def promote(folder: Location, number: int | None = None) -> Iteration:
     """Decide about the iteration after the last decided one: its fused model becomes the base, or the gate keeps the old.
 
-    Raises ManifestError if that iteration is not complete.
+    Of an iteration `number` that is decided already, perhaps by another command at this very moment, the decision is
+    returned. Raises ManifestError if that iteration is not complete.
     """
     found = run.read(folder)
-    number = found.decided + 1
+    number = number or found.decided + 1
+    if number <= found.decided:
+        return found.iterations[number - 1]
     fused = layout.fused(folder, number)
     if not layout.is_complete(fused):
         raise ManifestError(f"{fused} is not complete: fuse iteration {number} first")
-    reason = _gate_says_no(layout.iteration(folder, number) / "gate") if found.gate else None
+    reason = _gate_says_no(layout.gate(folder, number)) if found.gate else None
     decision = Iteration(number, reason is None, manifest.read(fused)["body_digest"], reason)
-    run.write(replace(found, iterations=(*found.iterations, decision)))
+    try:
+        run.write(replace(found, iterations=(*found.iterations, decision)))
+    except OutputError:
+        found = run.read(folder)
+        if number > found.decided:
+            raise
+        return found.iterations[number - 1]
     return decision
 
 

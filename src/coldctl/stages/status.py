@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
-from coldctl.core import layout, output, run
+from coldctl.core import late, layout, manifest, output, run
 from coldctl.core.location import Location, children
 
 
 @dataclass(frozen=True)
 class IterationStatus:
-    """One iteration's pieces. `running` are those another command holds right now, `unfinished` those nobody does."""
+    """One iteration's pieces. `running` are those another command holds right now, `unfinished` those nobody does.
+
+    `late` are those of earlier iterations that were fused here, with their ages.
+    """
 
     number: int
     contributions: tuple[str, ...]
@@ -17,6 +20,7 @@ class IterationStatus:
     fused: bool
     evaluated: bool
     promoted: bool | None
+    late: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class RunStatus:
     evaluation: str | None  # of the base model, where it is complete
     target: int
     iterations: tuple[IterationStatus, ...]
+    waiting: tuple[str, ...]  # contributions that came after their iteration was fused, and that none has taken yet
 
 
 def status(folder: Location) -> RunStatus:
@@ -36,6 +41,8 @@ def status(folder: Location) -> RunStatus:
     decided = {item.number: item.promoted for item in found.iterations}
     numbers = sorted({*layout.iteration_numbers(folder), *decided})
     last = next((item.number for item in reversed(found.iterations) if item.promoted), None)
+    closed = max((number for number in numbers if layout.is_complete(layout.fused(folder, number))), default=0)
+    waiting = late.waiting(folder, closed + 1, late.listed(folder, but=0)) if closed else {}
     evaluation = None if last is None else layout.evaluation(folder, last)
     return RunStatus(
         found.pretrained,
@@ -43,6 +50,7 @@ def status(folder: Location) -> RunStatus:
         str(evaluation) if evaluation is not None and layout.is_complete(evaluation) else None,
         found.target,
         tuple(_iteration(folder, number, decided.get(number)) for number in numbers),
+        tuple(waiting),
     )
 
 
@@ -52,15 +60,18 @@ def _iteration(folder: Location, number: int, promoted: bool | None) -> Iteratio
     complete = tuple(child.name for child in found if layout.is_complete(child) and not child.name.startswith("."))
     partials = [child for child in found if _is_partial(child)]
     partials += [child for child in children(layout.iteration(folder, number)) if _is_partial(child)]
+    fused = layout.fused(folder, number)
+    records = manifest.read(fused).get("contributions", []) if layout.is_complete(fused) else []
     held = {child for child in partials if output.is_held(child)}
     return IterationStatus(
         number,
         complete,
         tuple(_name(child) for child in partials if child in held),
         tuple(_name(child) for child in partials if child not in held),
-        layout.is_complete(layout.fused(folder, number)),
+        layout.is_complete(fused),
         layout.is_complete(layout.evaluation(folder, number)),
         promoted,
+        {item["name"]: item["age"] for item in records if item["status"] == "fused" and item.get("age")},
     )
 
 
