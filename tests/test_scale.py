@@ -1,5 +1,9 @@
 """Past one machine: what is fused in a tree, and a thousand contributors who come as they like."""
 
+import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,3 +37,22 @@ def test_a_tree_of_fuses_is_exact_for_the_mean(kind: str, tmp_path: Path, coldct
     assert tree.json["body_digest"] == flat.json["body_digest"]
     rounded = coldctl("fuse", tmp_path / "groups", "--base", base, "--output", tmp_path / "even", "--json")
     assert rounded.json["body_digest"] != flat.json["body_digest"]  # without the groups' sizes it is another mean
+
+
+def test_more_contributions_than_open_files(base: Path, tmp_path: Path) -> None:
+    """The limit that a shell sets for a start is raised where the system lets us; where not, it is said in words."""
+    one = tiny.perturb(base, tmp_path / "all" / "team-000", seed=1)
+    for number in range(1, 160):
+        shutil.copytree(one, tmp_path / "all" / f"team-{number:03d}")
+
+    def fuse(limits: str, output: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "coldctl", "fuse", "all", "--base", str(base), "--output", output]
+        script = f"{limits} && exec {shlex.join(command)}"
+        return subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    raised = fuse("ulimit -S -n 150", "fused")
+    assert raised.returncode == 0, raised.stderr
+    refused = fuse("ulimit -n 300", "other")
+    assert refused.returncode == 2
+    assert "fuse them in groups" in refused.stderr
+    assert not (tmp_path / "other").exists()

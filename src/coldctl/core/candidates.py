@@ -19,6 +19,7 @@ from coldctl.core.signatures import Signed, TrustedKey
 from coldctl.core.staleness import Ancestry
 from coldctl.core.storage import Folder, LocalFolder, open_folder, remote_folders
 
+_OTHER_FILES = 256  # that a process has open beside its inputs: libraries, sockets, the output
 _AT_ONCE = 16  # checkpoints in a store that are opened side by side
 
 
@@ -77,6 +78,7 @@ def gather(
     given = [place for reference in references for place in _found_at(reference, progress, needed=not late)]
     found = _once(given, progress)
     after = [_Found(name, open_folder(place)) for name, place in (late or {}).items()]
+    _allow_files(len(found) + len(after))
     decoder = shared(base) if base is not None else None
     opened = partial(_open, base=decoder, allow_pickle=allow_pickle, trusted=trusted, ancestry=ancestry)
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store answers many requests in the time of one
@@ -102,6 +104,24 @@ def free_names(name: str) -> Iterator[str]:
     yield name
     for number in itertools.count(2):
         yield f"{name}-{number}"
+
+
+def _allow_files(count: int) -> None:
+    """Let this process hold `count` checkpoints open side by side. Raises ModelError where the system forbids it."""
+    try:
+        import resource
+    except ImportError:  # a system that knows no such limit
+        return
+    needed = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ModelError(
+            f"{count} contributions are more files than one process may open here ({hard}): raise that limit (`ulimit -n`), or "
+            "fuse them in groups and then the groups (docs/scale.md)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 @dataclass(frozen=True)
