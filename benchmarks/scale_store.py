@@ -2,7 +2,8 @@
 
 By turns, each a process of its own: all objects of all contributions fetched by the store's own client (boto3), one after
 the other and by eight threads, and forgotten; `coldctl fuse` of the same contributions from and into the bucket, with
-everything on. The server (moto, one Python process) shares the cores with its clients. Prints Markdown.
+everything on; once more through a proxy that counts its requests. The server (moto, one Python process) shares
+the cores with its clients. Prints Markdown.
 """
 
 import argparse
@@ -40,14 +41,16 @@ def store(options: argparse.Namespace) -> str:
             for folder in folders[:count]:
                 _put(client, folder, f"{count}/{folder.name}")
         lines = [
-            "| contributions | MB | client, 1 thread, s | client, 8 threads, s | `coldctl fuse`, s | ratio | peak resident, MB |",
-            "| --: | --: | --: | --: | --: | --: | --: |",
+            "| contributions | MB | client, 1 thread, s | client, 8 threads, s | `coldctl fuse`, s | ratio | peak resident, MB | "
+            "requests each |",
+            "| --: | --: | --: | --: | --: | --: | --: | --: |",
         ]
-        lines += [_row(server.url, count, client, options.runs) for count in options.contributions]
+        lines += [_row(server, count, client, options.runs) for count in options.contributions]
         return "\n".join(lines)
 
 
-def _row(url: str, count: int, client: Any, runs: int) -> str:
+def _row(server: Any, count: int, client: Any, runs: int) -> str:
+    url = server.url
     sizes = [item["Size"] for item in _listed(client, f"{count}/")]
     found: dict[str, list[float]] = {"1": [], "8": [], "fuse": [], "memory": []}
     for run in range(runs):
@@ -64,8 +67,21 @@ def _row(url: str, count: int, client: Any, runs: int) -> str:
     ratio = middle["fuse"] / min(middle["1"], middle["8"])
     return (
         f"| {count} | {sum(sizes) / 1e6:,.0f} | {middle['1']:.1f} | {middle['8']:.1f} | {middle['fuse']:.1f} | {ratio:.2f} | "
-        f"{middle['memory']:.0f} |"
+        f"{middle['memory']:.0f} | {_requests(server, count):.1f} |"
     )
+
+
+def _requests(server: Any, count: int) -> float:
+    """Requests per contribution of a fuse whose answers nothing else waits for, counted by a proxy."""
+    from unreliable import Faults, unreliable
+
+    with unreliable(server.endpoint, Faults()) as (endpoint, counted):
+        command = (sys.executable, "-m", "coldctl", "fuse", f"{server.url}/{count}", "--base", f"{server.url}/base",
+                   "--quiet", "--output", f"{server.url}/counted-{count}")  # fmt: skip
+        os.environ["AWS_ENDPOINT_URL"] = endpoint
+        measure(command)
+        os.environ["AWS_ENDPOINT_URL"] = server.endpoint
+    return counted["answered"] / count
 
 
 def _put(client: Any, folder: Path, prefix: str) -> None:

@@ -26,7 +26,7 @@ class Faults:
 
 @contextmanager
 def unreliable(endpoint: str, faults: Faults) -> Iterator[tuple[str, Counter[str]]]:
-    """Serve on a free port what `endpoint` serves; also counts the faults by name."""
+    """Serve on a free port what `endpoint` serves; also counts faults and methods by name."""
     host = urllib.parse.urlsplit(endpoint).netloc
     counted: Counter[str] = Counter()
     drawn = random.Random(faults.seed)
@@ -43,8 +43,7 @@ def unreliable(endpoint: str, faults: Faults) -> Iterator[tuple[str, Counter[str
             with guard:
                 dice = drawn.random()
                 fault = _fault(faults, dice, self.command)
-                if fault:
-                    counted[fault] += 1
+                counted.update([fault or "answered", self.command])
             if fault in ("refuse", "refuse_writes"):
                 code = "SlowDown" if fault == "refuse" else "AccessDenied"
                 text = f"<Error><Code>{code}</Code><Message>{code}</Message></Error>".encode()
