@@ -178,7 +178,7 @@ def test_a_flipped_bit_is_found_while_the_weights_are_fused(
     weights.write_bytes(data)
     ran = fuse(coldctl, parts, base, tmp_path / "fused", trusted)
     assert ran.code == 2
-    assert "three: is not as it was signed: its body is" in ran.json["details"][0]
+    assert "three: is not as it was signed: model.safetensors was changed" in ran.json["details"][0]
     ran = fuse(coldctl, parts, base, tmp_path / "fused", trusted, "--screen", "reject")
     assert {item["name"]: item["signer"] for item in ran.json["contributions"]} == {
         "data-one": "alice", "data-two": "alice", "data-three": None,

@@ -77,7 +77,7 @@ class Lease:
                 continue  # released just now
             if self._lives(found):
                 raise BusyError(
-                    f"{self._subject} is being written by another command: wait for it, or give another --output"
+                    f"{self._subject} is being written by another command: wait for it, or write to another place"
                 )
             if conditional.replace(self._path, self._beat(), found):
                 return self._now()
