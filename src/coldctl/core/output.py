@@ -117,7 +117,8 @@ def writing(path: Location, identity: str | None, *, overwrite: bool) -> Iterato
         except BaseException as error:
             if identity is None:
                 with suppress(Exception):  # files that were placed already need the marker that says whose they are
-                    _remove(partial, but=(LEASE, IDENTITY) if path.exists() else (LEASE,))
+                    half_placed = path.exists() and not layout.is_complete(path)
+                    _remove(partial, but=(LEASE, IDENTITY) if half_placed else (LEASE,))
             if isinstance(error, OSError):
                 raise _cannot_write(path, error) from error
             raise

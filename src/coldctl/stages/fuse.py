@@ -47,11 +47,13 @@ def fuse(
     overwrite: bool,
     progress: Progress,
     old_bases: Sequence[str] = (),
+    manifests_only: bool = False,
 ) -> Fused:
     """Fuse contributions into `destination`. Nothing is written unless all that goes in was found good.
 
     Where the contributions are those of an iteration of a RUN, so are the late ones of earlier iterations, and what
-    comes after it was fused changes it no more. `old_bases` are MODELs that contributions may have been made on.
+    comes after it was fused changes it no more. `old_bases` are MODELs that contributions may have been made on. With
+    `manifests_only` what has no manifest is left for later: it may be a contribution that is still being put there.
 
     Raises CheckpointError (with one detail per finding) if an input cannot be fused and `config.screen` is not
     "reject", DeclinedError if `config.strict` forbids a drop, ConfigError for settings that do not go together,
@@ -64,6 +66,8 @@ def fuse(
     home = _home(references)
     config = _settled(config, home)
     candidates = _offered(references, base, base_checkpoint, home, config, old_bases, progress)
+    if manifests_only:
+        candidates = [item for item in candidates if _has_manifest(item)]
     closed = home is not None and not overwrite and str(destination.resolve()) == str(layout.fused(*home))
     if closed and layout.is_complete(destination):
         candidates = as_listed(candidates, manifest.read(destination), progress)
@@ -84,7 +88,7 @@ def fuse(
 
 
 def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[Candidate]:
-    """What `fuse` would be offered now, judged by headers and manifests alone; those it would refuse have problems.
+    """What `fuse` would take of manifests now, judged by headers alone; those it would refuse have problems.
 
     Empty where there is nothing yet.
     """
@@ -92,11 +96,18 @@ def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[
     home = _home(references)
     config = _settled(replace(config, verify=False), home)
     try:
-        candidates = _offered(references, base, base_checkpoint, home, config, (), SILENT)
+        offered = _offered(references, base, base_checkpoint, home, config, (), SILENT)
     except ModelError:
         return []
+    candidates = [item for item in offered if _has_manifest(item)]
     _judge(candidates, base_checkpoint, config)
     return candidates
+
+
+def _has_manifest(item: Candidate) -> bool:
+    if item.checkpoint is not None:
+        return item.checkpoint.manifest is not None
+    return open_folder(item.place).has(layout.MANIFEST)
 
 
 def _home(references: Sequence[str]) -> tuple[Location, int] | None:
