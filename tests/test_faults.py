@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from coldctl.core import layout, manifest
+from coldctl.core import layout, manifest, output
+from coldctl.core.errors import BusyError
 from conftest import FAST, Ran, run_coldctl
 
 Run = Callable[..., Ran]
@@ -268,8 +269,8 @@ def test_a_file_that_vanishes_in_the_middle(stage: str, cut: bool, work: Work, t
     failed = 0
     for number in range(1, 9):
         _vanishing.path, _vanishing.countdown, _vanishing.cut, _vanishing.gone = str(path), number, cut, False
-        output = tmp_path / f"out-{number}"
-        ran = run_coldctl(*mine.command(stage, output))
+        place = tmp_path / f"out-{number}"
+        ran = run_coldctl(*mine.command(stage, place))
         _vanishing.path = ""
         if not _vanishing.gone:
             break
@@ -277,9 +278,9 @@ def test_a_file_that_vanishes_in_the_middle(stage: str, cut: bool, work: Work, t
         if ran.code != 0:
             failed += 1
             one_line(ran)
-            assert not layout.is_complete(output)
-            assert run_coldctl(*mine.command(stage, output)).code == 0
-        assert manifest.read_unchanged(output)
+            assert not layout.is_complete(place)
+            assert run_coldctl(*mine.command(stage, place)).code == 0
+        assert manifest.read_unchanged(place)
     assert failed >= 1
 
 
@@ -330,11 +331,11 @@ def test_names(name: str, work: Work, tmp_path: Path, monkeypatch: pytest.Monkey
     """Every stage with such a name in front of, and as, everything it is given."""
     mine = moved(work, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    output = Path(name)
+    relative = Path(name)
     for stage in ("fuse", "publish", "plan"):
-        ran = run_coldctl(*mine.command(stage, tmp_path / f"{name} {stage}" / output))
+        ran = run_coldctl(*mine.command(stage, tmp_path / f"{name} {stage}" / relative))
         assert ran.code == 0, ran.stderr
-    one = tmp_path / f"{name} fuse" / output
+    one = tmp_path / f"{name} fuse" / relative
     assert manifest.read_unchanged(one)["body_digest"] == manifest.read(work.fused)["body_digest"]
     assert manifest.read(one)["name"] == name
     assert run_coldctl("check", tmp_path / f"{name} publish", "--base", mine.base, "--deep").code == 0
@@ -356,3 +357,38 @@ def test_two_commands_on_one_output(stage: str, work: Work, tmp_path: Path) -> N
     (partial / "theirs").unlink()
     os.close(lock)
     assert run_coldctl(*work.command(stage, tmp_path / "out")).code == 0
+
+
+def test_what_was_written_to_the_last_file_is_only_made_visible(work: Work, tmp_path: Path) -> None:
+    """A kill between the last byte and the rename: nothing is computed again."""
+    command = work.command("finetune", tmp_path / "out")
+    assert run_coldctl(*command).code == 0
+    identity = manifest.read(tmp_path / "out")["identity"]
+    weights = tmp_path / "out" / layout.WEIGHTS
+    made = weights.stat()
+    partial = (tmp_path / "out").rename(tmp_path / ".out.partial")
+    (partial / output.IDENTITY).write_text(f"{identity} whole")
+    ran = run_coldctl(*command)
+    assert "left alone" in ran.stderr
+    assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
+    assert not (tmp_path / "out" / output.IDENTITY).exists()
+    partial = (tmp_path / "out").rename(partial)  # the same, but damaged, is not
+    (partial / output.IDENTITY).write_text(f"{identity} whole")
+    data = bytearray((partial / layout.WEIGHTS).read_bytes())
+    data[-1] ^= 1
+    (partial / layout.WEIGHTS).write_bytes(data)
+    ran = run_coldctl(*command)
+    assert ran.code == 0
+    assert "left alone" not in ran.stderr
+    assert manifest.read_unchanged(tmp_path / "out")
+
+
+def test_an_output_that_was_completed_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    """Between the look at it and the lock on it another command may have come and gone."""
+    place = tmp_path / "out"
+    assert not output.is_done(place, "mine", overwrite=False)
+    with output.writing(place, "theirs", overwrite=False) as partial:
+        manifest.write(partial, {"kind": "fused", "name": "m", "body_digest": "x", "identity": "theirs"})
+    with pytest.raises(BusyError, match="completed by another command"), output.writing(place, "mine", overwrite=False):
+        pass
+    assert manifest.read(place)["identity"] == "theirs"

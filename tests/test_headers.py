@@ -86,7 +86,9 @@ def test_tensors_are_found_and_read(place: Path) -> None:
 
 
 def test_heads_are_apart_and_old_names_are_modern(place: Path) -> None:
-    found = opened(place, {"bert.x.LayerNorm.gamma": A, "classifier.weight": A, "bert.x.LayerNorm.beta": C, "bert.y": B})
+    found = opened(
+        place, {"bert.x.LayerNorm.gamma": A, "classifier.weight": A, "bert.x.LayerNorm.beta": C, "bert.y": B}
+    )
     assert found.prefix == "bert."
     assert list(found.body) == ["x.LayerNorm.bias", "x.LayerNorm.weight", "y"]
     assert found.heads == ("classifier.weight",)

@@ -10,7 +10,7 @@ from coldctl.core import merge
 from coldctl.core.errors import ConfigError
 
 
-def array(*values: float, dtype: Any = np.float32) -> Any:
+def array(*values: Any, dtype: Any = np.float32) -> Any:
     return np.asarray(values, dtype)
 
 
@@ -133,7 +133,9 @@ def test_the_geometric_median_of_points_on_a_line_is_their_median() -> None:
     assert weights @ [0, 1, 10] == pytest.approx(1, abs=1e-3)
     assert weights.sum() == pytest.approx(1)
     shares = np.asarray([1.0, 1.0, 5.0])
-    assert merge.geometric_median_weights(gram_of([0.0], [1.0], [10.0]), shares) @ [0, 1, 10] == pytest.approx(10, abs=1e-2)
+    assert merge.geometric_median_weights(gram_of([0.0], [1.0], [10.0]), shares) @ [0, 1, 10] == pytest.approx(
+        10, abs=1e-2
+    )
 
 
 def test_the_geometric_median_is_where_no_step_makes_the_distances_smaller() -> None:
@@ -295,7 +297,10 @@ def test_normalised_below_a_largest_share() -> None:
 
 
 def test_rounded_to_nearest_even() -> None:
-    assert merge.rounded(np.asarray([1 + 2.0**-24, 1 + 3 * 2.0**-24]), np.dtype(np.float32)).tolist() == [1, 1 + 2.0**-22]
+    assert merge.rounded(np.asarray([1 + 2.0**-24, 1 + 3 * 2.0**-24]), np.dtype(np.float32)).tolist() == [
+        1,
+        1 + 2.0**-22,
+    ]
     assert merge.rounded(np.asarray([1e39, -1e39]), np.dtype(np.float32)).tolist() == [np.inf, -np.inf]
     narrow = np.dtype(ml_dtypes.bfloat16)
     step = 2.0**-7

@@ -164,7 +164,10 @@ def write(folder: Location, manifest: Manifest, known: Mapping[str, str] | None 
     names = sorted(
         path.relative_to(folder).as_posix()
         for path in found
-        if path.is_file() and path != folder / layout.MANIFEST and not path.name.startswith(".")
+        if path.is_file()
+        and path != folder / layout.MANIFEST
+        and not path.name.startswith(".")
+        and folder / layout.TRAINING not in path.parents  # kept until this is written
     )
     whole: Manifest = {
         **manifest,

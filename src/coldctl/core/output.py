@@ -23,6 +23,7 @@ from coldctl.core.progress import SILENT, Progress
 
 IDENTITY = ".identity"  # in the partial directory: which config and inputs the unfinished work belongs to
 LEASE = ".lease"  # in a store, in place of a lock
+_WHOLE = " whole"  # behind the identity: all is written and only to be made visible
 
 
 def is_done(path: Location, identity: str, *, overwrite: bool, flag: str = "--output") -> bool:
@@ -33,7 +34,7 @@ def is_done(path: Location, identity: str, *, overwrite: bool, flag: str = "--ou
     Remedies name the `flag` that gave `path`.
     """
     if not path.exists():
-        return False
+        return isinstance(path, Path) and _finished(path, identity)
     if not path.is_dir():
         raise OutputError(f"{path} is a file: give {flag} a directory that does not exist yet")
     if layout.is_complete(path):
@@ -205,9 +206,11 @@ def _writing_here(path: Path, identity: str | None, *, overwrite: bool) -> Itera
     partial = layout.partial(path)
     assert isinstance(partial, Path)
     with _held_here(partial, path, identity, overwrite=overwrite):
+        if not overwrite and layout.is_complete(path):
+            raise BusyError(f"{path} was completed by another command meanwhile: run the same command again")
         try:
             yield partial
-            (partial / IDENTITY).unlink()
+            (partial / IDENTITY).write_text(f"{identity}{_WHOLE}", encoding="utf-8")
             sync_tree(partial)
             _replace(partial, path)
         except OSError as error:
@@ -218,7 +221,9 @@ def _writing_here(path: Path, identity: str | None, *, overwrite: bool) -> Itera
 
 
 @contextmanager
-def _held_here(partial: Path, path: Location, identity: str | None, *, overwrite: bool) -> Iterator[None]:
+def _held_here(
+    partial: Path, path: Location, identity: str | None, *, overwrite: bool, claim: bool = True
+) -> Iterator[None]:
     """Hold a directory of this machine for unfinished work on `path`, made or gone on with."""
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -226,8 +231,9 @@ def _held_here(partial: Path, path: Location, identity: str | None, *, overwrite
     except OSError as error:
         raise _cannot_write(path, error) from None
     try:
-        _lock(lock, path)
-        _claim(partial, path, identity or "", overwrite=overwrite or identity is None)
+        _lock(lock, path, partial)
+        if claim:
+            _claim(partial, path, identity or "", overwrite=overwrite or identity is None)
         yield
     finally:
         os.close(lock)
@@ -241,19 +247,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Location) -> None:
+def _lock(descriptor: int, path: Location, partial: Path) -> None:
     """Hold the partial directory itself, so that a dead process leaves no lock behind."""
+    busy = BusyError(f"{path} is being written by another command: wait for it, or write to another place")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             return  # a file system without locks: we go on without this protection
-        raise BusyError(f"{path} is being written by another command: wait for it, or write to another place") from None
+        raise busy from None
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), partial.stat()):
+            return
+    raise busy  # it has completed the output since we looked, and what we hold is the output itself
 
 
 def _claim(partial: Location, path: Location, identity: str, *, overwrite: bool) -> None:
     marker = partial / IDENTITY
-    found = marker.read_text(encoding="utf-8") if marker.is_file() else None
+    found = marker.read_text(encoding="utf-8").removesuffix(_WHOLE) if marker.is_file() else None
     others = [child for child in children(partial) if child.name not in (IDENTITY, LEASE)]
     if identity and found == identity:
         (partial / layout.MANIFEST).unlink(missing_ok=True)  # of a call that was killed while it wrote it
@@ -280,10 +291,37 @@ def _remove(folder: Location, *, but: tuple[str, ...]) -> None:
             child.unlink()
 
 
+def _finished(path: Path, identity: str) -> bool:
+    """Make an output visible for which a killed call had nothing else left to do."""
+    partial = layout.partial(path)
+    assert isinstance(partial, Path)
+    if not _is_whole(partial, identity):
+        return False
+    with _held_here(partial, path, None, overwrite=False, claim=False):
+        if not _is_whole(partial, identity):
+            return False
+        try:
+            sync_tree(partial)
+            _replace(partial, path)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+    return True
+
+
+def _is_whole(partial: Path, identity: str) -> bool:
+    try:
+        if (partial / IDENTITY).read_text(encoding="utf-8") != f"{identity}{_WHOLE}":
+            return False
+        return manifest.read_unchanged(partial).get("identity") == identity
+    except (OSError, ManifestError):
+        return False
+
+
 def _replace(partial: Path, path: Path) -> None:
     """Rename `partial` to `path`; what was there before goes only when the new one stands."""
     old = path.parent / f".{path.name}.old"
     shutil.rmtree(old, ignore_errors=True)
+    (partial / IDENTITY).unlink()  # as late as can be: until then a killed call's work is known for what it is
     if path.exists():
         path.rename(old)
     partial.rename(path)

@@ -403,7 +403,6 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
     for name in layout.TOKENIZER_FILES:
         if work.source.folder.has(name) and encoding not in ENCODINGS:  # a difference is never used but with its base
             (folder / name).write_bytes(work.source.folder.read(name))
-    shutil.rmtree(folder / layout.TRAINING, ignore_errors=True)
     written = open_written(folder, job.name, work.source, config)
     before = work.source.manifest
     ancestor: dict[str, Any] = (
@@ -436,7 +435,9 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
         },
         "metrics": learned.metrics,
     }
-    return manifest.write(folder, document)
+    whole = manifest.write(folder, document)
+    shutil.rmtree(folder / layout.TRAINING, ignore_errors=True)  # until now a killed call could go on from there
+    return whole
 
 
 def _train(job: Job, work: _Prepared, folder: Path, threads: int, progress: Progress, peers: team.Team) -> _Learned:

@@ -80,7 +80,7 @@ def fuse(
             return Fused(destination, manifest.read(destination), unchanged=True)
     output.is_done(destination, "", overwrite=overwrite)
     job = Fusion(base, base_checkpoint, candidates, config, scale, destination, progress, trusted)
-    with output.writing(destination, None, overwrite=True) as partial:
+    with output.writing(destination, None, overwrite=overwrite) as partial:
         if closed and layout.is_complete(destination):  # it is what others go on from: a second one must not differ
             raise BusyError(f"{destination} was completed by another command meanwhile: run the same command again")
         document = job.run(partial)
@@ -297,7 +297,7 @@ def _subtract(
     key = identity("withdraw", config, fused=source.manifest["body_digest"], withdrawn=record["body_digest"])
     if output.is_done(destination, key, overwrite=overwrite):
         return Fused(destination, manifest.read(destination), unchanged=True)
-    with output.writing(destination, None, overwrite=True) as partial:
+    with output.writing(destination, None, overwrite=overwrite) as partial:
         prover = Prover(inputs, verify=True, whole=True)
         written, _ = write(inputs, recipe, partial, prover=prover, statistics=None, progress=progress)
         proof = prover.prove()
