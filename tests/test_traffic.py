@@ -23,7 +23,7 @@ def manifest(folder: Path) -> Any:
     return json.loads((folder / "coldctl.json").read_text())
 
 
-def trained(coldctl: Run, data: Path, base: Path, output: Path, *flags: object, name: str = "mine") -> Path:
+def trained(coldctl: Run, data: Path, base: Path | str, output: Path, *flags: object, name: str = "mine") -> Path:
     ran = coldctl("finetune", data, "--base", base, "--output", output, "--name", name, *FAST, *flags)
     assert ran.code == 0, ran.stderr
     return output
@@ -461,3 +461,16 @@ def test_the_head_stays_at_home(tmp_path: Path, base: Path, coldctl: Run) -> Non
         assert all(item["verified"] for item in ran.json["contributions"])
         found.append(ran.json["body_digest"])
     assert found[0] == found[1]
+
+
+def test_a_base_in_a_store_is_as_good(tmp_path: Path, base: Path, sent: Path, workshop: Path, coldctl: Run) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").put(f"{base}/", "/traffic/base/", recursive=True)
+    data = workshop / "data-delta-int8"
+    there = trained(
+        coldctl, data, "memory://traffic/base", tmp_path / "there", "--send", "delta-int8", name="delta-int8"
+    )
+    assert (there / "delta.safetensors").read_bytes() == (sent / "delta-int8" / "delta.safetensors").read_bytes()
+    ran = coldctl("fuse", sent, there, "--base", "memory://traffic/base", "--output", tmp_path / "fused")
+    assert ran.code == 0, ran.stderr

@@ -50,9 +50,11 @@ class DeltaCheckpoint(RelativeCheckpoint):
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named elsewhere
             if name in self.scales:
                 columns = rows_of(tensor.shape)[1]
-                first = start // columns
-                scales = self._stored(self.scales[name], first, -(-stop // columns))
-                step *= np.repeat(scales, columns)[start - first * columns :][: step.size]
+                first, last = start // columns, -(-stop // columns)
+                counts = np.full(last - first, columns)
+                counts[0] = min(stop, (first + 1) * columns) - start
+                counts[-1] = stop - max(start, (last - 1) * columns)
+                step *= np.repeat(self._stored(self.scales[name], first, last), counts)
             step += elements(self.base, name, start, stop)
         buffer[:] = _bytes(merge.rounded(step, dtype))
 

@@ -61,7 +61,7 @@ from coldctl.core.storage import open_folder
 
 _SCALE = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\*)?auto|(?P<fixed>[0-9.eE+-]+)")
 # What a fused model tells of its contributions' training.
-_TRAINING = ("epochs", "batch_size", "learning_rate", "max_length", "lora_rank", "seed")
+_TRAINING = ("epochs", "batch_size", "learning_rate", "max_length", "lora_rank", "send", "seed")
 _HARDWARE = ("device", "machine", "threads", "training_seconds")
 _EXAMPLES_SHARE = 2.0  # with --weights examples nobody counts for more than this many equal shares
 

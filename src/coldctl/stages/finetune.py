@@ -27,12 +27,13 @@ from coldctl.core.config import (
 )
 from coldctl.core.deltas import ENCODINGS
 from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
-from coldctl.core.location import Location, locate
+from coldctl.core.location import Location, is_url, locate
 from coldctl.core.manifest import Manifest
 from coldctl.core.passes import prove
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, memory_needed, resolve
 from coldctl.core.saving import as_os_errors
+from coldctl.core.storage import LocalFolder
 from coldctl.core.training_log import Log, open_log
 from coldctl.engines.jobs import Engine, Needs, Outcome
 
@@ -131,7 +132,10 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldctl-")))
         try:
             _tell(job, work.dataset, progress)
-            trained = _train(job, work, folder, threads, progress, peers)
+            base = job.base.local()
+            if is_url(job.base.place):  # what is sent is measured against the base: its copy is read, not the store
+                work = replace(work, source=open_checkpoint(LocalFolder(base), job.base.name))
+            trained = _train(job, work, base, folder, threads, progress, peers)
             document = _manifest(job, work, folder, trained, threads) if peers.leads else {}
             if peers.leads and job.sign_key is not None:
                 _signing().sign(folder, job.sign_key)
@@ -440,7 +444,9 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
     return whole
 
 
-def _train(job: Job, work: _Prepared, folder: Path, threads: int, progress: Progress, peers: team.Team) -> _Learned:
+def _train(
+    job: Job, work: _Prepared, base: Path, folder: Path, threads: int, progress: Progress, peers: team.Team
+) -> _Learned:
     """Train, save weights and pictures. Everything that needs torch is below here."""
     import torch
 
@@ -453,7 +459,6 @@ def _train(job: Job, work: _Prepared, folder: Path, threads: int, progress: Prog
     torch.set_num_threads(max(1, threads // peers.local_size))
     config, dataset = job.config, work.dataset
     seed = derived_seed(config.seed, "finetune", work.number, job.name)
-    base = job.base.local()
     tokenizer = models.load_tokenizer(base)
     model = models.load_classifier(base, dataset.labels, seed, multilabel=dataset.multilabel)
     adapted = trainable.restrict(model, config, job.base.name, seed)
