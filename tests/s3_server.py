@@ -36,6 +36,11 @@ class S3:
         pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
         return sorted(item["Key"] for page in pages for item in page.get("Contents", []))
 
+    def read(self, name: str) -> bytes:
+        """An object's bytes."""
+        data: bytes = self.client().get_object(Bucket=self.bucket, Key=name)["Body"].read()
+        return data
+
 
 @contextmanager
 def serving(bucket: str = "models") -> Iterator[S3]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from coldctl.core import merge, scoring
-from coldctl.core.blocks import Digester, block_length, read_blocks
+from coldctl.core.blocks import Digester, block_length, cut, read_blocks
 from coldctl.core.checkpoint import body_digest, open_checkpoint
 from coldctl.core.data import stratified
 from coldctl.core.storage import LocalFolder
@@ -89,7 +89,7 @@ def test_blocks_cover_everything_whatever_their_length(length: int, base: Path, 
     names = sorted(name for name, tensor in start.body.items() if tensor.floating)
     digesters = [None, *(Digester() for _ in inputs)]
     collected: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
-    for block in read_blocks(start, inputs, names, digesters, length):
+    for block in read_blocks(start, inputs, cut(start, inputs, names, length), digesters):
         collected[block.name].append(block.contributions[1].copy())
     for name in names:
         np.testing.assert_array_equal(np.concatenate(collected[name]), inputs[1].read(name).reshape(-1))

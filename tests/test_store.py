@@ -221,10 +221,10 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(
     store: S3, coldctl: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A plain checkpoint has no digest that would tell: its version in the store does."""
-    from coldctl.core import passes
+    from coldctl.core import writing
 
     store.client().delete_object(Bucket=store.bucket, Key="contributions/one/coldctl.json")
-    write = passes.write
+    write = writing.write
 
     def meddle(*arguments: object, **options: object) -> object:
         key = "contributions/one/config.json"

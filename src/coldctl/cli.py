@@ -284,7 +284,7 @@ def finetune(
         alone = team.find().size == 1
         if not alone and engine != "local":
             raise ConfigError(f"--engine {engine} does not go with torchrun: leave one of them out")
-        where = choose(engine, jobs=jobs if alone else 1, threads=threads, ray_address=ray_address)
+        where = choose(engine, jobs=jobs if alone else 1, threads=threads if alone else None, ray_address=ray_address)
         if (data is None) == (suite is None):
             raise ConfigError("give either DATA or --suite FILE.toml: see coldctl finetune --help")
         suite_datasets, file = _suite(suite, config)
@@ -460,14 +460,17 @@ def fuse(
     as_json: Json = False,
     quiet: Quiet = False,
     overwrite: Overwrite = False,
-    _jobs: NoJobs = 0,
-    _engine: NoEngine = "local",
+    jobs: Annotated[int, typer.Option("--jobs", min=0, help="Parts side by side with --engine ray; 0: all.")] = 0,
+    engine: EngineName = "local",
+    ray_address: RayAddress = None,
 ) -> None:
     """Average the bodies of contributions into a better base model."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.core import reference
+        from coldctl.engines import choose
         from coldctl.stages import fuse as stage
 
+        where = choose(engine, jobs=jobs, threads=1, ray_address=ray_address)
         file = read(config)
         if scale is not None and outer_lr is not None:
             raise ConfigError("--scale and --outer-lr exclude each other: give one of them")
@@ -481,7 +484,7 @@ def fuse(
         }  # fmt: skip
         settings = resolve(FuseConfig, file, flags)
         model = reference.resolve(base, revision)
-        with screen.progress() as progress:
+        with screen.progress() as progress, closing(where):
             if without is not None:
                 fused = reference.resolve(contributions[0])
                 done = stage.withdraw(
@@ -494,6 +497,7 @@ def fuse(
                     overwrite=overwrite,
                     progress=progress,
                     old_bases=old_base or (),
+                    engine=where,
                 )
             else:
                 done = stage.fuse(
@@ -504,6 +508,7 @@ def fuse(
                     overwrite=overwrite,
                     progress=progress,
                     old_bases=old_base or (),
+                    engine=where,
                 )
         if done.unchanged:
             screen.say(f"{output}: complete already, left alone")
@@ -930,7 +935,7 @@ def watch(
             datasets or file.datasets,
             choose(engine, jobs=jobs, threads=threads, ray_address=ray_address),
         )
-        with screen.progress() as progress:
+        with screen.progress() as progress, closing(settings.engine):
             looks = watching.watch(
                 locate(run),
                 settings,

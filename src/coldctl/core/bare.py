@@ -13,9 +13,9 @@ from coldctl.core import layout
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, digest_prelude, open_checkpoint
 from coldctl.core.describe import bare_config
 from coldctl.core.errors import CheckpointError
-from coldctl.core.passes import DTYPE_NAMES
 from coldctl.core.privacy import is_path
 from coldctl.core.progress import Progress
+from coldctl.core.sinks import DTYPE_NAMES
 from coldctl.core.storage import LocalFolder
 from coldctl.core.weights import Layout, WeightsWriter, file_order
 

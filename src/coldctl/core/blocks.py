@@ -7,7 +7,7 @@ interpreter's lock, so both cores work.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,8 @@ from coldctl.core.storage import RemoteFolder
 MEMORY = 48 << 20  # bytes of buffers, over both sets
 _LARGEST = 1 << 18  # elements per block: what still fits the processor's shared cache
 _WIDEST = 8  # bytes of the widest dtype
+_STRETCH = 128 << 20  # bytes of all bodies together that are summed apart, and are worth sending to another machine
+_MOST_STRETCHES = 2048
 _THREADS = 2
 # Of a store more is asked for at once than a block, and of several files at a time: it is far away.
 _STORE_THREADS = 8
@@ -42,6 +44,22 @@ class Block:
     base: NDArray[Any]
     contributions: Sequence[NDArray[Any]]
     companions: Sequence[NDArray[Any]] = ()  # what is read along: Fisher information, the outer optimiser's state
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Elements `start:stop` (row-major) of a floating body tensor: where a block is."""
+
+    name: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+
+Stretch = Sequence[Extent]
 
 
 class Digester:
@@ -66,50 +84,76 @@ def block_length(width: int) -> int:
     return max(1, min(_LARGEST, MEMORY // (2 * width)))
 
 
+def cut(base: Checkpoint, others: Sequence[Checkpoint], names: Sequence[str], length: int | None = None) -> Stretch:
+    """The blocks in which tensors `names` of the base are read beside those of the other bodies, in that order.
+
+    Every tensor has one, though it be empty. `length` is that of a block in elements, if it is not to be found out.
+    """
+    length = length or block_length(sum(map(_widest, [base, *others])))
+    return [
+        Extent(name, start, min(start + length, base.body[name].size))
+        for name in names
+        for start in range(0, max(1, base.body[name].size), length)
+    ]
+
+
+def stretches(
+    base: Checkpoint, others: Sequence[Checkpoint], names: Sequence[str], apart: Container[str] = ()
+) -> list[Stretch]:
+    """The same blocks in consecutive groups, which depend on the inputs alone; a tensor in `apart` begins a new one.
+
+    A pass sums up each for itself and then the sums, so that whoever computes them, the result has the same bits.
+    """
+    width = sum(map(_widest, [base, *others]))
+    most = max(_STRETCH // width, sum(base.body[name].size for name in names) // _MOST_STRETCHES)
+    found: list[list[Extent]] = []
+    elements = most
+    for extent in cut(base, others, names):
+        if elements >= most or (extent.start == 0 and extent.name in apart):
+            found.append([])
+            elements = 0
+        found[-1].append(extent)
+        elements += len(extent)
+    return list(found)
+
+
 def read_blocks(
     base: Checkpoint,
     contributions: Sequence[Checkpoint],
-    names: Sequence[str],
+    plan: Stretch,
     digesters: Sequence[Digester | None] | None = None,
-    length: int | None = None,
     companions: Sequence[Checkpoint] = (),
-) -> Iterator[Block]:
-    """Yield the blocks of the tensors `names`, in that order, of the base and of all contributions.
+) -> Generator[Block, None, None]:
+    """Yield the blocks of `plan` of the base and of all contributions.
 
-    `names` are floating body tensors of the base. A contribution that lacks one (a pooler) gives the base's
+    They are in floating body tensors of the base. A contribution that lacks one (a pooler) gives the base's
     elements, and one that has fewer rows gives the base's behind them; a companion that lacks one gives zeros.
     `digesters` (of the base and of each contribution) are fed with everything read. Raises CheckpointError.
     """
     inputs = [base, *contributions, *companions]
-    length = length or block_length(sum(map(_widest, inputs)))
     takers = [*(digesters or [None] * (1 + len(contributions))), *([None] * len(companions))]
-    plan = [
-        (name, start, min(start + length, base.body[name].size))
-        for name in names
-        for start in range(0, max(1, base.body[name].size), length)
-    ]
-    longest = min(length, max((base.body[name].size for name in names), default=0))
+    longest = max(map(len, plan), default=0)
     sets = [[bytearray(longest * _widest(checkpoint)) for checkpoint in inputs] for _ in range(2)]
     last = 1 + len(contributions)
     with _Workers(len(inputs), _STORE_THREADS if _look_ahead(inputs) else _THREADS) as workers:
 
         def fill(number: int, index: int) -> NDArray[Any] | None:
-            name, start, stop = plan[number]
-            return _fill(inputs[index], name, start, stop, sets[number % 2][index], takers[index])
+            where = plan[number]
+            return _fill(inputs[index], where.name, where.start, where.stop, sets[number % 2][index], takers[index])
 
         workers.begin(partial(fill, 0) if plan else None)
-        for number, (name, start, stop) in enumerate(plan):
+        for number, where in enumerate(plan):
             arrays = workers.collect()
             workers.begin(partial(fill, number + 1) if number + 1 < len(plan) else None)
             first = arrays[0]
             assert first is not None
             yield Block(
-                name,
-                start,
-                stop,
+                where.name,
+                where.start,
+                where.stop,
                 first,
                 [_completed(array, first) for array in arrays[1:last]],
-                [np.zeros(stop - start) if array is None else array for array in arrays[last:]],
+                [np.zeros(len(where)) if array is None else array for array in arrays[last:]],
             )
 
 

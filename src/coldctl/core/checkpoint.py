@@ -89,6 +89,10 @@ class Checkpoint:
     original: "Checkpoint | None" = None  # what this is a part of, where rows were left out: digests are of that
     _readers: dict[str, Reader] = field(default_factory=dict, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What goes to another process: everything but the open files."""
+        return {**self.__dict__, "_readers": {}}
+
     @property
     def label(self) -> str:
         """How messages name it: its place."""

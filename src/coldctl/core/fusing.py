@@ -38,26 +38,24 @@ from coldctl.core.location import Location
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.merge import Array
 from coldctl.core.passes import (
-    DTYPE_NAMES,
     Inputs,
     Proof,
     Prover,
-    Without,
-    Written,
+    Spread,
     distance,
-    output_dtype,
     survey,
     tensor_weights,
     thresholds,
-    write,
 )
 from coldctl.core.progress import Progress
 from coldctl.core.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
 from coldctl.core.reference import Model
 from coldctl.core.signatures import TrustedKey
+from coldctl.core.sinks import DTYPE_NAMES, Written, output_dtype
 from coldctl.core.staleness import discount, moved
 from coldctl.core.statistics import UpdateStatistics, names_of, outliers
 from coldctl.core.storage import open_folder
+from coldctl.core.writing import Without, write
 
 _SCALE = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\*)?auto|(?P<fixed>[0-9.eE+-]+)")
 # What a fused model tells of its contributions' training.
@@ -165,6 +163,7 @@ class Fusion:
     destination: Location
     progress: Progress
     trusted: Sequence[TrustedKey] | None = None
+    spread: Spread | None = None  # where the passes run, if not here
 
     def run(self, partial: Location) -> Manifest:
         """Accept, survey if something must be known first, write, prove, describe."""
@@ -176,17 +175,18 @@ class Fusion:
             self._accepted()
         if config.screen != "off":
             charts.prepare()
-        whole = self._in_name_order()
+        whole = self._in_name_order() and self.spread is None  # digests are taken by the way
         statistics: UpdateStatistics | None = None
         proof: Proof | None = None
         gram, pairs = config.method in ("multi-krum", "geometric-median"), config.screen != "off"
         # Where one is refused already, the others are looked at, too, so that all findings are listed at once.
         if suspicious or config.screen == "reject" or gram or (self.scale.automatic and config.method in WEIGHTED):
-            prover = Prover(self._inputs(accepted), verify=config.verify, whole=True)
+            prover = Prover(self._inputs(accepted), verify=config.verify, whole=self.spread is None)
             statistics = survey(
-                self._inputs(accepted), self._weights(accepted), prover, gram=gram, pairs=pairs, progress=self.progress
-            )
-            proof = prover.prove()
+                self._inputs(accepted), self._weights(accepted), prover, gram=gram, pairs=pairs, progress=self.progress,
+                spread=self.spread,
+            )  # fmt: skip
+            proof = prover.prove(self.spread)
             self._learn(accepted, proof)
             sound = [item for item in accepted if not item.problems]
             if len(sound) < len(accepted) and sound:  # what was refused must not hide who else stands out
@@ -212,9 +212,10 @@ class Fusion:
             states=states,
             without=without,
             progress=self.progress,
+            spread=self.spread,
         )
         if writing_prover is not None:
-            proof = writing_prover.prove()
+            proof = writing_prover.prove(self.spread)
             self._learn(accepted, proof)
             self._accepted()
         assert proof is not None
@@ -251,7 +252,9 @@ class Fusion:
         inputs = self._inputs(accepted)
         prover = Prover(inputs, verify=False, whole=False)
         pairs = self.config.screen != "off"
-        return survey(inputs, self._weights(accepted), prover, gram=gram, pairs=pairs, progress=self.progress)
+        return survey(
+            inputs, self._weights(accepted), prover, gram=gram, pairs=pairs, progress=self.progress, spread=self.spread
+        )
 
     def _accepted(self) -> list[Candidate]:
         """The candidates without problems. Raises if a problem must stop everything."""
@@ -329,9 +332,9 @@ class Fusion:
         plain = np.array_equal(weights, shares / shares.sum())  # neither cut to a largest share nor found by a method
         recipe = Recipe(config, weights, keys, shares if plain else None)
         if config.method in PER_TENSOR:
-            recipe.tensor_weights = tensor_weights(inputs, config, self.progress)
+            recipe.tensor_weights = tensor_weights(inputs, config, self.progress, self.spread)
         elif config.method == "ties":
-            recipe.thresholds = thresholds(inputs, recipe.density, self.progress)
+            recipe.thresholds = thresholds(inputs, recipe.density, self.progress, self.spread)
         recipe.scale = self.scale.value
         if self.scale.automatic:
             recipe.scale *= self._automatic_scale(recipe, inputs, statistics)
@@ -343,7 +346,7 @@ class Fusion:
         if statistics is None:
             statistics = survey(
                 inputs, recipe.weights, Prover(inputs, verify=False, whole=False), gram=False, pairs=False,
-                progress=self.progress,
+                progress=self.progress, spread=self.spread,
             )  # fmt: skip
         wanted = float(recipe.weights @ statistics.norms)
         if recipe.config.method in ("mean", "task-arithmetic"):
@@ -351,7 +354,7 @@ class Fusion:
         elif statistics.gram is not None:
             length = float(np.sqrt(abs(float(recipe.weights @ statistics.gram @ recipe.weights))))
         else:
-            length = distance(inputs, recipe, self.progress)
+            length = distance(inputs, recipe, self.progress, self.spread)
         return wanted / length if length > 0 else 1.0
 
     def _learn(self, accepted: Sequence[Candidate], proof: Proof) -> None:

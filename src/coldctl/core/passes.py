@@ -1,41 +1,45 @@
-"""Passes over the inputs of a fuse: prove them, look at their updates, find a method's parameters, write the result.
+"""Passes over the inputs of a fuse that write nothing: prove them, look at their updates, find a method's parameters.
 
 Each pass reads the inputs once, in blocks. A plain mean needs one; what must know a norm, a verdict or a rank
-first needs a second.
+first needs a second. A pass runs here in one go, or in stretches on other machines, with the same result.
 """
 
-import hashlib
 import os
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
+from itertools import chain, islice
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from coldctl.core import layout, manifest, merge
-from coldctl.core.blocks import Block, Digester, read_blocks
-from coldctl.core.checkpoint import (
-    DTYPES,
-    FLOATING,
-    Checkpoint,
-    Tensor,
-    body_digest,
-    digest_prelude,
-    outside_body_digest,
-)
-from coldctl.core.config import FuseConfig, size_in_bytes
+from coldctl.core.blocks import Block, Digester, Stretch, cut, read_blocks, stretches
+from coldctl.core.checkpoint import Checkpoint, body_digest, outside_body_digest
+from coldctl.core.config import FuseConfig
 from coldctl.core.errors import CheckpointError
-from coldctl.core.location import Location
 from coldctl.core.manifest import Manifest
 from coldctl.core.merge import Array
 from coldctl.core.progress import Progress
-from coldctl.core.recipe import OUTER_STATES, Recipe, TensorWeights
+from coldctl.core.recipe import Recipe, TensorWeights
 from coldctl.core.statistics import NotFinite, UpdateStatistics, not_finite
-from coldctl.core.weights import Layout, WeightsWriter, file_order
 
-DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_PENDING = 4  # pieces that wait for the writing thread
+Piece = TypeVar("Piece")
+Result = TypeVar("Result")
+
+
+class Spread(Protocol):
+    """Runs the pieces of a pass in other places, where the pass is one of several machines."""
+
+    def __call__(self, work: Callable[[Piece], Result], pieces: Sequence[Piece], name: str) -> Iterator[Result]:
+        """Yield what `work` (which can be pickled) makes of each piece, in the order of the pieces.
+
+        `name` is the pass's. Raises what a piece raised.
+        """
 
 
 @dataclass
@@ -77,14 +81,14 @@ class Prover:
         ]
         self.findings: list[NotFinite] = []
 
-    def look(self, block: Block, total: Array) -> None:
-        """Find values that are not finite; `total` is a sum over all contributions of the block."""
-        self.findings += not_finite(block, total)
-
-    def prove(self) -> Proof:
+    def prove(self, spread: Spread | None = None) -> Proof:
         """The digests, and what differs from the manifests."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = list(pool.map(self._prove_one, range(len(self._checkpoints))))
+        pieces = list(range(len(self._checkpoints)))
+        if spread:
+            results = list(spread(self._prove_one, pieces, "verify"))
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                results = list(pool.map(self._prove_one, pieces))
         digests = [digest for digest, _ in results]
         problems = [found for _, found in results]
         return Proof(self.findings, digests[0], digests[1:], problems[1:], problems[0])
@@ -158,41 +162,112 @@ def prove(checkpoint: Checkpoint, actual: str | None = None) -> None:
         )
 
 
+@dataclass
+class Found:
+    """What a pass found out about one stretch of its inputs."""
+
+    statistics: UpdateStatistics | None
+    findings: list[NotFinite] = field(default_factory=list)
+    digests: dict[tuple[int, str], str] = field(
+        default_factory=dict
+    )  # of what was finished with it, by target and file
+
+    def look(self, block: Block, averaged: Array, weights: Array, *, values: bool) -> None:
+        """Take in a block and its mean by `weights`: the updates, and where asked values that are not finite."""
+        if values:
+            self.findings += not_finite(block, averaged if np.all(weights) else merge.mean(block.contributions))
+        if self.statistics is not None:
+            self.statistics.add(block, averaged)
+
+
 def survey(
-    inputs: Inputs, weights: Array, prover: Prover, *, gram: bool, pairs: bool, progress: Progress
+    inputs: Inputs,
+    weights: Array,
+    prover: Prover,
+    *,
+    gram: bool,
+    pairs: bool,
+    progress: Progress,
+    spread: Spread | None = None,
 ) -> UpdateStatistics:
     """One pass that writes nothing: values, digests, the updates' norms, on request their inner products or directions."""
     statistics = UpdateStatistics(len(weights), gram=gram, pairs=pairs)
-    progress.begin("survey", _elements(inputs), "weights")
-    for block in read_blocks(inputs.base, inputs.contributions, inputs.names, prover.digesters):
-        averaged = merge.mean(block.contributions, weights)
-        prover.look(block, averaged if np.all(weights) else merge.mean(block.contributions))
-        statistics.add(block, averaged)
-        progress.advance("survey", block.stop - block.start)
-    progress.end("survey")
+    pieces = stretches(inputs.base, inputs.contributions, inputs.names)
+    work = partial(_surveyed, inputs, weights, deepcopy(statistics), None if spread else prover.digesters)
+    for found in along(work, pieces, "survey", progress, spread):
+        prover.findings += found.findings
+        if found.statistics is not None:
+            statistics.include(found.statistics)
     return statistics
 
 
-def tensor_weights(inputs: Inputs, config: FuseConfig, progress: Progress) -> dict[str, TensorWeights]:
+def _surveyed(
+    inputs: Inputs,
+    weights: Array,
+    empty: UpdateStatistics,
+    digesters: Sequence[Digester | None] | None,
+    pieces: Sequence[Stretch],
+) -> Iterator[Found]:
+    with closing(read_blocks(inputs.base, inputs.contributions, joined(pieces), digesters)) as blocks:
+        for piece in pieces:
+            found = Found(deepcopy(empty))
+            for block in islice(blocks, len(piece)):
+                found.look(block, merge.mean(block.contributions, weights), weights, values=True)
+            yield found
+
+
+def joined(pieces: Sequence[Stretch]) -> Stretch:
+    """All blocks of several stretches."""
+    return [extent for piece in pieces for extent in piece]
+
+
+def along(
+    work: Callable[[Sequence[Stretch]], Iterator[Result]],
+    pieces: Sequence[Stretch],
+    name: str,
+    progress: Progress,
+    spread: Spread | None,
+    together: Sequence[Sequence[Stretch]] | None = None,
+) -> Iterator[Result]:
+    """One result per stretch, in order: here in one go, or of those that go `together` wherever they are computed."""
+    progress.begin(name, sum(len(extent) for piece in pieces for extent in piece), "weights")
+    if spread is None:
+        results = work(pieces)
+    else:
+        results = chain.from_iterable(spread(partial(_all, work), together or [[piece] for piece in pieces], name))
+    for piece, result in zip(pieces, results, strict=True):
+        yield result
+        progress.advance(name, sum(map(len, piece)))
+    progress.end(name)
+
+
+def _all(work: Callable[[Sequence[Stretch]], Iterator[Result]], pieces: Sequence[Stretch]) -> list[Result]:
+    return list(work(pieces))
+
+
+def tensor_weights(
+    inputs: Inputs, config: FuseConfig, progress: Progress, spread: Spread | None = None
+) -> dict[str, TensorWeights]:
     """One pass for the methods with weights per tensor: inner products within each tensor, then the weights.
 
     Model Stock looks at the updates, spherical interpolation at the tensors themselves.
     """
+    pieces = [cut(inputs.base, inputs.contributions, [name]) for name in inputs.names]
+    grams = along(partial(_products, inputs, config), pieces, "angles", progress, spread)
+    return {name: _weights_within(gram, config) for name, gram in zip(inputs.names, grams, strict=True)}
+
+
+def _products(inputs: Inputs, config: FuseConfig, pieces: Sequence[Stretch]) -> Iterator[Array]:
     count = len(inputs.contributions)
-    grams: dict[str, Array] = {}
-    found: dict[str, TensorWeights] = {}
-    progress.begin("angles", _elements(inputs), "weights")
-    for block in read_blocks(inputs.base, inputs.contributions, inputs.names):
-        rows = merge.stacked(block.contributions)
-        if config.method == "model-stock":
-            rows -= block.base
-        gram = grams.setdefault(block.name, np.zeros((count, count)))
-        gram += rows @ rows.T
-        if block.stop == inputs.base.body[block.name].size:
-            found[block.name] = _weights_within(grams.pop(block.name), config)
-        progress.advance("angles", block.stop - block.start)
-    progress.end("angles")
-    return found
+    with closing(read_blocks(inputs.base, inputs.contributions, joined(pieces))) as blocks:
+        for piece in pieces:
+            gram = np.zeros((count, count))
+            for block in islice(blocks, len(piece)):
+                rows = merge.stacked(block.contributions)
+                if config.method == "model-stock":
+                    rows -= block.base
+                gram += rows @ rows.T
+            yield gram
 
 
 def _weights_within(gram: Array, config: FuseConfig) -> TensorWeights:
@@ -202,199 +277,45 @@ def _weights_within(gram: Array, config: FuseConfig) -> TensorWeights:
     return TensorWeights(np.full(len(gram), share / len(gram)), 1 - share)
 
 
-def thresholds(inputs: Inputs, density: float, progress: Progress) -> dict[str, Array]:
+def thresholds(inputs: Inputs, density: float, progress: Progress, spread: Spread | None = None) -> dict[str, Array]:
     """The smallest magnitude that TIES keeps, per tensor and contribution: the k-th largest, k = max(1, ⌊density · n⌋).
 
     A rank needs a whole tensor, so this holds one update of one tensor at a time, in float32.
     """
-    found: dict[str, Array] = {}
-    progress.begin("ranks", _elements(inputs) * len(inputs.contributions), "weights")
-    for name in inputs.names:
-        size = inputs.base.body[name].size
-        found[name] = np.zeros(len(inputs.contributions))
-        if not size or density >= 1:
-            continue
-        magnitudes = np.empty(size, np.float32)
-        for index, checkpoint in enumerate(inputs.contributions):
-            for block in read_blocks(inputs.base, [checkpoint], [name]):
-                difference = block.contributions[0].astype(np.float64) - block.base
-                magnitudes[block.start : block.stop] = np.abs(difference)
-            rank = size - max(1, int(density * size))
-            magnitudes.partition(rank)
-            # One step down: the magnitudes compared later are float64, and this one was rounded to float32.
-            found[name][index] = np.nextafter(magnitudes[rank], np.float32(0)) if magnitudes[rank] > 0 else 0.0
-            progress.advance("ranks", size)
-    progress.end("ranks")
-    return found
+    pieces = [cut(inputs.base, inputs.contributions[:1], [name]) for name in inputs.names]
+    found = along(partial(_ranked, inputs, density), pieces, "ranks", progress, spread)
+    return dict(zip(inputs.names, found, strict=True))
 
 
-def distance(inputs: Inputs, recipe: Recipe, progress: Progress) -> float:
+def _ranked(inputs: Inputs, density: float, pieces: Sequence[Stretch]) -> Iterator[Array]:
+    for piece in pieces:
+        size = piece[-1].stop
+        found = np.zeros(len(inputs.contributions))
+        if size and density < 1:
+            magnitudes = np.empty(size, np.float32)
+            for index, checkpoint in enumerate(inputs.contributions):
+                for block in read_blocks(inputs.base, [checkpoint], piece):
+                    difference = block.contributions[0].astype(np.float64) - block.base
+                    magnitudes[block.start : block.stop] = np.abs(difference)
+                rank = size - max(1, int(density * size))
+                magnitudes.partition(rank)
+                # One step down: the magnitudes compared later are float64, and this one was rounded to float32.
+                found[index] = np.nextafter(magnitudes[rank], np.float32(0)) if magnitudes[rank] > 0 else 0.0
+        yield found
+
+
+def distance(inputs: Inputs, recipe: Recipe, progress: Progress, spread: Spread | None = None) -> float:
     """One pass for the norm of a method's own update, ‖merged − base‖ over all floating body tensors."""
-    total = 0.0
-    progress.begin("norm", _elements(inputs), "weights")
-    for block in read_blocks(inputs.base, inputs.contributions, inputs.names, companions=inputs.companions):
-        step = recipe.merged(block) - block.base
-        total += float(step @ step)
-        progress.advance("norm", block.stop - block.start)
-    progress.end("norm")
-    return float(np.sqrt(total))
+    pieces = stretches(inputs.base, [*inputs.contributions, *inputs.companions], inputs.names)
+    return float(np.sqrt(sum(along(partial(_moved, inputs, recipe), pieces, "norm", progress, spread))))
 
 
-@dataclass(frozen=True)
-class Written:
-    """What the writing pass left on disk."""
-
-    body_digest: str
-    digests: dict[str, str]  # sha256 of the weight files and of the outer optimiser's state
-
-
-@dataclass(frozen=True)
-class Without:
-    """A fused model that lacks one contribution, written in the same pass."""
-
-    index: int
-    folder: Location
-
-
-def write(
-    inputs: Inputs,
-    recipe: Recipe,
-    folder: Location,
-    *,
-    prover: Prover | None,
-    statistics: UpdateStatistics | None,
-    states: Sequence[Checkpoint] = (),
-    without: Sequence[Without] = (),
-    progress: Progress,
-) -> tuple[Written, dict[int, Written]]:
-    """The writing pass: read, fuse, round, write, front to back; with digests and statistics if no pass before took them.
-
-    `states` are the outer optimiser's states so far (none: zero), read along after the inputs' own companions.
-    Returns what was written, and what was written without each contribution in `without`.
-    """
-    config = recipe.config
-    sinks = [_Sink(folder, inputs.base, config), *(_Sink(item.folder, inputs.base, config) for item in without)]
-    kinds = OUTER_STATES.get(config.outer_optimizer, ())
-    outer = [_Sink(folder, inputs.base, config, state=kind) for kind in kinds]
-    progress.begin("fuse", _elements(inputs), "weights")
-    try:
-        reader = read_blocks(
-            inputs.base,
-            inputs.contributions,
-            sinks[0].names,
-            prover.digesters if prover else None,
-            companions=[*inputs.companions, *states],
-        )
-        for block in reader:
-            merged = recipe.apply(block)
-            if prover is not None or statistics is not None:
-                averaged = merged if recipe.config.method == "mean" and recipe.scale == 1.0 else None
-                if averaged is None:
-                    averaged = merge.mean(block.contributions, recipe.weights)
-                if prover is not None:
-                    prover.look(block, averaged if np.all(recipe.weights) else merge.mean(block.contributions))
-                if statistics is not None:
-                    statistics.add(block, averaged)
-            if kinds:
-                before = [array.astype(np.float64) for array in block.companions[len(inputs.companions) :]]
-                before = before or [np.zeros(block.base.size) for _ in kinds]
-                merged, after = merge.outer_step(
-                    config.outer_optimizer, block.base, merged, config.outer_lr, config.outer_momentum, before
-                )
-                for sink, state in zip(outer, after, strict=True):
-                    sink.write(block, state)
-            sinks[0].write(block, merged)
-            for sink, item in zip(sinks[1:], without, strict=True):
-                sink.write(block, _lacking(block, recipe, item.index))
-            progress.advance("fuse", block.stop - block.start)
-        written = [sink.close() for sink in (*sinks, *outer)]
-    finally:
-        for sink in (*sinks, *outer):
-            sink.abandon()
-        progress.end("fuse")
-    digests = {name: digest for item in (written[0], *written[len(sinks) :]) for name, digest in item.digests.items()}
-    others = {item.index: written[1 + at] for at, item in enumerate(without)}
-    return Written(written[0].body_digest, digests), others
-
-
-def _lacking(block: Block, recipe: Recipe, index: int) -> Array:
-    """The linear fused block without one contribution: (mean - wᵢ xᵢ) / (1 - wᵢ), in float64, then scaled."""
-    whole = merge.mean(block.contributions, recipe.weights)
-    weight = recipe.weights[index]
-    rest = (whole - weight * block.contributions[index].astype(np.float64)) / (1 - weight)
-    return merge.scaled(block.base, rest, recipe.scale)
-
-
-def output_dtype(tensor: Tensor, config: FuseConfig) -> str:
-    """The safetensors dtype that a base tensor is fused to."""
-    return DTYPE_NAMES[config.dtype] if config.dtype else tensor.dtype
-
-
-class _Sink:
-    """Rounds, hashes and writes one model's (or one state's) tensors in a thread of its own."""
-
-    def __init__(self, folder: Location, base: Checkpoint, config: FuseConfig, *, state: str | None = None) -> None:
-        self._layouts = {
-            name: Layout(name, "F32" if state else output_dtype(tensor, config), tensor.shape)
-            if tensor.floating
-            else Layout(name, tensor.dtype, tensor.shape)
-            for name, tensor in base.body.items()
-            if tensor.floating or not state
-        }
-        ordered = file_order(list(self._layouts.values()))
-        self.names = [item.name for item in ordered if item.dtype in FLOATING]
-        self._ahead = ordered
-        self._base = base
-        self._in_name_order = self.names == sorted(self.names)
-        self._hashes_body = state is None
-        self._folder = folder
-        size = size_in_bytes(config.max_shard_size)
-        single = layout.outer_state(state) if state else None
-        self._writer = WeightsWriter(folder, list(self._layouts.values()), size, single=single)
-        self._body = hashlib.sha256()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="coldctl-write")
-        self._pending: list[Future[None]] = []
-
-    def write(self, block: Block, values: Array) -> None:
-        """Queue one block, which must be the next in the file."""
-        while len(self._pending) >= _PENDING:
-            self._pending.pop(0).result()
-        self._pending.append(self._pool.submit(self._write, block.name, block.start, values))
-
-    def close(self) -> Written:
-        """Wait for all, finish the files, and say what stands in them."""
-        for future in self._pending:
-            future.result()
-        self._copy_integers()
-        self._writer.close()
-        digest = ""
-        if self._hashes_body:
-            digest = "sha256:" + self._body.hexdigest() if self._in_name_order else ""
-        return Written(digest, self._writer.digests)
-
-    def abandon(self) -> None:
-        """Let go of thread and file."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._writer.abandon()
-
-    def _write(self, name: str, start: int, values: Array) -> None:
-        item = self._layouts[name]
-        if start == 0:
-            self._copy_integers()
-            self._ahead.pop(0)
-        data = merge.rounded(values, DTYPES[item.dtype]).view(np.uint8).data
-        if self._hashes_body and self._in_name_order:
-            if start == 0:
-                self._body.update(digest_prelude(name, Tensor("", 0, item.dtype, item.shape)))
-            self._body.update(data)
-        self._writer.write(data)
-
-    def _copy_integers(self) -> None:
-        """Integer buffers that come next in the file are the base's own."""
-        while self._ahead and self._ahead[0].dtype not in FLOATING:
-            item = self._ahead.pop(0)
-            self._writer.write(self._base.read(item.name).reshape(-1).view(np.uint8).data)
-
-
-def _elements(inputs: Inputs) -> int:
-    return sum(inputs.base.body[name].size for name in inputs.names)
+def _moved(inputs: Inputs, recipe: Recipe, pieces: Sequence[Stretch]) -> Iterator[float]:
+    plan = joined(pieces)
+    with closing(read_blocks(inputs.base, inputs.contributions, plan, companions=inputs.companions)) as blocks:
+        for piece in pieces:
+            total = 0.0
+            for block in islice(blocks, len(piece)):
+                step = recipe.merged(block) - block.base
+                total += float(step @ step)
+            yield total

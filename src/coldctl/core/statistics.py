@@ -98,6 +98,16 @@ class UpdateStatistics:
             lengths = np.sqrt(np.diag(self._products))
             return np.nan_to_num(_ratio(self._products, np.outer(lengths, lengths)), nan=0.0, posinf=0.0, neginf=0.0)
 
+    def include(self, other: "UpdateStatistics") -> None:
+        """Add the sums over other blocks of the same updates."""
+        self._squares += other._squares
+        self._with_mean += other._with_mean
+        self._mean_square += other._mean_square
+        for name, squares in other._groups.items():
+            self._groups[name] = self._groups.get(name, 0.0) + squares
+        if self._products is not None and other._products is not None:
+            self._products += other._products
+
     @property
     def norms(self) -> NDArray[np.float64]:
         """‖dᵢ‖ per contribution: float64 [N]."""

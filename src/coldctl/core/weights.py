@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,26 @@ class Layout:
         return count
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One weight file: its name, and its tensors in the order of their data."""
+
+    name: str
+    layouts: tuple[Layout, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of data, behind the header."""
+        return sum(item.nbytes for item in self.layouts)
+
+    def places(self) -> Iterator[tuple[Layout, int]]:
+        """Each tensor and the offset of its first byte in the file."""
+        offset = len(header(self.layouts))
+        for item in self.layouts:
+            yield item, offset
+            offset += item.nbytes
+
+
 def file_order(layouts: Sequence[Layout]) -> list[Layout]:
     """The order in which tensors are written: wide dtypes first, so that all stay aligned, then by name."""
     return sorted(layouts, key=lambda item: (-DTYPES[item.dtype].itemsize, item.name))
@@ -53,9 +73,8 @@ class WeightsWriter:
     ) -> None:
         """`single` names a file that takes all tensors instead of the model's weights."""
         self._folder = folder
-        self._single = single
-        self._shards = [file_order(layouts)] if single else _shards(file_order(layouts), max_shard_size)
-        self._pending = list(self._names_and_shards())
+        self._shards = shards(file_order(layouts), max_shard_size, single=single)
+        self._pending = list(self._shards)
         self._file: Any = None
         self._hasher = hashlib.sha256()
         self._left = 0
@@ -83,17 +102,7 @@ class WeightsWriter:
         while self._pending:  # shards of empty tensors hold only a header
             self._next_shard()
             self._finish_shard()
-        if len(self._shards) > 1:
-            names = [name for name, _ in self._names_and_shards()]
-            index = {
-                "metadata": {"total_size": sum(item.nbytes for shard in self._shards for item in shard)},
-                "weight_map": {
-                    item.name: name for name, shard in zip(names, self._shards, strict=True) for item in shard
-                },
-            }
-            (self._folder / layout.WEIGHTS_INDEX).write_text(
-                json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-            )
+        write_index(self._folder, self._shards)
 
     def abandon(self) -> None:
         """Close the file without finishing it."""
@@ -106,23 +115,15 @@ class WeightsWriter:
         self._file.close()
         self._file = None
 
-    def _names_and_shards(self) -> list[tuple[str, list[Layout]]]:
-        count = len(self._shards)
-        if count == 1:
-            return [(self._single or layout.WEIGHTS, self._shards[0])]
-        return [
-            (f"model-{number:05d}-of-{count:05d}.safetensors", shard) for number, shard in enumerate(self._shards, 1)
-        ]
-
     def _next_shard(self) -> None:
         self._finish_shard()
-        self._name, shard = self._pending.pop(0)
-        head = header(shard)
+        shard = self._pending.pop(0)
+        self._name, head = shard.name, header(shard.layouts)
         path = self._folder / self._name
         self._file = path.open("wb", buffering=0) if isinstance(path, Path) else path.open("wb", block_size=_PART)
         _write_all(self._file, memoryview(head))
         self._hasher = hashlib.sha256(head)
-        self._left = sum(item.nbytes for item in shard)
+        self._left = shard.nbytes
 
     def _write_back(self) -> None:
         """Let the disk begin with what was written; nothing waits for it, and nothing is dropped unwritten."""
@@ -166,14 +167,33 @@ def header(layouts: Sequence[Layout]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _shards(layouts: Sequence[Layout], limit: int) -> list[list[Layout]]:
-    """Cut the sequence into shards of at most `limit` bytes; a larger tensor has a shard of its own."""
-    shards: list[list[Layout]] = [[]]
+def shards(layouts: Sequence[Layout], limit: int, *, single: str | None = None) -> list[Shard]:
+    """Cut the sequence into files of at most `limit` bytes; a larger tensor has a file of its own.
+
+    `single` names a file that takes all of them.
+    """
+    parts: list[list[Layout]] = [[]]
     size = 0
     for item in layouts:
-        if shards[-1] and size + item.nbytes > limit:
-            shards.append([])
+        if parts[-1] and size + item.nbytes > limit and not single:
+            parts.append([])
             size = 0
-        shards[-1].append(item)
+        parts[-1].append(item)
         size += item.nbytes
-    return shards
+    count = len(parts)
+    if count == 1:
+        return [Shard(single or layout.WEIGHTS, tuple(parts[0]))]
+    return [
+        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(part)) for number, part in enumerate(parts, 1)
+    ]
+
+
+def write_index(folder: Location, files: Sequence[Shard]) -> None:
+    """Say which tensor stands in which file, if there is more than one."""
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(shard.nbytes for shard in files)},
+            "weight_map": {item.name: shard.name for shard in files for item in shard.layouts},
+        }
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (folder / layout.WEIGHTS_INDEX).write_text(text, encoding="utf-8")

@@ -21,12 +21,15 @@ from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, mode
 from coldctl.core.late import as_listed, counted_once, listed, waiting
 from coldctl.core.location import Location, locate
 from coldctl.core.manifest import ContributionRecord, Manifest
-from coldctl.core.passes import Inputs, Prover, write
+from coldctl.core.passes import Inputs, Prover
 from coldctl.core.progress import SILENT, Progress
 from coldctl.core.recipe import Recipe
 from coldctl.core.reference import Model
 from coldctl.core.staleness import Ancestry
 from coldctl.core.storage import open_folder
+from coldctl.core.writing import write
+from coldctl.engines.jobs import Engine
+from coldctl.engines.parts import spread_over
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ def fuse(
     progress: Progress,
     old_bases: Sequence[str] = (),
     manifests_only: bool = False,
+    engine: Engine | None = None,
 ) -> Fused:
     """Fuse contributions into `destination`. Nothing is written unless all that goes in was found good.
 
     Where the contributions are those of an iteration of a RUN, so are the late ones of earlier iterations, and what
     comes after it was fused changes it no more. `old_bases` are MODELs that contributions may have been made on. With
     `manifests_only` what has no manifest is left for later: it may be a contribution that is still being put there.
+    With an `engine` of several machines each reads, computes and writes a share of the weights.
 
     Raises CheckpointError (with one detail per finding) if an input cannot be fused and `config.screen` is not
     "reject", DeclinedError if `config.strict` forbids a drop, ConfigError for settings that do not go together,
@@ -79,7 +84,8 @@ def fuse(
         if output.is_done(destination, key, overwrite=overwrite):
             return Fused(destination, manifest.read(destination), unchanged=True)
     output.is_done(destination, "", overwrite=overwrite)
-    job = Fusion(base, base_checkpoint, candidates, config, scale, destination, progress, trusted)
+    spread = spread_over(engine, base_checkpoint, progress) if engine is not None and engine.distant else None
+    job = Fusion(base, base_checkpoint, candidates, config, scale, destination, progress, trusted, spread)
     with output.writing(destination, None, overwrite=overwrite) as partial:
         if closed and layout.is_complete(destination):  # it is what others go on from: a second one must not differ
             raise BusyError(f"{destination} was completed by another command meanwhile: run the same command again")
@@ -180,6 +186,7 @@ def withdraw(
     overwrite: bool,
     progress: Progress,
     old_bases: Sequence[str] = (),
+    engine: Engine | None = None,
 ) -> Fused:
     """Make the fused model that `fused` would have been without the contribution `name`.
 
@@ -213,7 +220,9 @@ def withdraw(
     if all(wanted.values()):
         kept = [item.place for item in wanted.values() if item is not None]
         progress.note(f"{name} is withdrawn exactly: the other {len(kept)} contributions are fused again")
-        return fuse(kept, base, destination, config, overwrite=overwrite, progress=progress, old_bases=old_bases)
+        return fuse(
+            kept, base, destination, config, overwrite=overwrite, progress=progress, old_bases=old_bases, engine=engine
+        )
     withdrawn = by_digest.get(used[name]["body_digest"])
     plain = (
         config.method == "mean" and config.scale == "1" and config.outer_optimizer == "none" and not config.common_rows

@@ -16,9 +16,10 @@ from coldctl.core.config import PublishConfig, as_record, check_name, identity, 
 from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.core.location import Location, is_url
 from coldctl.core.manifest import Manifest
-from coldctl.core.passes import DTYPE_NAMES, prove
+from coldctl.core.passes import prove
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
+from coldctl.core.sinks import DTYPE_NAMES
 from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
 
 # What an evaluation's directory gives to the published one.
