@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import time
@@ -16,7 +17,7 @@ import torch
 
 import tiny
 from coldctl.core import documents, manifest
-from conftest import Ran
+from conftest import FAST, Ran
 
 Run = Callable[..., Ran]
 SECONDS, MEGABYTES = 1.0, 200
@@ -339,3 +340,86 @@ def test_pickles_that_claim_more_than_they_hold(tmp_path: Path, base: Path, cold
     packed.replace(path)
     ran = coldctl("fuse", path.parent, "--base", base, "--output", tmp_path / "out", "--allow-pickle")
     refused(ran, 2, "is compressed")
+
+
+# Models that are loaded ---------------------------------------------------------------------------------------
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_code_that_a_checkpoint_names_is_ignored_and_told(
+    tmp_path: Path, base: Path, dataset: Path, suite: Path, coldctl: Run
+) -> None:
+    evil = Path(shutil.copytree(base, tmp_path / "evil"))
+    (evil / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    edit(
+        evil / "config.json", auto_map={"AutoModel": "code.Mine", "AutoConfig": "code.Mine"},
+        attn_implementation="evil/kernels", custom_pipelines={"text-classification": {"impl": "code.Mine"}},
+    )  # fmt: skip
+    edit(
+        evil / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.Mine", None]},
+        vocab_file="/etc/passwd", name_or_path="/etc",
+    )  # fmt: skip
+    told = "names custom code (auto_map, custom_pipelines, attn_implementation), which is ignored"
+    for command in (
+        ("finetune", dataset, "--base", evil, "--output", tmp_path / "contribution", *FAST),
+        ("check", evil, "--base", base),
+        ("fuse", evil, "--base", base, "--output", tmp_path / "fused"),
+        ("fuse", base, "--base", evil, "--output", tmp_path / "from"),
+        ("evaluate", evil, "--baseline", base, "--suite", suite, "--output", tmp_path / "evaluation", "--jobs", 1),
+        ("publish", evil, "--to", tmp_path / "published", "--license", "mit"),
+    ):
+        ran = coldctl(*command)
+        assert ran.code == 0, (command, ran.stderr)
+        assert told in " ".join(re.sub(r"[\u2500-\u257f]", " ", ran.stderr).split()), (command, ran.stderr)
+    assert not (tmp_path / "ran").exists()
+    for made in ("contribution", "from", "published"):
+        for file in (tmp_path / made).glob("*.json"):
+            if file.name != "coldctl.json":
+                assert "code.Mine" not in file.read_text(), file
+                assert "/etc" not in file.read_text(), file
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "tokenizer_config.json", "config.json"])
+def test_links_that_lead_outside(name: str, tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    (tmp_path / "secret").write_text((base / name).read_text() if (base / name).exists() else "secret\n")
+    evil = Path(shutil.copytree(base, tmp_path / "evil"))
+    (evil / name).unlink(missing_ok=True)
+    (evil / name).symlink_to(tmp_path / "secret")
+    ran = coldctl("finetune", dataset, "--base", evil, "--output", tmp_path / "out", *FAST)
+    refused(ran, 2, "link to outside")
+
+
+SIZES: list[dict[str, object]] = [
+    {"vocab_size": 10**12}, {"max_position_embeddings": 10**12}, {"num_hidden_layers": 10**9}, {"hidden_size": 10**9},
+    {"intermediate_size": 10**12}, {"vocab_size": 301}, {"num_hidden_layers": -1}, {"vocab_size": "many"},
+    {"num_attention_heads": 10**9}, {"type_vocab_size": 10**15}, {"quantization_config": {"quant_method": "evil"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SIZES, ids=str)
+def test_a_config_of_another_body(
+    change: dict[str, object], tmp_path: Path, base: Path, dataset: Path, coldctl: Run
+) -> None:
+    evil = Path(shutil.copytree(base, tmp_path / "evil"))
+    edit(evil / "config.json", **change)
+    with bounded():
+        ran = coldctl("finetune", dataset, "--base", evil, "--output", tmp_path / "out", *FAST)
+    refused(ran, 2, "evil")
+
+
+TOKENIZERS: list[dict[str, object]] = [
+    {"model_max_length": -5}, {"model_max_length": 0}, {"model_max_length": "long"}, {"pad_token": None},
+    {"pad_token": {"content": []}}, {"tokenizer_class": "os.system"}, {"extra_special_tokens": {"a": [1]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", TOKENIZERS, ids=str)
+def test_tokenizer_settings(change: dict[str, object], tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    evil = Path(shutil.copytree(base, tmp_path / "evil"))
+    edit(evil / "tokenizer_config.json", **change)
+    ran = coldctl("finetune", dataset, "--base", evil, "--output", tmp_path / "out", *FAST)
+    assert ran.code in (0, 2), ran.stderr
+    assert "Traceback" not in ran.stderr

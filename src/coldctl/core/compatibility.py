@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from coldctl.core import foreign
 from coldctl.core.checkpoint import Checkpoint, is_pooler, is_vocabulary
 from coldctl.core.decoded import RelativeCheckpoint
 from coldctl.core.staleness import generations
@@ -45,8 +46,8 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
         verdict.notes.append("has another vocabulary: only the common rows are taken")
     if other.manifest is None:
         verdict.notes.append("has no manifest: unverified")
-    if "auto_map" in other.config:
-        verdict.notes.append("names custom code (auto_map), which is ignored")
+    if words := foreign.note(other.config):
+        verdict.notes.append(words)
     return verdict
 
 

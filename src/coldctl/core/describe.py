@@ -4,10 +4,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from coldctl.core.foreign import CODE
+
 # About a head, about custom code, or about the machine that the model came from.
 _DROPPED = (
+    *CODE,
     "_name_or_path",
-    "auto_map",
     "id2label",
     "label2id",
     "num_labels",

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from coldctl.core import charts, layout, manifest, merge
+from coldctl.core import charts, foreign, layout, manifest, merge
 from coldctl.core.candidates import Candidate
 from coldctl.core.checkpoint import (
     Checkpoint,
@@ -450,10 +450,7 @@ class Fusion:
         shares = {id(item): float(weight) for item, weight in zip(fused, weights, strict=True)}
         offered = self.candidates if main else fused
         records = [_record(item, shares.get(id(item))) for item in offered]
-        source = self.base_checkpoint.folder
-        for file in layout.TOKENIZER_FILES:
-            if source.has(file):
-                (folder / file).write_bytes(source.read(file))
+        foreign.copy_tokenizer(self.base_checkpoint.folder, folder)
         if main and self.config.screen != "off":
             charts.fuse_chart(records, folder / layout.FUSE_CHART)
         before = self.base_checkpoint.manifest

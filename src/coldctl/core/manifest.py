@@ -294,8 +294,8 @@ def _is_iteration(value: object) -> bool:
 
 _RECORD: Shape = {
     "name!": is_name, "dataset": MAYBE_TEXT, "num_train": (int, NoneType), "source": MAYBE_TEXT, "license": MAYBE_TEXT,
-    "training": {...: SCALAR}, "environment": {...: SCALAR}, "body_digest": MAYBE_TEXT, "weight": NUMBER,
-    "status": MAYBE_TEXT, "reason": MAYBE_TEXT, "verified": (bool, NoneType), "age": (int, NoneType),
+    "training": {...: SCALAR}, "environment": {...: SCALAR}, "body_digest!": str, "weight!": NUMBER,
+    "status!": str, "reason": MAYBE_TEXT, "verified": (bool, NoneType), "age": (int, NoneType),
     "discount": MAYBE_NUMBER, "iteration": (int, NoneType),
     "signer": MAYBE_TEXT, "signer_key": MAYBE_TEXT, "signers_within": {...: str}, "update_norm": MAYBE_NUMBER,
     "cosine_to_mean": MAYBE_NUMBER, "notes": [str],

@@ -1,6 +1,7 @@
 """Loading encoders with torch and transformers, never executing a checkpoint's own code."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ import transformers
 from numpy.typing import NDArray
 from torch import nn
 
-from coldctl.core import layout
-from coldctl.core.checkpoint import is_pooler, modern_name, read_model_config
+from coldctl.core import foreign, layout
+from coldctl.core.checkpoint import Checkpoint, is_pooler, modern_name, open_checkpoint
 from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.core.errors import ModelError
 from coldctl.core.ragged import Ragged, Spool
@@ -21,6 +22,10 @@ from coldctl.core.storage import LocalFolder
 
 _CHUNK = 4096  # texts tokenised at a time, over all cores
 _LENGTH_LIMIT = 100_000  # tokenizers that know no limit state an absurd one
+_SHORTEST = 4  # tokens that an example needs at least: three marks, and one of a text
+_MOST_LAYERS = 256  # that a config may name, whatever the weights: some share one layer's
+_IN_A_LAYER = re.compile(r"(^|\.)(layers?|layer_groups)\.\d+\.")
+_SPARE = 1 << 24  # weights that a checkpoint may lack beside as many as it has, such as a pooler
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,16 @@ def load_tokenizer(folder: Path) -> Any:
         (folder / name).is_file() for name in layout.VOCABULARY_FILES
     ):  # transformers 5 would make up an empty one
         raise ModelError(f"{folder} has no tokenizer: {remedy}")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever a parser of theirs did
-        raise ModelError(f"{folder} has no usable tokenizer ({_first_line(error)}): {remedy}") from None
+    with foreign.tokenizer_of(LocalFolder(folder)) as place:
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                place, local_files_only=True, trust_remote_code=False
+            )
+        except BaseException as error:  # transformers raises whatever a parser did, and one in Rust may panic
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            raise ModelError(f"{folder} has no usable tokenizer ({_first_line(error)}): {remedy}") from None
+    tokenizer.name_or_path = ""
     if tokenizer.pad_token_id is None:
         raise ModelError(f"{folder}: its tokenizer has no padding token: set one in tokenizer_config.json")
     return tokenizer
@@ -74,7 +85,7 @@ def load_classifier(folder: Path, labels: Sequence[str], seed: int, *, multilabe
     Raises ModelError if a body tensor is missing or the architecture has no sequence-classification head.
     """
     torch.manual_seed(seed)
-    options: dict[str, Any] = {"num_labels": max(1, len(labels)), "ignore_mismatched_sizes": True}
+    options: dict[str, Any] = {"num_labels": max(1, len(labels))}
     if labels:
         options |= {
             "id2label": dict(enumerate(labels)),
@@ -116,7 +127,12 @@ def length_limit(tokenizer: Any, model_config: Any, wanted: int) -> int:
     if model_config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xmod"):
         positions -= (model_config.pad_token_id or 0) + 1  # their positions start behind the padding id
     stated = tokenizer.model_max_length
-    return int(min(wanted, positions, stated if stated < _LENGTH_LIMIT else wanted))
+    if not isinstance(stated, int | float) or not isinstance(positions, int):
+        raise ModelError("its tokenizer or config states a length that is no number: take both from one base")
+    limit = int(min(wanted, positions, stated if stated < _LENGTH_LIMIT else wanted))
+    if limit < _SHORTEST and limit < wanted:
+        raise ModelError(f"its tokenizer or config leaves room for {limit} tokens: take both from one base")
+    return limit
 
 
 def encode(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> Encoded:
@@ -165,22 +181,32 @@ def device_of_choice(local_rank: int = 0) -> torch.device:
 
 def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
     quiet()
-    read_model_config(LocalFolder(folder))  # refuses what is no encoder before its weights are read
+    checkpoint = open_checkpoint(LocalFolder(folder), folder.name)  # refuses what is no encoder, or unsafe
+    checkpoint.close()
     if (folder / layout.ADAPTER_CONFIG).exists():  # transformers would load it on top, unasked
         raise ModelError(
             f"{folder} holds an adapter beside the model: merge the adapter, or take {layout.ADAPTER_CONFIG} away"
         )
     state = torch.get_rng_state()
     try:
+        with foreign.config_of(checkpoint.folder) as place:
+            config = transformers.AutoConfig.from_pretrained(
+                place, local_files_only=True, trust_remote_code=False, **options
+            )
+        config.name_or_path = ""
+        _check_sizes(config, checkpoint)
         model, report = kind.from_pretrained(
             folder,
+            config=config,
             dtype=torch.float32,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # of a head with other labels
             output_loading_info=True,
-            **options,
         )
+    except ModelError:
+        raise
     except Exception as error:  # transformers raises whatever went wrong inside
         raise ModelError(f"{folder} cannot be loaded ({_first_line(error)}): check it with `coldctl check`") from None
     torch.set_rng_state(state)
@@ -192,6 +218,33 @@ def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
         raise ModelError(f"{folder} lacks {len(lost)} body tensors ({lost[0]} …): the checkpoint is incomplete")
     loaded: nn.Module = model
     return loaded
+
+
+def _check_sizes(config: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a config that describes another body than the weights are of, before any memory is taken for it.
+
+    Layers are counted before they are made, even without memory. Raises ModelError.
+    """
+    most = max(_MOST_LAYERS, len(checkpoint.body))
+    for key, value in config.to_dict().items():
+        if type(value) is int and value > most and re.search("layer|block|group", key):
+            raise ModelError(f"{checkpoint.label}: its config says {key} = {value}, its weights hold far fewer")
+    with torch.device("meta"):
+        skeleton = transformers.AutoModel.from_config(config)
+    for raw, tensor in skeleton.state_dict().items():
+        stored = checkpoint.body.get(modern_name(raw))
+        if stored is not None and stored.shape != tuple(tensor.shape):
+            raise ModelError(
+                f"{checkpoint.label}: {raw} is {list(stored.shape)} in its weights, {list(tensor.shape)} by its config: "
+                "they do not belong together, take both from one base"
+            )
+    known = {modern_name(raw) for raw in skeleton.state_dict()}
+    if beyond := [name for name in checkpoint.body if name not in known and _IN_A_LAYER.search(name)]:
+        raise ModelError(f"{checkpoint.label}: its config leaves out {beyond[0]}, which its weights hold: correct it")
+    described = sum(tensor.numel() for tensor in skeleton.parameters())
+    stored_elements = sum(tensor.size for tensor in checkpoint.body.values())
+    if described > 2 * stored_elements + _SPARE:
+        raise ModelError(f"{checkpoint.label}: its config describes {described} weights, it holds {stored_elements}")
 
 
 def _reset_head(model: nn.Module, folder: Path, seed: int) -> None:

@@ -39,6 +39,7 @@ def prove_loading(before: Path, after: Path, dtype: str | None) -> None:
     Raises CheckpointError for a body tensor that is missing or not expected, or for features that differ beyond rounding.
     """
     models.quiet()
+    wanted = features(before, rounded_to=dtype)  # which also proves that its config and weights belong together
     options = {
         "local_files_only": True,
         "trust_remote_code": False,
@@ -50,7 +51,6 @@ def prove_loading(before: Path, after: Path, dtype: str | None) -> None:
     found = _hidden(after, body.eval(), SENTENCES)
     classifier, report = transformers.AutoModelForSequenceClassification.from_pretrained(after, num_labels=3, **options)
     _complete(report, BODY_PREFIXES[classifier.config.model_type] + ".", "AutoModelForSequenceClassification")
-    wanted = features(before, rounded_to=dtype)
     if found.shape != wanted.shape:
         raise CheckpointError("the published tokenizer gives other tokens than the source's: nothing was published")
     worst = float((found - wanted).abs().max())

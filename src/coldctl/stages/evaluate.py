@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from coldctl.core import cells as cell_files
-from coldctl.core import curves, data, feature_cache, layout, manifest, output, run, scoring
+from coldctl.core import curves, data, feature_cache, foreign, layout, manifest, output, run, scoring
 from coldctl.core import results as results_file
 from coldctl.core.candidates import free_names
 from coldctl.core.charts import curve_chart, gain_chart
@@ -137,6 +137,9 @@ def evaluate(
         manifest.read_unchanged(destination)
         return Evaluated(destination, results_file.read(destination), unchanged=True)
     _prove(contenders)
+    for item in contenders:
+        if words := foreign.note_on(item.model.folder):
+            progress.note(f"{item.name} {words}")
     overlaps = _overlaps(loaded)
     for dataset in datasets:
         for sentence in loaded[dataset.name].overlaps():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from coldctl.core import data, layout, manifest, output, residuals, run, scoring, team
+from coldctl.core import data, foreign, layout, manifest, output, residuals, run, scoring, team
 from coldctl.core.charts import training_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import (
@@ -131,6 +131,8 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
         if folder is None:  # a process that computes its share and writes nothing
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldctl-")))
         try:
+            if words := foreign.note_on(job.base.folder):
+                progress.note(f"{job.base.name} {words}")
             _tell(job, work.dataset, progress)
             base = job.base.local()
             if is_url(job.base.place):  # what is sent is measured against the base: its copy is read, not the store
@@ -404,9 +406,8 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
 
     config = job.config
     encoding = encoding_of(config)
-    for name in layout.TOKENIZER_FILES:
-        if work.source.folder.has(name) and encoding not in ENCODINGS:  # a difference is never used but with its base
-            (folder / name).write_bytes(work.source.folder.read(name))
+    if encoding not in ENCODINGS:  # a difference is never used but with its base
+        foreign.copy_tokenizer(work.source.folder, folder)
     written = open_written(folder, job.name, work.source, config)
     before = work.source.manifest
     ancestor: dict[str, Any] = (

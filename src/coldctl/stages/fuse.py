@@ -12,10 +12,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from coldctl.core import layout, manifest, output, run, signatures
+from coldctl.core import foreign, layout, manifest, output, run, signatures
 from coldctl.core.candidates import Candidate, gather
-from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
-from coldctl.core.config import FuseConfig, identity
+from coldctl.core.checkpoint import CONFIG_LIMIT, DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
+from coldctl.core.config import ConfigFile, FuseConfig, identity, resolve
 from coldctl.core.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
 from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
 from coldctl.core.late import as_listed, counted_once, listed, waiting
@@ -78,6 +78,11 @@ def fuse(
         candidates = as_listed(candidates, manifest.read(destination), progress)
     output.refuse_overlap(destination, [item.place for item in candidates])
     _judge(candidates, base_checkpoint, config)
+    if words := foreign.note(base_checkpoint.config):
+        progress.note(f"{base.name} {words}")
+    for item in candidates:
+        if item.checkpoint is not None and (words := foreign.note(item.checkpoint.config)):
+            progress.note(f"{item.name} {words}")
     cheap = all(item.stated_digest for item in candidates)  # without manifests an identity costs reading everything
     if layout.is_complete(destination) and (cheap or not overwrite):
         key = fuse_identity(config, stated_digest(base_checkpoint) or body_digest(base_checkpoint), candidates, trusted)
@@ -270,7 +275,7 @@ def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:
         "allow_other_base",
         "leave_one_out",
     )
-    before = FuseConfig(**recorded)
+    before = resolve(FuseConfig, ConfigFile(), recorded)
     if before.trusted_keys is not None and config.trusted_keys is None:
         raise ConfigError(
             "it was fused from signed contributions: give --trusted-keys again, without a key that is revoked"
@@ -312,9 +317,8 @@ def _subtract(
         proof = prover.prove()
         if problems := [*proof.base_problems, *proof.problems[0]]:
             raise CheckpointError(f"{source.label} or {withdrawn.label}: {problems[0]}: make or fetch it again")
-        for file in (layout.MODEL_CONFIG, *layout.TOKENIZER_FILES):
-            if source.folder.has(file):
-                (partial / file).write_bytes(source.folder.read(file))
+        (partial / layout.MODEL_CONFIG).write_bytes(source.folder.read(layout.MODEL_CONFIG, CONFIG_LIMIT))
+        foreign.copy_tokenizer(source.folder, partial)
         records = [item for item in source.manifest["contributions"] if item["name"] != record["name"]]
         for item in records:
             item["weight"] = item["weight"] / (1 - weight)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coldctl.core import layout, manifest, output, privacy, results, tokenizer_files
+from coldctl.core import foreign, layout, manifest, output, privacy, results, tokenizer_files
 from coldctl.core.bare import WrittenBody, write_body, write_config
 from coldctl.core.card import Subject, card
 from coldctl.core.charts import gain_chart
@@ -191,6 +191,8 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     body = write_body(work.source, folder, config.dtype, size_in_bytes(config.max_shard_size), progress)
     prove(work.source, body.source_digest)
     write_config(work.source, folder, config.dtype)
+    if words := foreign.note_on(work.source.folder):
+        progress.note(f"{work.name} {words}")
     for lack in tokenizer_files.copy(work.source.folder, folder):
         progress.note(f"the tokenizer is complete but for {lack}")
     _describe_pooling(work.source, folder)
