@@ -423,3 +423,110 @@ def test_tokenizer_settings(change: dict[str, object], tmp_path: Path, base: Pat
     ran = coldctl("finetune", dataset, "--base", evil, "--output", tmp_path / "out", *FAST)
     assert ran.code in (0, 2), ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+# Datasets -----------------------------------------------------------------------------------------------------
+
+
+def rows(text: str, label: object, count: int = 20) -> str:
+    return "".join(
+        json.dumps({"text": f"{text} {number}", "label": label if number % 2 else "a"}) + "\n"
+        for number in range(count)
+    )
+
+
+GOOD = rows("good", "b")
+DATA: dict[str, tuple[str, str | bytes, str]] = {
+    "long row": ("d.jsonl", GOOD + json.dumps({"text": "x" * (5 << 20), "label": "a"}), "longer than"),
+    "endless row": ("d.jsonl", b"x" * (50 << 20), "longer than"),
+    "many values": ("d.jsonl", GOOD + "[" + "0," * 600_000 + "0]", "more than 500000 values"),
+    "deep row": ("d.jsonl", GOOD + '{"text": ' + "[" * 300 + "]" * 300 + "}", "nested more than"),
+    "deeper row": ("d.jsonl", GOOD + "[" * 100_000, "nested more than"),
+    "column twice": ("d.jsonl", GOOD + '{"text": "a", "text": "b", "label": "a"}', "stands twice"),
+    "digits": ("d.jsonl", GOOD + '{"text": "a", "label": ' + "9" * 3000 + "}", "a number of 3000 digits"),
+    "long label": ("d.jsonl", GOOD + json.dumps({"text": "a", "label": "9" * 5000}), "5000 characters"),
+    "many long labels": (
+        "d.jsonl", GOOD + "".join(json.dumps({"text": "a", "label": f"{n:0999d}"}) + "\n" for n in range(600)), "shorten them",
+    ),
+    "open quote": ("d.csv", 'text,label\n"' + ("x" * 999 + "\n") * 5_000, "is a quote left open"),
+    "endless line": ("d.csv", b"x" * (50 << 20), "longer than"),
+    "many columns": ("d.csv", "a," * 100_000 + "b\n", "columns"),
+    "column twice in csv": ("d.csv", "text,label,text\na,b,c\n", "two columns are called 'text'"),
+    "many fields": ("d.tsv", "text\tlabel\n" + "x\t" * 1_000_000 + "\n", "as many columns"),
+    "NUL": ("d.csv", b"text,label\n\0,\0\n", "one class"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_datasets(case: str, tmp_path: Path, base: Path, coldctl: Run) -> None:
+    name, content, words = DATA[case]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with bounded():
+        ran = coldctl("finetune", tmp_path / name, "--base", base, "--output", tmp_path / "out", *FAST)
+    refused(ran, 2, words)
+    assert len(ran.stderr) < 4000
+
+
+def test_labels_that_share_a_hash_cost_no_more_than_others(tmp_path: Path) -> None:
+    from coldctl.core import data
+    from coldctl.core.config import DatasetConfig
+
+    prime = (1 << 61) - 1  # to Python all multiples of it have the hash 0
+    lines = [json.dumps({"text": f"a {number}", "label": number * prime}) for number in range(20_000)]
+    (tmp_path / "d.jsonl").write_text("\n".join(lines * 4))
+    started = time.process_time()
+    found = data.load(data.single(str(tmp_path / "d.jsonl"), DatasetConfig("", "")), data.Limits(), 0)
+    assert time.process_time() - started < 4
+    assert len(found.labels) > 19_000
+
+
+def parquet(path: Path, **columns: Any) -> Path:
+    import pyarrow
+    from pyarrow import parquet as files
+
+    table = pyarrow.table(columns)
+    files.write_table(table, path, compression="zstd", data_page_size=1 << 30, dictionary_pagesize_limit=1 << 30)
+    return path
+
+
+def test_parquet_that_unpacks_to_far_more_than_it_is(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    import pyarrow
+
+    def repeated(text: str, count: int) -> Any:
+        return pyarrow.DictionaryArray.from_arrays(pyarrow.array([0], "int8").take(pyarrow.array([0] * count)), [text])
+
+    labels = ["a", "b"] * 10
+    texts = [f"text {number}" for number in range(20)]
+    lists = pyarrow.ListArray.from_arrays([0, *[2_000_000] * 20], repeated("a" * 1000, 2_000_000))
+    bombs = {
+        "page": ({"text": ["a" * (70 << 20), *texts[1:]], "label": labels}, "a page unpacks to"),
+        "dictionary": (
+            {"text": repeated("a" * 3_000_000, 50_000), "label": repeated("b", 50_000)},
+            "unpacks to more than",
+        ),
+        "rows": ({"text": repeated("a" * 100, 2_000_000), "label": repeated("b", 2_000_000)}, "unpacks to more than"),
+        "lists": ({"text": texts, "label": lists}, "in one page of lists"),
+        "long text": ({"text": ["a" * (5 << 20), *texts[1:]], "label": labels}, "longer than"),
+        "binary": ({"text": [b"\xff", *[b"a"] * 19], "label": labels}, "not text"),
+    }
+    for name, (columns, words) in bombs.items():
+        path = parquet(tmp_path / f"{name}.parquet", **columns)
+        assert path.stat().st_size < 1 << 20
+        before, started = pyarrow.default_memory_pool().max_memory(), time.process_time()
+        ran = coldctl("finetune", path, "--base", base, "--output", tmp_path / "out", *FAST)
+        refused(ran, 2, words)
+        assert time.process_time() - started < 5, name
+        assert name == "page" or pyarrow.default_memory_pool().max_memory() < max(before, 512 << 20), name
+
+
+def test_parquet_reads_what_is_wanted(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    import pyarrow
+
+    texts, labels = [f"text {number}" for number in range(20)], ["a", "b"] * 10
+    odd = pyarrow.array([2**62] * 20, pyarrow.timestamp("us"))  # no date of Python's
+    path = parquet(tmp_path / "d.parquet", text=texts, label=labels, odd=odd)
+    assert coldctl("finetune", path, "--base", base, "--output", tmp_path / "out", *FAST).code == 0
+    ran = coldctl("finetune", path, "--base", base, "--output", tmp_path / "x", "--label", "odd", *FAST)
+    refused(ran, 2, "d.parquet")
+    ran = coldctl("finetune", path, "--base", base, "--output", tmp_path / "x", "--label", "none", *FAST)
+    refused(ran, 2, "no column 'none'", "'text', 'label', 'odd'")

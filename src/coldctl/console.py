@@ -21,7 +21,6 @@ from coldctl.core.report import group_name
 from coldctl.core.text import json_document, printable
 
 _VERDICT_STYLE = {"better": "green", "worse": "red"}
-_LONGEST = 2000  # characters of one message
 _LOG_WIDTH = 120  # columns of tables in logs, where nothing says how wide the reader is
 _SHORT_VERDICT = {"better": "better", "worse": "worse", "indistinguishable": "within noise", None: "one seed"}
 
@@ -78,14 +77,9 @@ class Screen:
             self.result({"error": error.message, "details": list(error.details), "exit_code": error.exit_code})
         if self._mute and not isinstance(error, TeamError):
             return
-        self._errors.print(f"[bold red]error:[/] {escape(_shortened(error.message))}")
+        self._errors.print(f"[bold red]error:[/] {escape(printable(error.message))}")
         for detail in error.details:
-            self._errors.print(f"  - {escape(_shortened(detail))}")
-
-
-def _shortened(message: str) -> str:
-    """An error that quotes a stranger's text is no longer than a person reads."""
-    return printable(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…")
+            self._errors.print(f"  - {escape(printable(detail))}")
 
 
 class _Prose:

@@ -24,7 +24,7 @@ from coldctl.core.storage import Folder, Reader
 
 HEADER_LIMIT = 4 << 20  # bytes; the largest encoders need a tenth of it
 TENSOR_LIMIT = 20_000  # tensors in one checkpoint, and shards of one
-CONFIG_LIMIT = 1 << 20  # bytes of config.json
+CONFIG_LIMIT = 16 << 20  # bytes of config.json; tens of thousands of label names take most of it
 _LONGEST_NAME = 500  # characters of a tensor's name
 _LARGEST = 1 << 62  # elements of a tensor, the empty dimensions not counted
 _CHUNK = 4 << 20  # bytes read at a time when hashing

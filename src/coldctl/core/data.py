@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from coldctl.core.config import Columns, DatasetConfig, derived_seed
 from coldctl.core.errors import DataError
 from coldctl.core.ragged import Texts, TextSpool
-from coldctl.core.sources import FORMATS, FileSource, HubSource, Row
+from coldctl.core.sources import FORMATS, ROW_LIMIT, FileSource, HubSource, Row
 
 SPLITS = ("train", "validation", "test")
 _ALIASES = {"validation": ("dev", "valid", "val")}
@@ -30,6 +30,9 @@ MULTILABEL_METRICS = ("accuracy", "macro_f1")
 _HELD_OUT = 0.1
 _SHOWN = 5  # labels or columns that a message spells out
 _MOST_CLASSES = 1 << 16  # more of them mean that the column holds no classes
+_LONGEST_LABEL = 1000  # characters
+_LABEL_CHARACTERS = 1 << 19  # of all classes, which stand in configs and manifests
+_HASHED = 1 << 60  # whole numbers up to here have hashes of their own
 _BATCH = 4096  # labels that become Python objects at a time
 
 Labels = NDArray[Any]
@@ -395,6 +398,8 @@ def _add_text(spool: TextSpool, row: Row, columns: Columns, config: DatasetConfi
         if not isinstance(value, str):
             raise DataError(f"{config.name}: column {column!r} in {where}, is {type(value).__name__}, not text")
         parts.append(value)
+    if sum(map(len, parts)) > ROW_LIMIT:
+        raise DataError(f"{config.name}: the text of {where}, is longer than {ROW_LIMIT} characters: cut it")
     try:
         spool.append(" ".join(parts))
     except UnicodeEncodeError:
@@ -480,6 +485,8 @@ class _Collected:
                 f"{name}: {self.split} has more than {_MOST_CLASSES} classes: name the column of the labels with --label, "
                 'or set metric = "spearman" if they are numbers to be predicted'
             )
+        if sum(map(len, self._classes)) > _LABEL_CHARACTERS:
+            raise DataError(f"{name}: the classes' names have more than {_LABEL_CHARACTERS} characters: shorten them")
         return list(self._classes)
 
     def numbers(self) -> Labels:
@@ -514,6 +521,8 @@ class _Collected:
 
     def _look_up(self, value: Any, where: str) -> tuple[int, float]:
         """A label's place in the classes, -1 if it has none, and its number, NaN if it has none."""
+        if isinstance(value, int) and not -_HASHED < value < _HASHED:
+            value = str(value)  # larger numbers can be chosen to have one hash, and a table of them takes for ever
         if isinstance(value, str | int | float) and (known := self._known.get(value)) is not None:
             return known
         number = self._number(value, where)
@@ -521,6 +530,10 @@ class _Collected:
         if label is None:
             self._no_class = self._no_class or (where, value)
             return -1, number
+        if len(label) > _LONGEST_LABEL:
+            raise DataError(
+                f"{self._config.name}: the label of {where}, has {len(label)} characters, which is no class"
+            )
         try:
             label.encode()
         except UnicodeEncodeError:
@@ -562,7 +575,7 @@ def _class_names(train: _Collected, names: list[str] | None, config: DatasetConf
     if names is not None:
         present = set(found)
         return tuple(name for name in names if name in present)
-    if all(re.fullmatch(r"-?\d+", label) for label in found):
+    if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in found):
         return tuple(sorted(found, key=int))
     return tuple(sorted(found))
 

@@ -14,12 +14,31 @@ from typing import Any
 JSON_LIMIT = 16 << 20  # bytes
 TOML_LIMIT = 256 << 10  # bytes; the parser is slow
 MOST_VALUES = 1_000_000
+_MOST_IN_A_ROW = 500_000  # most of them commas in texts
 DEEPEST = 32  # lists and objects inside each other
 LONGEST_NUMBER = 100  # characters of a whole number: more than any float holds
 # So many names joined by dots nest so deep; the parser takes the square of their number to read them.
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')\s*+\.\s*+){32}""")
 
 Shape = Any  # a type, a tuple of types, a predicate, [shape of each], {"known": shape}, {...: shape of each}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"a key stands twice: {twice[:40]!r}")
+    return document
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_whole)
 
 
 def json_value(data: bytes, largest: int = JSON_LIMIT) -> Any:
@@ -34,11 +53,25 @@ def json_value(data: bytes, largest: int = JSON_LIMIT) -> Any:
     if most > MOST_VALUES:
         raise ValueError(f"more than {MOST_VALUES} values")
     try:
-        document = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_int=_whole)
+        document = _DECODER.decode(data.decode("utf-8"))
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} deep") from None
     _check_depth(document)
     return document
+
+
+def json_row(text: str) -> Any:
+    """Parse one line of JSON that is no longer than its reader allows. Raises ValueError."""
+    opened = text.count("[") + text.count("{")
+    if opened + text.count(",") > _MOST_IN_A_ROW:
+        raise ValueError(f"more than {_MOST_IN_A_ROW} values")
+    try:
+        row = _DECODER.decode(text)
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} deep") from None
+    if opened > DEEPEST:
+        _check_depth(row)
+    return row
 
 
 def toml_table(data: bytes) -> dict[str, Any]:
@@ -107,21 +140,6 @@ def _first(found: Any) -> str | None:
 def _check_size(data: bytes, largest: int) -> None:
     if len(data) > largest:
         raise ValueError(f"{len(data)} bytes, more than {largest}")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"a key stands twice: {twice[:40]!r}")
-    return document
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
 
 
 def _check_depth(document: Any) -> list[Any]:

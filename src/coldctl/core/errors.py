@@ -6,6 +6,12 @@ for the errors that list all of them.
 
 from collections.abc import Sequence
 
+_LONGEST = 3000  # characters of a message; one that quotes a stranger's file could have millions
+
+
+def _bounded(message: str) -> str:
+    return message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…"
+
 
 class ColdctlError(Exception):
     """Anything that a user is told in words instead of a traceback."""
@@ -13,9 +19,9 @@ class ColdctlError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, details: Sequence[str] = ()) -> None:
-        super().__init__(message)
-        self.message = message
-        self.details = tuple(details)
+        self.message = _bounded(message)
+        self.details = tuple(map(_bounded, details))
+        super().__init__(self.message)
 
     def __reduce__(self) -> tuple[type["ColdctlError"], tuple[str, tuple[str, ...]]]:
         """Keep `details` on the way back from a worker process."""

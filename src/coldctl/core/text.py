@@ -8,7 +8,7 @@ import re
 
 _OTHER = "�"
 _MARKUP = re.compile(r"([\\`*{}\[\]<>()#|!~&$@^=])|(?<![^\W_])_|_(?![^\W_])|(?<=:)//|(?<=\bwww)\.", re.IGNORECASE)
-_LINE_START = re.compile(r"[-+]|\d+(?=\.)")
+_LINE_START = re.compile(r"[-+](?=\s|[-\s]*$)|\d+(?=\.(?:\s|$))")
 
 
 def printable(text: object) -> str:
