@@ -313,7 +313,7 @@ def settled_finetuning(config: FinetuneConfig) -> FinetuneConfig:
     ):
         if given and config.lora_rank:
             raise ConfigError(
-                f"{flag} is about the body's own weights, which --lora-rank leaves alone: give one of them"
+                f"{flag} is about the body's own weights, which adapters leave alone: leave out --lora-rank and --send lora"
             )
     return config
 
