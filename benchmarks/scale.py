@@ -1,11 +1,15 @@
 """What it costs to work past one machine. One sub-command per claim:
 
     .venv/bin/python benchmarks/scale.py traffic --scratch runs/traffic [--seeds 3] [--examples 600]
+    .venv/bin/python benchmarks/scale.py store [--contributions 64 512] [--runs 3]
+    .venv/bin/python benchmarks/scale.py rates [--contributions 8] [--runs 3]
+    .venv/bin/python benchmarks/scale.py plan
 
 `traffic`: bytes of tensors per contribution in every encoding of `finetune --send`, and what the linear probes of the model
 fused from them say, on the demo's base and suite. Contributions are trained once per seed as a whole and once as adapters; the
 differences are made from the whole ones, and the first seed's by `finetune --send`, too: their bytes must be the same. Resumable:
-what is complete in --scratch is not repeated. Prints Markdown.
+what is complete in --scratch is not repeated. The others are described in scale_store.py, scale_rates.py and scale_plan.py.
+All print Markdown and assert nothing about time.
 """
 
 import argparse
@@ -19,6 +23,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from scale_plan import plan
+from scale_rates import rates
+from scale_store import store
 
 ROOT = Path(__file__).parents[1]
 SUITE = ROOT / "configs" / "demo.toml"
@@ -37,6 +45,19 @@ def main() -> None:
     command.add_argument("--seeds", type=int, default=3)
     command.add_argument("--examples", type=int, default=600, help="training examples of each contribution")
     command.set_defaults(run=traffic)
+    command = commands.add_parser("store", help="small contributions from an S3 server, beside downloading them")
+    command.add_argument("--contributions", type=int, nargs="+", default=[64, 512])
+    command.add_argument("--runs", type=int, default=3)
+    command.add_argument("--scratch", type=Path, help="where to work (5 GB)")
+    command.set_defaults(run=store)
+    command = commands.add_parser("rates", help="time of a fuse per contribution and parameter, by encoding")
+    command.add_argument("--contributions", type=int, default=8)
+    command.add_argument("--runs", type=int, default=3)
+    command.add_argument("--scratch", type=Path, help="where to work (2 GB)")
+    command.set_defaults(run=rates)
+    command = commands.add_parser("plan", help="what iterations cost beyond these machines, computed from the others")
+    command.add_argument("--each", type=float, default=8.0, help="milliseconds per contribution, whatever its size")
+    command.set_defaults(run=plan)
     options = parser.parse_args()
     print(options.run(options))
 

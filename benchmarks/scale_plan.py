@@ -1,7 +1,7 @@
 """`scale.py plan`: what an iteration costs beyond the machines that it was measured on, from measured constants.
 
-Bytes per contribution are parameters × bytes per parameter of the encoding. One fuser needs the time of reading all of
-them at the rate that it was measured to read, prove and average at, and that of the requests or openings, one after the other.
+Bytes per contribution are parameters × bytes per parameter of the encoding. One fuser needs, for each contribution and
+parameter, the time that `scale.py rates` measures to read, prove, decode and average, and some milliseconds per contribution.
 A tree of fuses (groups of k, then the groups, in float64: exact for the mean) needs the time of its slowest group and of the last
 fuse; k is the one that makes that least. Network and store are taken to keep up; where they do not, theirs is the rate to give.
 Prints Markdown and measures nothing.
@@ -11,9 +11,11 @@ import argparse
 import math
 from dataclasses import dataclass
 
-# Bytes per parameter of float32 bodies, as `scale.py traffic` finds them on the demo's base.
+# Bytes per parameter of float32 bodies, as `scale.py traffic` finds them on the demo's base, and nanoseconds per contribution and
+# parameter, as `scale.py rates` finds them.
 BYTES = {"full": 4.0, "delta-bf16": 2.0, "delta-int8": 1.02, "lora": 0.12}
-_WIDE = 8.0  # bytes per parameter of a group that is fused in float64
+NANOSECONDS = {"full": 5.0, "delta-bf16": 10.0, "delta-int8": 10.0, "lora": 10.0}
+_WHOLE = 2.0  # a float64 group costs so many times a float32 contribution
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ CASES = (
 def plan(options: argparse.Namespace) -> str:
     """One row per case and encoding."""
     lines = [
-        f"- one fuser reads, proves and averages {options.rate:g} GB/s and spends {options.each:g} ms per contribution",
+        "- one fuser spends per contribution and parameter "
+        + ", ".join(f"{value:g} ns ({send})" for send, value in NANOSECONDS.items())
+        + f", and {options.each:g} ms per contribution",
         "",
         "| contributors × parameters | `--send` | each sends | all send | one fuser | groups of | one fuser per group | fusers |",
         "| --- | --- | --: | --: | --: | --: | --: | --: |",
@@ -43,9 +47,12 @@ def plan(options: argparse.Namespace) -> str:
     for case in CASES:
         for send, width in BYTES.items():
             each = width * case.parameters
-            whole = _seconds(case.contributors, each, options)
+            pace = NANOSECONDS[send] * case.parameters / 1e9 + options.each / 1e3
+            last = _WHOLE * NANOSECONDS["full"] * case.parameters / 1e9 + options.each / 1e3
+            whole = case.contributors * pace
             group, seconds = min(
-                ((k, _tree(case, each, k, options)) for k in _groups(case.contributors)), key=lambda x: x[1]
+                ((k, k * pace + math.ceil(case.contributors / k) * last) for k in _groups(case.contributors)),
+                key=lambda found: found[1],
             )
             fusers = math.ceil(case.contributors / group)
             lines.append(
@@ -53,15 +60,6 @@ def plan(options: argparse.Namespace) -> str:
                 f"{_time(seconds)} | {fusers} |"
             )
     return "\n".join(lines)
-
-
-def _seconds(count: float, size: float, options: argparse.Namespace) -> float:
-    return count * (size / (options.rate * 1e9) + options.each / 1e3)
-
-
-def _tree(case: Case, size: float, group: int, options: argparse.Namespace) -> float:
-    last = _seconds(math.ceil(case.contributors / group), _WIDE * case.parameters, options)
-    return _seconds(group, size, options) + last
 
 
 def _groups(contributors: int) -> list[int]:

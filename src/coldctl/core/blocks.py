@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, digest_prelude
-from coldctl.core.storage import RemoteFolder
+from coldctl.core.storage import RemoteFolder, look_ahead
 
 MEMORY = 48 << 20  # bytes of buffers, over both sets
 _LARGEST = 1 << 18  # elements per block: what still fits the processor's shared cache
@@ -25,10 +25,8 @@ _WIDEST = 8  # bytes of the widest dtype
 _STRETCH = 128 << 20  # bytes of all bodies together that are summed apart, and are worth sending to another machine
 _MOST_STRETCHES = 2048
 _THREADS = 2
-# Of a store more is asked for at once than a block, and of several files at a time: it is far away.
+# A store is far away: several of its files are read at a time.
 _STORE_THREADS = 8
-_STORE_MEMORY = 512 << 20  # bytes that are held of all inputs together, beyond what a block needs
-_STORE_LARGEST = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -160,8 +158,7 @@ def read_blocks(
 def _look_ahead(inputs: Sequence[Checkpoint]) -> bool:
     """Let the inputs that lie in a store be read in pieces worth a request. Whether there are any."""
     remote = [checkpoint.folder for checkpoint in inputs if isinstance(checkpoint.folder, RemoteFolder)]
-    for folder in remote:
-        folder.window = max(folder.window, min(_STORE_LARGEST, _STORE_MEMORY // len(remote)))
+    look_ahead(remote)
     return bool(remote)
 
 

@@ -7,7 +7,7 @@ nothing is mapped or kept; remote ones by range requests.
 import os
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
@@ -21,6 +21,8 @@ from coldctl.core.location import Location, is_url, locate
 SMALL_FILE_LIMIT = 64 << 20  # bytes; the largest vocabularies need half of it
 _KEPT_FILE = 1 << 20  # bytes; what is read of a store and is no larger is kept for whoever asks next
 _FIRST_WINDOW = 64 << 10  # bytes; a safetensors header, usually
+_LARGEST_WINDOW = 16 << 20
+_WINDOWS = 768 << 20  # bytes that are held ahead of all files that are read side by side
 _PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds between tries
 
 T = TypeVar("T")
@@ -183,8 +185,7 @@ class RemoteReader:
             done += len(part)
 
     def close(self) -> None:
-        """Let go of what is held."""
-        self._held = 0, b""
+        """What is held stays for whoever opens the file next: its header is often the beginning of what is read then."""
 
     def _fetched(self, start: int, stop: int) -> bytes:
         def fetch() -> bytes:
@@ -231,6 +232,7 @@ class RemoteFolder:
         self.filesystem, self._root = _filesystem(url)
         self._entries = entries
         self._small: dict[str, bytes] = {}
+        self._readers: dict[str, RemoteReader] = {}
 
     @property
     def entries(self) -> Mapping[str, Mapping[str, Any]]:
@@ -270,7 +272,9 @@ class RemoteFolder:
         size = self._size(name)
         if name in self._small:
             return HeldReader(self._small[name], f"{self.label}/{name}")
-        return RemoteReader(self, f"{self._root}/{name}", size, f"{self.label}/{name}")
+        if name not in self._readers:
+            self._readers[name] = RemoteReader(self, f"{self._root}/{name}", size, f"{self.label}/{name}")
+        return self._readers[name]
 
     def versions(self) -> dict[str, list[str]]:
         """What tells this version of each file from others, as far as the store says."""
@@ -316,6 +320,12 @@ def remote_folders(url: str) -> tuple[Folder, dict[str, Folder]]:
         if slash:
             inside.setdefault(name, {})[rest] = entry
     return whole, {name: RemoteFolder(f"{url}/{name}", found) for name, found in sorted(inside.items())}
+
+
+def look_ahead(folders: Sequence[RemoteFolder]) -> None:
+    """Let folders that are read side by side ask for pieces worth a request, which together fit the memory for them."""
+    for folder in folders:
+        folder.window = max(_FIRST_WINDOW, min(_LARGEST_WINDOW, _WINDOWS // len(folders)))
 
 
 def _listed(filesystem: Any, root: str, label: str) -> dict[str, Mapping[str, Any]]:
