@@ -271,38 +271,40 @@ def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
     assert alike(whole, parts) == []
 
 
-def test_several_processes_take_the_steps_of_one(tmp_path: Path, coldctl: Run) -> None:
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --standalone --nproc-per-node 2",
+    "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
+    "--dynamo_backend no --main_process_port 0",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_several_processes_take_the_steps_of_one(launcher: str, tmp_path: Path, coldctl: Run) -> None:
+    """The same losses step by step, the same weights, at the same size of the whole batch."""
     base = without_dropout(tiny.make_base("bert", tmp_path / "base"))
     data = tiny.make_dataset(tmp_path / "data", train=37)  # the last batch of each epoch is smaller than the team
-    common = (
-        "finetune",
-        data,
-        "--base",
-        base,
-        "--name",
-        "same",
-        "--epochs",
-        2,
-        "--batch-size",
-        9,
-        "--learning-rate",
-        1e-3,
-    )
-    assert coldctl(*common, "--output", tmp_path / "one", "--jobs", 1).code == 0
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "coldctl"]
-    ran = subprocess.run(
-        [*launcher, *map(str, common), "--output", str(tmp_path / "two"), "--json"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    common = ("finetune", data, "--base", base, "--name", "same", "--epochs", 2, "--batch-size", 9, "--learning-rate", 1e-3,
+              "--log", "jsonl")  # fmt: skip
+    assert coldctl(*common, "--output", tmp_path / "one", "--log-folder", tmp_path / "log-one", "--jobs", 1).code == 0
+    launched = [sys.executable, "-m", *LAUNCHERS[launcher].split(), "-m", "--", "coldctl", *map(str, common)]
+    launched += ["--output", str(tmp_path / "two"), "--log-folder", str(tmp_path / "log-two")]
+    ran = subprocess.run([*launched, "--json"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["name"] == "same"  # said once, by the process that leads
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert alike(one, two) == []
-    again = subprocess.run(
-        [*launcher, *map(str, common), "--output", str(tmp_path / "two")], capture_output=True, text=True, check=False
-    )
+    curves = [losses(tmp_path / name / "same.jsonl") for name in ("log-one", "log-two")]
+    assert len(curves[0]) > 2
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    again = subprocess.run(launched, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("left alone") == 1
+
+
+def losses(log: Path) -> dict[tuple[int, str], float]:
+    """The learning curve that a training logged, by step."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return {(line["step"], key): line[key] for line in lines for key in ("loss", "mean_loss") if key in line}
 
 
 def test_several_labels_at_once(tmp_path: Path, base: Path, coldctl: Run) -> None:
