@@ -105,13 +105,14 @@ def test_the_largest_manifest(tmp_path: Path) -> None:
         manifest.read(tmp_path)
 
 
-GENERATION: dict[str, Any] = {"kind": "fused", "name": "a", "contributions": [{"name": "c", "weight": 0.5}]}
+RECORD: dict[str, Any] = {"name": "c", "body_digest": "x", "weight": 0.5, "status": "fused"}
+GENERATION: dict[str, Any] = {"kind": "fused", "name": "a", "contributions": [RECORD]}
 FINE: list[dict[str, Any]] = [
     {}, {"iteration": None}, {"iteration": 0}, {"iteration": manifest._MOST_ITERATIONS - 1}, {"license": None},
     {"unknown": object}, {"files": {"a/b.txt": "x", ".hidden": "x", "a..b": "x"}}, {"ancestors": [GENERATION]},
     {"dataset": {"name": None, "num_train": None, "labels": ["x"]}}, {"metrics": {"v": {"accuracy": 1, "f1": None}}},
     {"name": "n" * manifest.LONGEST_NAME}, {"files": {"f" * manifest._LONGEST_PATH: "x"}},
-    {"contributions": [{"name": "c", "weight": 1, "reason": None, "verified": True, "notes": ["x"]}]},
+    {"contributions": [{**RECORD, "weight": 1, "reason": None, "verified": True, "notes": ["x"]}]},
     {"kind": "contribution"}, {"kind": "published"}, {"kind": "evaluation"},
 ]  # fmt: skip
 WRONG: list[dict[str, Any]] = [
@@ -120,9 +121,9 @@ WRONG: list[dict[str, Any]] = [
     {"body_digest": None}, {"files": ...}, {"files": []}, {"files": {"a": 1}}, {"iteration": "1"}, {"iteration": True},
     {"iteration": -1}, {"iteration": manifest._MOST_ITERATIONS}, {"iteration": 1.0}, {"license": 1}, {"base": "x"},
     {"name": "n" * (manifest.LONGEST_NAME + 1)}, {"name": "é" * manifest.LONGEST_NAME},
-    {"ancestors": {}}, {"ancestors": ["x"]}, {"ancestors": [{"contributions": [{"name": "/"}]}]},
-    {"contributions": {}}, {"contributions": [{}]}, {"contributions": [{"name": "c", "weight": "1"}]},
-    {"contributions": [{"name": "c", "weight": True}]}, {"contributions": [{"name": "c", "notes": [1]}]},
+    {"ancestors": {}}, {"ancestors": ["x"]}, {"ancestors": [{"contributions": [{**RECORD, "name": "/"}]}]},
+    {"contributions": {}}, {"contributions": [{}]}, {"contributions": [{**RECORD, "weight": "1"}]},
+    {"contributions": [{**RECORD, "weight": True}]}, {"contributions": [{**RECORD, "notes": [1]}]},
     {"card_blocks": [1]}, {"metrics": {"v": 1}}, {"dataset": {"labels": "x"}}, {"outside_body": {"a": None}},
 ]  # fmt: skip
 OUTSIDE = ["/a", "../a", "a/../b", "a/..", "..", "", "a//b", "a/", "./a", "a\0b", "f" * (manifest._LONGEST_PATH + 1)]

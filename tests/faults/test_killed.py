@@ -13,6 +13,9 @@ import math
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -31,6 +34,7 @@ from conftest import suite_text
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", "200"))
 EACH = 2  # kills that are tried in each command of a round
+WHOLE_KILLS = 6
 SCRIPT = (
     f"sh {ROOT}/scripts/iterate.sh && coldctl publish $RUN --config $CONFIG --to $RUN/../published "
     "--evaluation $RUN/iteration-002/evaluation"
@@ -235,3 +239,43 @@ def test_a_round_killed_at_200_moments_ends_as_one_that_was_not(
             ran = sum(outlived[stage, kind] for kind in KINDS)
             print(f"{stage:<10}" + "".join(f"{killed[stage, kind]:>8}" for kind in KINDS) + f"{ran:>12}")
         print(f"hidden files that stayed behind: {dict(left)}")
+
+
+def test_whole_processes_with_two_jobs(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same without the shortcut of forking: the script as it is called, its workers side by side, all killed at once."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    def begin(place: Path) -> "subprocess.Popen[bytes]":
+        settings = {**environment_of(place), "JOBS": "2", "TARGET": "1", "GATE": "", "PATH": path}
+        return subprocess.Popen(
+            ["sh", f"{ROOT}/scripts/iterate.sh"], env={**os.environ, **settings}, process_group=0,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    whole, place = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, place):
+        shutil.copytree(start, folder)
+    began = time.monotonic()
+    assert begin(whole).wait() == 0
+    took = time.monotonic() - began
+    rng, kills, complete = random.Random(3), 0, dict[str, tuple[int, int]]()
+    while True:
+        process = begin(place)
+        try:
+            code = process.wait(rng.uniform(0.05, 0.6) * took if kills < WHOLE_KILLS else None)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            time.sleep(1)  # workers see it within that time
+            kills += 1
+        else:
+            assert code == 0
+            break
+        now = standing(place)
+        assert {name: now.get(name) for name in complete} == complete
+        complete = now
+        assert half_written(place) == []
+    found = {name: value for name, value in content(place).items() if "/." not in f"/{name}"}
+    assert found == content(whole)
+    with capsys.disabled():
+        print(f"\n{kills} kills of whole processes, two jobs side by side")
