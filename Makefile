@@ -2,7 +2,7 @@
 # make experiment EXPERIMENT=FILE.toml   full rounds under several settings, and their curves side by side
 # make test      set up what is missing, then run the tests
 .SUFFIXES:
-.PHONY: iterate experiment publish test test-faults mutate test-peers test-tensorflow lint format bench bench-finetune bench-evaluate assets setup clean help
+.PHONY: iterate experiment publish test test-faults fuzz mutate test-peers test-tensorflow lint format bench bench-finetune bench-evaluate assets setup clean help
 
 PYTHON = python3
 ITERATIONS = 1
@@ -49,6 +49,12 @@ test: $(ready)
 # What takes long: a round killed at 200 moments, 500 flipped bits, every stage on full and read-only disks.
 test-faults: $(ready)
 	FAULTS=all $(bin)/python -m pytest -s tests/faults tests/test_faults.py tests/test_corruption.py
+
+# Every parser of strangers' bytes on 100,000 inputs, by atheris where it can be had. FUZZ="--only parquet --inputs 1000" for less.
+fuzz: $(ready)
+	@$(bin)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,fuzz]' || \
+		echo "no atheris here: inputs come from the project's own mutations"
+	$(bin)/python scripts/fuzz.py $(FUZZ)
 
 # The code broken on purpose, one place at a time: does a test notice? Into docs/mutation.md.
 mutate: $(ready)

@@ -230,7 +230,7 @@ def parsed(document: Mapping[str, Any], path: Path) -> ConfigFile:
         sections[name] = dict(table)
     digest = manifest.digest_of(document)
     if base := sections["run"].get("base"):
-        sections["run"] = {**sections["run"], "base": located(base, path.parent)}
+        sections["run"] = {**sections["run"], "base": located(str(base), path.parent)}
     if keys := sections["fuse"].get("trusted_keys"):
         sections["fuse"] = {**sections["fuse"], "trusted_keys": str((path.parent / Path(keys).expanduser()).resolve())}
     return ConfigFile(path, sections, _datasets(document.get("dataset", []), path), digest)
@@ -371,9 +371,12 @@ def located(reference: str, folder: Path) -> str:
     """A reference as a file in `folder` means it: its paths are relative to it, Hub ids and URLs stay as they are."""
     if "://" in reference or reference.startswith("hf:"):
         return reference
-    path = (folder / Path(reference).expanduser()).resolve()
-    looks_like_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1
-    return str(path) if looks_like_path or path.exists() else reference
+    try:
+        path = (folder / Path(reference).expanduser()).resolve()
+        is_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, nobody's home, links in a circle
+        raise ConfigError(f"{reference[:_SHOWN]!r} names nothing that can be there ({type(error).__name__})") from None
+    return str(path) if is_path else reference
 
 
 def _build(kind: type[C], table: Mapping[str, Any], where: str, *, complete: bool = True) -> C:

@@ -41,7 +41,7 @@ def _whole(digits: str) -> int:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_whole)
 
 
-def json_value(data: bytes, largest: int = JSON_LIMIT) -> Any:
+def json_value(data: bytes, largest: int = JSON_LIMIT, values: int = MOST_VALUES) -> Any:
     """Parse UTF-8 JSON. Raises ValueError that says in words what is wrong with it.
 
     >>> json_value(b'{"a": 1, "a": 2}')
@@ -50,13 +50,18 @@ def json_value(data: bytes, largest: int = JSON_LIMIT) -> Any:
     """
     _check_size(data, largest)
     most = data.count(b",") + data.count(b"[") + data.count(b"{")  # values there can be at most, without parsing
-    if most > MOST_VALUES:
-        raise ValueError(f"more than {MOST_VALUES} values")
+    if most > values:
+        raise ValueError(f"more than {values} values")
     try:
         document = _DECODER.decode(data.decode("utf-8"))
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} deep") from None
     _check_depth(document)
+    if b"\\ud" in data or b"\\uD" in data:  # half a surrogate pair could be read, and not written down again
+        try:
+            json.dumps(document, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a surrogate pair, which is no text") from None
     return document
 
 

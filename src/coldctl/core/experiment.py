@@ -101,6 +101,6 @@ def _moved(document: Mapping[str, Any], old: Path, new: Path) -> dict[str, Any]:
 
     moved = dict(document)
     if "base" in moved.get("run", {}):
-        moved["run"] = {**moved["run"], "base": located(moved["run"]["base"])}
-    moved["dataset"] = [{**table, "path": located(table["path"])} for table in moved["dataset"]]
+        moved["run"] = {**moved["run"], "base": located(str(moved["run"]["base"]))}
+    moved["dataset"] = [{**table, "path": located(str(table["path"]))} for table in moved["dataset"]]
     return moved

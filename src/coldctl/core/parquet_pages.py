@@ -4,17 +4,17 @@ A page of a few bytes may unpack to two gigabytes, and what the file's footer sa
 the header in front of each page, so that is what is looked at: a struct of Thrift's compact protocol.
 """
 
-import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
 LARGEST_PAGE = 64 << 20  # bytes of a page once it is unpacked; writers aim at one megabyte
 MOST_VALUES = 1 << 26  # in one page
 LARGEST_LISTS = 1 << 30  # bytes that one page of a column of lists may stand for
+LARGEST_FOOTER = 16 << 20  # bytes
 _LONGEST_HEADER = 1 << 16
 _DICTIONARY, _DELTA = 2, 7  # a page's kind, and the encoding that repeats the beginning of the value before
-_DEEPEST = 8
+_DEEPEST = 16
 _VARINTS, _BOOLEANS = (4, 5, 6), (1, 2)
 
 
@@ -29,43 +29,71 @@ class _Page:
     repeats: bool
 
 
-def largest_repeated(file: IO[bytes], metadata: Any, columns: list[int]) -> int:
-    """Bytes of the longest value that a row may repeat by reference, at most: the size of the page it stands in.
+@dataclass(frozen=True)
+class _Chunk:
+    """Where the pages of one column of one group of rows lie, by the footer."""
 
-    `metadata` is pyarrow's, `columns` are places in it. Raises ValueError for a page that is larger than any writer's.
+    name: str
+    nested: bool
+    values: int
+    begin: int
+    end: int
+
+
+def largest_repeated(file: IO[bytes], columns: Collection[str]) -> int:
+    """Bytes of the longest value that a row of these columns may repeat by reference: at most the page's it stands in.
+
+    Raises ValueError for a page that is larger than any writer's, or for what is no parquet file.
     """
     largest = 0
-    for group in range(metadata.num_row_groups):
-        for place in columns:
-            chunk = metadata.row_group(group).column(place)
-            nested = metadata.schema.column(place).max_repetition_level > 0
+    try:
+        for chunk in _chunks(file):
+            if chunk.name not in columns:
+                continue
             dictionary = 0
             for page in _pages(file, chunk):
                 if page.unpacked > LARGEST_PAGE or page.values > MOST_VALUES:
                     raise ValueError(f"a page unpacks to {page.unpacked} bytes, {page.values} values")
                 dictionary = max(dictionary, page.unpacked if page.dictionary or page.repeats else 0)
-                if nested and dictionary * page.values > LARGEST_LISTS:
+                if chunk.nested and dictionary * page.values > LARGEST_LISTS:
                     raise ValueError(f"{page.values} values of up to {dictionary} bytes in one page of lists")
             largest = max(largest, dictionary)
+    except (IndexError, KeyError, TypeError, AttributeError):
+        raise ValueError("its footer or a page's header is damaged") from None
     return largest
 
 
-def _pages(file: IO[bytes], chunk: Any) -> Iterator[_Page]:
+def _chunks(file: IO[bytes]) -> Iterator[_Chunk]:
+    """What the footer says of each column chunk. pyarrow's own view of it ends the process for some damaged ones."""
+    size = file.seek(0, 2)
+    file.seek(max(0, size - 8))
+    tail = file.read(8)
+    length = int.from_bytes(tail[:4], "little")
+    if tail[4:] != b"PAR1" or length > min(size - 8, LARGEST_FOOTER):
+        raise ValueError("it has no footer that is read here")
+    file.seek(size - 8 - length)
+    footer, _ = _struct(file.read(length), 0, 0)
+    for group in footer[4]:
+        for column in group[1]:
+            found = column[3]
+            path, start, dictionary = found[3], found[9], found.get(11, 0)
+            begin = dictionary if 0 < dictionary < start else start
+            stored = found[7]
+            if not all(isinstance(number, int) and number >= 0 for number in (begin, stored, found[5])):
+                raise TypeError
+            yield _Chunk(path[0].decode(errors="replace"), len(path) > 1, found[5], begin, begin + stored)
+
+
+def _pages(file: IO[bytes], chunk: _Chunk) -> Iterator[_Page]:
     """The pages of one column chunk, as the reader will meet them."""
-    start = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
-        start = chunk.dictionary_page_offset
-    position, end, seen = start, start + chunk.total_compressed_size, 0
-    while position < end and seen < chunk.num_values:
+    position, seen = chunk.begin, 0
+    while position < chunk.end and seen < chunk.values:
         file.seek(position)
-        data = file.read(min(_LONGEST_HEADER, end - position))
-        try:
-            fields, length = _struct(data, 0, 0)
-            page = _page(fields)
-        except (IndexError, TypeError, KeyError, struct.error):
-            raise ValueError("a page has no readable header") from None
-        if page.stored < 0 or page.unpacked < 0:
-            raise ValueError("a page has a negative size")
+        data = file.read(min(_LONGEST_HEADER, chunk.end - position))
+        fields, length = _struct(data, 0, 0)
+        page = _page(fields)
+        if page.stored < 0 or page.unpacked < 0 or page.values < 0:
+            raise TypeError
         seen += 0 if page.dictionary else page.values
         position += length + page.stored
         yield page
@@ -76,11 +104,13 @@ def _page(fields: dict[int, Any]) -> _Page:
     first, second = fields.get(5) or fields.get(7) or {}, fields.get(8) or {}  # the headers of both versions
     values = second[1] if second else first.get(1, 0)
     encoding = second.get(4) if second else first.get(2)
+    if not all(isinstance(number, int) for number in (kind, unpacked, stored, values)):
+        raise TypeError
     return _Page(unpacked, stored, values, kind == _DICTIONARY, encoding == _DELTA)
 
 
 def _struct(data: bytes, at: int, depth: int) -> tuple[dict[int, Any], int]:
-    """The fields of a struct by number (whole numbers and structs; other values as None), and where it ends."""
+    """The fields of a struct by number (whole numbers, bytes, structs, lists; others as None), and where it ends."""
     if depth > _DEEPEST:
         raise IndexError
     fields: dict[int, Any] = {}
@@ -106,21 +136,30 @@ def _value(kind: int, data: bytes, at: int, depth: int) -> tuple[Any, int]:
     if kind == 12:
         return _struct(data, at, depth + 1)
     if kind in (1, 2, 3):  # in a list a boolean takes a byte
-        return None, at + 1
+        return None, _within(data, at + 1)
     if kind == 7:
-        return None, at + 8
+        return None, _within(data, at + 8)
     if kind == 8:
         length, at = _varint(data, at)
-        return None, at + length
+        end = _within(data, at + length)
+        return data[at:end], end
     if kind in (9, 10):
         count, of = data[at] >> 4, data[at] & 15
         at += 1
         if count == 15:
             count, at = _varint(data, at)
-        for _ in range(min(count, len(data))):
-            _, at = _value(of, data, at, depth + 1)
-        return None, at
+        items = []
+        for _ in range(count):  # each takes a byte at least
+            item, at = _value(of, data, at, depth + 1)
+            items.append(item)
+        return items, at
     raise IndexError  # a map, which no page has, or nothing that there is
+
+
+def _within(data: bytes, at: int) -> int:
+    if at > len(data):
+        raise IndexError
+    return at
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

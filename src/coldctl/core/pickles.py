@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,7 +65,9 @@ def open_pickled(folder: Folder, name: str) -> Checkpoint:
         sizes[file] = reader.size
         _refuse_bomb(data, where)
         try:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # advice to whoever wrote it
+                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler refuses in many ways
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(f"{where} is not plain weights ({reason}): do not use it") from None

@@ -168,12 +168,7 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Row]:
             chosen = [name for name in dict.fromkeys(names) if name in wanted]
             if doubled := next((name for name in chosen if names.count(name) > 1), None):
                 raise DataError(f"{path}: two columns are called {doubled!r}: rename or remove one")
-            inside = [
-                place
-                for place in range(file.metadata.num_columns)
-                if f"{file.metadata.schema.column(place).path}.".startswith(tuple(f"{name}." for name in chosen))
-            ]
-            longest = largest_repeated(raw, file.metadata, inside)
+            longest = largest_repeated(raw, chosen)
             batch_size = max(1, min(_BATCH, _BATCH_BYTES // max(1, longest)))
             unpacked, size = 0, path.stat().st_size
             for batch in file.iter_batches(batch_size=batch_size, columns=chosen):

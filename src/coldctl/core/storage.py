@@ -152,8 +152,12 @@ class LocalFolder:
         if leads_outside(name):
             raise CheckpointError(f"{self.path}: {name!r} points outside the directory: do not use this checkpoint")
         path = self.path / name
-        if path.is_symlink() or (path.parent != self.path and path.parent.is_symlink()):
-            real, home = path.resolve(), self.path.resolve()
+        try:
+            linked = path.is_symlink() or (path.parent != self.path and path.parent.is_symlink())
+            real, home = (path.resolve(), self.path.resolve()) if linked else (path, self.path)
+        except (OSError, RuntimeError) as error:  # a name that is too long; links in a circle
+            raise CheckpointError(f"cannot read {path}: {error}") from None
+        if linked:
             # The Hub's cache keeps snapshots/REVISION/NAME as links to blobs/SHA beside snapshots/.
             blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else None
             if not real.is_relative_to(home) and not (blobs and real.parent == blobs):

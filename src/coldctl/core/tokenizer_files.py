@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from coldctl.core import layout, privacy
+from coldctl.core.documents import json_value, misfit
 from coldctl.core.errors import CheckpointError
-from coldctl.core.storage import Folder
+from coldctl.core.storage import SMALL_FILE_LIMIT, Folder
 
 _TOKENIZER, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _ADDED = "added_tokens.json"
@@ -27,6 +28,14 @@ _DROPPED = (
     "is_local",
     "local_files_only",
 )
+# Of tokenizer.json, as far as it is looked at.
+_SHAPE = {
+    "added_tokens": [{"content": str, "id": int}],
+    "model": {
+        "merges": [lambda merge: isinstance(merge, str) or (isinstance(merge, list) and not misfit(merge, [str]))]
+    },
+}
+_MOST_VALUES = 5_000_000  # of tokenizer.json: the largest vocabularies come with half a million merges
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5's name for it, and the one both know
 
 
@@ -58,18 +67,22 @@ def _config_for_all(config: dict[str, Any]) -> dict[str, Any]:
     extra = kept.get("extra_special_tokens")
     if isinstance(extra, list):  # version 4 wants names with them, and knows these by another key, which 5 still reads
         del kept["extra_special_tokens"]
-        known = kept.get("additional_special_tokens") or []
+        known = _list(kept.get("additional_special_tokens"))
         kept["additional_special_tokens"] = [*known, *(token for token in extra if token not in known)]
     return kept
 
 
 def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> list[str]:
     """Write the slow classes' files from the fast one's."""
+    if misfit(tokenizer, _SHAPE):
+        raise CheckpointError(f"{_TOKENIZER} is not what it should be: copy the base model's")
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vocabulary, dict):
         pieces = any((folder / name).exists() for name in layout.SENTENCEPIECE_FILES)
         return [] if pieces else ["the SentencePiece model that slow tokenizers of older transformers read"]
+    if misfit(vocabulary, {...: int}):
+        raise CheckpointError(f"{_TOKENIZER} is not what it should be: copy the base model's")
     ordered = sorted(vocabulary, key=lambda token: (vocabulary[token], token))
     # Tokens that were added stay out of the vocabulary, as version 4 saves them: in it they would count as word pieces.
     added = {
@@ -103,12 +116,16 @@ def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> list[str]:
     return []
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _object(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        document = json_value(path.read_bytes(), SMALL_FILE_LIMIT, _MOST_VALUES)
+    except ValueError as error:
         raise CheckpointError(f"{path.name} is not readable JSON ({error}): copy the base model's") from None
     if not isinstance(document, dict):
         raise CheckpointError(f"{path.name} is not a JSON object: copy the base model's")
