@@ -3,13 +3,14 @@
     .venv/bin/python benchmarks/scale.py traffic --scratch runs/traffic [--seeds 3] [--examples 600]
     .venv/bin/python benchmarks/scale.py store [--contributions 64 512] [--runs 3]
     .venv/bin/python benchmarks/scale.py rates [--contributions 8] [--runs 3]
+    .venv/bin/python benchmarks/scale.py ray [--contributions 4] [--runs 3]
     .venv/bin/python benchmarks/scale.py plan
 
 `traffic`: bytes of tensors per contribution in every encoding of `finetune --send`, and what the linear probes of the model
 fused from them say, on the demo's base and suite. Contributions are trained once per seed as a whole and once as adapters; the
 differences are made from the whole ones, and the first seed's by `finetune --send`, too: their bytes must be the same. Resumable:
-what is complete in --scratch is not repeated. The others are described in scale_store.py, scale_rates.py and scale_plan.py.
-All print Markdown and assert nothing about time.
+what is complete in --scratch is not repeated. The others are described in scale_store.py, scale_rates.py, scale_ray.py and
+scale_plan.py. All print Markdown and assert nothing about time.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from typing import Any
 
 from scale_plan import plan
 from scale_rates import rates
+from scale_ray import ray
 from scale_store import store
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,11 @@ def main() -> None:
     command.add_argument("--runs", type=int, default=3)
     command.add_argument("--scratch", type=Path, help="where to work (2 GB)")
     command.set_defaults(run=rates)
+    command = commands.add_parser("ray", help="the demo's evaluation and a large fuse on one Ray worker, and on two")
+    command.add_argument("--contributions", type=int, default=4, help="of the fuse, 0.5 GB each")
+    command.add_argument("--runs", type=int, default=3)
+    command.add_argument("--scratch", type=Path, help="where to work (3 GB)")
+    command.set_defaults(run=ray)
     command = commands.add_parser("plan", help="what iterations cost beyond these machines, computed from the others")
     command.add_argument("--each", type=float, default=8.0, help="milliseconds per contribution, whatever its size")
     command.set_defaults(run=plan)
