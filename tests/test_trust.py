@@ -365,7 +365,7 @@ def test_revoking_a_key_over_two_iterations(
     first = run / "iteration-001"
     withdraw = ("fuse", first / "fused", "--without", "one", "--base", base, "--output", tmp_path / "mended")
     ran = coldctl(*withdraw)
-    assert (ran.code, "--trusted-keys" in ran.stderr) == (2, True)
+    assert (ran.code, "--trusted-keys" in ran.stderr) == (2, True), ran.stderr
     ran = coldctl(*withdraw, "--trusted-keys", left)
     assert ran.code == 0, ran.stderr
     assert coldctl("lineage", tmp_path / "mended", "--signer", keys["alice"].with_suffix(".pub")).code == 0

@@ -265,6 +265,7 @@ def _earlier(contributions: Location, stale: Sequence[ContributionRecord]) -> li
 def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:
     """The settings that a fused model was made with; how it is checked is up to this call."""
     recorded = {key: value for key, value in document["config"].items() if key in FuseConfig.__dataclass_fields__}
+    signed = recorded.pop("trusted_keys", None) is not None  # there by fingerprint, here a folder
     kept: tuple[str, ...] = (
         "screen",
         "min_contributions",
@@ -276,7 +277,7 @@ def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:
         "leave_one_out",
     )
     before = resolve(FuseConfig, ConfigFile(), recorded)
-    if before.trusted_keys is not None and config.trusted_keys is None:
+    if signed and config.trusted_keys is None:
         raise ConfigError(
             "it was fused from signed contributions: give --trusted-keys again, without a key that is revoked"
         )
