@@ -208,6 +208,7 @@ class_weights = "balanced"
 method = "ties"
 density = 0.2
 weights = "equal"
+trusted_keys = "keys"
 [evaluate]
 protocol = ["linear-probe", "few-shot"]
 seeds = 3

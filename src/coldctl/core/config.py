@@ -232,7 +232,7 @@ def parsed(document: Mapping[str, Any], path: Path) -> ConfigFile:
     if base := sections["run"].get("base"):
         sections["run"] = {**sections["run"], "base": located(str(base), path.parent)}
     if keys := sections["fuse"].get("trusted_keys"):
-        sections["fuse"] = {**sections["fuse"], "trusted_keys": str((path.parent / Path(keys).expanduser()).resolve())}
+        sections["fuse"] = {**sections["fuse"], "trusted_keys": str(_place(str(keys), path.parent))}
     return ConfigFile(path, sections, _datasets(document.get("dataset", []), path), digest)
 
 
@@ -371,12 +371,19 @@ def located(reference: str, folder: Path) -> str:
     """A reference as a file in `folder` means it: its paths are relative to it, Hub ids and URLs stay as they are."""
     if "://" in reference or reference.startswith("hf:"):
         return reference
-    try:
-        path = (folder / Path(reference).expanduser()).resolve()
-        is_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, nobody's home, links in a circle
-        raise ConfigError(f"{reference[:_SHOWN]!r} names nothing that can be there ({type(error).__name__})") from None
+    path = _place(reference, folder)
+    is_path = reference.startswith((".", "/", "~")) or reference.count("/") > 1 or path.exists()
     return str(path) if is_path else reference
+
+
+def _place(text: str, folder: Path) -> Path:
+    """A path as a file in `folder` means it. Raises ConfigError for one that no file can have."""
+    try:
+        path = (folder / Path(text).expanduser()).resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, nobody's home, links in a circle
+        raise ConfigError(f"{text[:_SHOWN]!r} names nothing that can be there ({type(error).__name__})") from None
+    return path
 
 
 def _build(kind: type[C], table: Mapping[str, Any], where: str, *, complete: bool = True) -> C:

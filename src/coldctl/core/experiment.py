@@ -57,7 +57,7 @@ def read(path: Path, folder: Path) -> list[Variant]:
         where = f"{path}: [[variant]] {table.get('name', number)!r}"
         config.refuse_unknown(table, _VARIANT_KEYS, where)
         name, iterations = table.get("name"), table.get("iterations", document.get("iterations", 1))
-        config.check_name(name if isinstance(name, str) else "", where)
+        config.check_name(name if isinstance(name, str) and name.isprintable() else "", where)
         if name == _COMPARED:
             raise ConfigError(f"{where}: {name!r} is where the variants are compared: give it another name")
         if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:

@@ -276,6 +276,7 @@ def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:
         "allow_other_base",
         "leave_one_out",
     )
+    signed = recorded.pop("trusted_keys", None) is not None  # by fingerprints there, a directory here
     before = resolve(FuseConfig, ConfigFile(), recorded)
     if signed and config.trusted_keys is None:
         raise ConfigError(
