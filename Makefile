@@ -2,7 +2,7 @@
 # make experiment EXPERIMENT=FILE.toml   full rounds under several settings, and their curves side by side
 # make test      set up what is missing, then run the tests
 .SUFFIXES:
-.PHONY: iterate experiment publish test test-faults fuzz mutate test-peers test-tensorflow lint format bench bench-finetune bench-evaluate assets setup clean help
+.PHONY: iterate experiment publish test test-scale test-faults fuzz mutate test-peers test-tensorflow lint format bench bench-finetune bench-evaluate assets setup clean help
 
 PYTHON = python3
 ITERATIONS = 1
@@ -47,6 +47,10 @@ test: $(ready)
 	$(bin)/python -m pytest
 
 # What takes long: a round killed at 200 moments, 500 flipped bits, every stage on full and read-only disks.
+# A Ray cluster of several nodes, one of them killed; a thousand contributors.
+test-scale: $(ready)
+	$(bin)/python -m pytest --durations=5 tests/scale
+
 test-faults: $(ready)
 	FAULTS=all $(bin)/python -m pytest -s tests/faults tests/test_faults.py tests/test_corruption.py
 
