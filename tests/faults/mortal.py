@@ -176,7 +176,10 @@ def _serve(
         code = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - started
         if code >= 0:
-            connection.sendall(f"{code}\n".encode())
+            try:
+                connection.sendall(f"{code}\n".encode())
+            except (BrokenPipeError, ConnectionResetError):  # the script was killed as its command ended by itself
+                code = -signal.SIGKILL
         return Ended(tuple(arguments), code if code >= 0 else None, int(answer or 0), seconds)
 
 
