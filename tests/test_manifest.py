@@ -108,10 +108,10 @@ def test_the_largest_manifest(tmp_path: Path) -> None:
 RECORD: dict[str, Any] = {"name": "c", "body_digest": "x", "weight": 0.5, "status": "fused"}
 GENERATION: dict[str, Any] = {"kind": "fused", "name": "a", "contributions": [RECORD]}
 FINE: list[dict[str, Any]] = [
-    {}, {"iteration": None}, {"iteration": 0}, {"iteration": manifest._MOST_ITERATIONS - 1}, {"license": None},
+    {}, {"iteration": None}, {"iteration": 0}, {"iteration": 999_999}, {"license": None},
     {"unknown": object}, {"files": {"a/b.txt": "x", ".hidden": "x", "a..b": "x"}}, {"ancestors": [GENERATION]},
     {"dataset": {"name": None, "num_train": None, "labels": ["x"]}}, {"metrics": {"v": {"accuracy": 1, "f1": None}}},
-    {"name": "n" * manifest.LONGEST_NAME}, {"files": {"f" * manifest._LONGEST_PATH: "x"}},
+    {"name": "n" * 200}, {"files": {"f" * 1000: "x"}},
     {"contributions": [{**RECORD, "weight": 1, "reason": None, "verified": True, "notes": ["x"]}]},
     {"kind": "contribution"}, {"kind": "published"}, {"kind": "evaluation"},
 ]  # fmt: skip
@@ -119,14 +119,14 @@ WRONG: list[dict[str, Any]] = [
     {"kind": "else"}, {"kind": ...}, {"name": ...}, {"name": ""}, {"name": "."}, {"name": ".."}, {"name": "a/b"},
     {"name": "a\\b"}, {"name": "a\0"}, {"name": "a\n"}, {"name": "a\r"}, {"name": 3}, {"body_digest": ...},
     {"body_digest": None}, {"files": ...}, {"files": []}, {"files": {"a": 1}}, {"iteration": "1"}, {"iteration": True},
-    {"iteration": -1}, {"iteration": manifest._MOST_ITERATIONS}, {"iteration": 1.0}, {"license": 1}, {"base": "x"},
-    {"name": "n" * (manifest.LONGEST_NAME + 1)}, {"name": "é" * manifest.LONGEST_NAME},
+    {"iteration": -1}, {"iteration": 1_000_000}, {"iteration": 1.0}, {"license": 1}, {"base": "x"},
+    {"name": "n" * 201}, {"name": "é" * 101},
     {"ancestors": {}}, {"ancestors": ["x"]}, {"ancestors": [{"contributions": [{**RECORD, "name": "/"}]}]},
     {"contributions": {}}, {"contributions": [{}]}, {"contributions": [{**RECORD, "weight": "1"}]},
     {"contributions": [{**RECORD, "weight": True}]}, {"contributions": [{**RECORD, "notes": [1]}]},
     {"card_blocks": [1]}, {"metrics": {"v": 1}}, {"dataset": {"labels": "x"}}, {"outside_body": {"a": None}},
 ]  # fmt: skip
-OUTSIDE = ["/a", "../a", "a/../b", "a/..", "..", "", "a//b", "a/", "./a", "a\0b", "f" * (manifest._LONGEST_PATH + 1)]
+OUTSIDE = ["/a", "../a", "a/../b", "a/..", "..", "", "a//b", "a/", "./a", "a\0b", "f" * 1001]
 
 
 @pytest.mark.parametrize("changed", FINE, ids=str)
