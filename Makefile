@@ -46,11 +46,11 @@ experiment: $(ready) $(demo)
 test: $(ready)
 	$(bin)/python -m pytest
 
-# What takes long: a round killed at 200 moments, 500 flipped bits, every stage on full and read-only disks.
 # A Ray cluster of several nodes, one of them killed; a thousand contributors.
 test-scale: $(ready)
 	$(bin)/python -m pytest --durations=5 tests/scale
 
+# What takes long: a round killed at 200 moments, 500 flipped bits, every stage on full and read-only disks.
 test-faults: $(ready)
 	FAULTS=all $(bin)/python -m pytest -s tests/faults tests/test_faults.py tests/test_corruption.py
 
