@@ -17,7 +17,7 @@ from coldctl.core.progress import Progress
 from coldctl.core.reference import as_text, resolve
 from coldctl.core.signatures import Signed, TrustedKey
 from coldctl.core.staleness import Ancestry
-from coldctl.core.storage import Folder, LocalFolder, open_folder, remote_folders
+from coldctl.core.storage import Folder, LocalFolder, RemoteFolder, look_ahead, open_folder, remote_folders
 
 _OTHER_FILES = 256  # that a process has open beside its inputs: libraries, sockets, the output
 _AT_ONCE = 16  # checkpoints in a store that are opened side by side
@@ -63,13 +63,14 @@ def gather(
     trusted: Sequence[TrustedKey] | None = None,
     ancestry: Ancestry | None = None,
     late: Mapping[str, str] | None = None,
+    to_read: bool = False,
 ) -> list[Candidate]:
     """Open checkpoints, and the checkpoints directly inside folders. Adapters and differences need `base` to be decoded.
 
     With `trusted` keys nothing of a checkpoint is opened unless one of them signed it and it is as it was signed, but for
     the files that a signed manifest names: these are proven against it by whoever reads them.
     With an `ancestry` those made on one of its bodies are opened on that. `late` are the places, by name, of
-    contributions that belong to earlier iterations.
+    contributions that belong to earlier iterations. `to_read` says that the weights will be read, not their headers alone.
 
     The order is that of the digests that the manifests state, of the names where there is none, whatever the
     order of the arguments. A checkpoint that cannot be opened is a candidate with a problem. Raises ModelError
@@ -79,10 +80,12 @@ def gather(
     found = _once(given, progress)
     after = [_Found(name, open_folder(place)) for name, place in (late or {}).items()]
     _allow_files(len(found) + len(after))
+    remote = [item.folder for item in (*found, *after) if isinstance(item.folder, RemoteFolder)]
+    if to_read:  # a header comes with what is read after it
+        look_ahead(remote)
     decoder = shared(base) if base is not None else None
     opened = partial(_open, base=decoder, allow_pickle=allow_pickle, trusted=trusted, ancestry=ancestry)
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store answers many requests in the time of one
-        remote = any(is_url(item.folder.label) for item in (*found, *after))
         candidates = list(pool.map(opened, (*found, *after)) if remote else map(opened, (*found, *after)))
     for place, index in zip(after, range(len(found), len(candidates)), strict=True):
         candidates[index] = replace(candidates[index], name=place.name, late=True)

@@ -70,7 +70,7 @@ def fuse(
     trusted = _trusted(config)
     home = _home(references)
     config = _settled(config, home)
-    candidates = _offered(references, base, base_checkpoint, home, config, old_bases, progress)
+    candidates = _offered(references, base, base_checkpoint, home, config, old_bases, progress, to_read=True)
     if manifests_only:
         candidates = [item for item in candidates if _has_manifest(item)]
     closed = home is not None and not overwrite and str(destination.resolve()) == str(layout.fused(*home))
@@ -107,7 +107,7 @@ def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[
     home = _home(references)
     config = _settled(replace(config, verify=False), home)
     try:
-        offered = _offered(references, base, base_checkpoint, home, config, (), SILENT)
+        offered = _offered(references, base, base_checkpoint, home, config, (), SILENT, to_read=False)
     except ModelError:
         return []
     candidates = [item for item in offered if _has_manifest(item)]
@@ -148,6 +148,8 @@ def _offered(
     config: FuseConfig,
     old_bases: Sequence[str],
     progress: Progress,
+    *,
+    to_read: bool,
 ) -> list[Candidate]:
     """What is to be fused, each once: with `home`, the RUN and iteration they belong to, the late ones of earlier ones."""
     within = home[0] if home else layout.enclosing_run(locate(base.place))
@@ -163,6 +165,7 @@ def _offered(
         allow_pickle=config.allow_pickle,
         trusted=_trusted(config),
         ancestry=ancestry,
+        to_read=to_read,
     )
     if home is None:
         return opened(references)
