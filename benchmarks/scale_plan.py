@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 # Bytes per parameter of float32 bodies, as `scale.py traffic` finds them on the demo's base, and nanoseconds per contribution and
 # parameter, as `scale.py rates` finds them.
-BYTES = {"full": 4.0, "delta-bf16": 2.0, "delta-int8": 1.02, "lora": 0.12}
-NANOSECONDS = {"full": 5.0, "delta-bf16": 10.0, "delta-int8": 10.0, "lora": 10.0}
+BYTES = {"full": 4.0, "delta-bf16": 2.0, "delta-int8": 1.01, "lora": 0.085}
+NANOSECONDS = {"full": 5.4, "delta-bf16": 9.4, "delta-int8": 11.1, "lora": 8.9}
 _WHOLE = 2.0  # a float64 group costs so many times a float32 contribution
 
 
