@@ -268,7 +268,6 @@ def _earlier(contributions: Location, stale: Sequence[ContributionRecord]) -> li
 def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:
     """The settings that a fused model was made with; how it is checked is up to this call."""
     recorded = {key: value for key, value in document["config"].items() if key in FuseConfig.__dataclass_fields__}
-    signed = recorded.pop("trusted_keys", None) is not None  # there by fingerprint, here a folder
     kept: tuple[str, ...] = (
         "screen",
         "min_contributions",
