@@ -220,6 +220,9 @@ def _collected(reference: Any, item: _Try, share: _Share) -> tuple[Outcome[Any] 
         return None, _Try(item.index, min(more, share.memory), item.number + 1, now, why)
     except exceptions.RayTaskError as error:
         raise error.cause from None
+    except exceptions.RayError as error:  # no other machine would do better
+        reason = str(error).strip().splitlines()[0].rstrip(".") or type(error).__name__
+        return Outcome(item.index, None, WorkerError(f"Ray gave it up: {reason}: look at Ray's logs")), None
     if isinstance(outcome.error, BusyError) and item.lost and now < item.lost + _LEASE:
         return None, replace(item, earliest=now + _PAUSE)  # the lock of the lost one is not yet gone
     return outcome, None
