@@ -67,7 +67,7 @@ def cluster(workers: int, cache: Path) -> Iterator[str]:
     """A cluster whose head runs nothing and whose workers have one core each. Gives its address."""
     from ray.cluster_utils import Cluster
 
-    os.environ.update(RAY_USAGE_STATS_ENABLED="0", COLDCTL_CACHE=str(cache))
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0", COLDCTL_CACHE=str(cache))
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
         for core in sorted(os.sched_getaffinity(0))[:workers]:

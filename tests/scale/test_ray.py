@@ -27,7 +27,7 @@ def cluster(s3_server: S3) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     environment = pytest.MonkeyPatch()
-    for name, value in {**s3_server.environment, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+    for name, value in {**s3_server.environment, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}.items():
         environment.setenv(name, value)
     node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
     started = Cluster(initialize_head=True, head_node_args=node)

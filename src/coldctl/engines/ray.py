@@ -138,6 +138,9 @@ class Ray:
         if not ray.is_initialized():
             local = self._address == "local"
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+            os.environ.setdefault(
+                "RAY_worker_niceness", "0"
+            )  # Ray's 15 would give way to everything else on this machine
             try:
                 _knock(self._address)
                 ray.init(
