@@ -193,6 +193,7 @@ def test_requests_that_fail_are_tried_again(
     store: S3, coldctl: Run, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coldctl.core.storage._PAUSES", (0.05,) * 6)
+    monkeypatch.setenv("AWS_RETRY_MODE", "standard")  # the store's library would wait long before we try again
     fuse = ("fuse", f"{store.url}/contributions", "--base", f"{store.url}/base", "--output")
     assert coldctl(*fuse, f"{store.url}/reliable").code == 0
     with unreliable(store.endpoint, Faults(**{fault: 0.08}, seed=7)) as (endpoint, counted):
