@@ -61,13 +61,14 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     (tmp_path / "sub" / "b.txt").write_text("two")
     (tmp_path / ".hidden").write_text("not of it")
     (tmp_path / "known").write_text("three")
-    written = manifest.write(tmp_path, {**LEAST, "manifest_digest": "old"}, {"known": "sha256:known"})
+    written = manifest.write(tmp_path, {**LEAST, "name": "é", "manifest_digest": "old"}, {"known": "sha256:known"})
     assert written["files"] == {"a.txt": sha(b"one"), "known": "sha256:known", "sub/b.txt": sha(b"two")}
     assert written["schema"] == 1
     assert manifest.read(tmp_path) == written
     text = (tmp_path / layout.MANIFEST).read_text()
     assert text.endswith("}\n")
     assert text.startswith('{\n  "')
+    assert '"é"' in text
     assert manifest.changed_files(tmp_path, written) == ["known"]
     with pytest.raises(ManifestError, match="known was changed after it was written"):
         manifest.read_unchanged(tmp_path)
