@@ -209,6 +209,27 @@ def test_names_of_tensors(place: Path) -> None:
         refused(place, encoded({name: entry()}, bytes(8)), "is no name of a tensor")
 
 
+def test_the_number_of_tensors(place: Path) -> None:
+    def empty(count: int, first: int = 0) -> dict[str, Any]:
+        return {f"t{first + number}": entry(shape=[0], data_offsets=[0, 0]) for number in range(count)}
+
+    (place / layout.WEIGHTS).write_bytes(encoded(empty(20_000)))
+    assert len(opened(place).body) == 20_000
+    refused(place, encoded(empty(20_001)), "more than 20000 tensors")
+    (place / layout.WEIGHTS).unlink()
+    for more, found in ((0, 20_000), (1, None)):
+        shards = {"s1": empty(15_000), "s2": empty(5_000 + more, 15_000)}
+        for shard, header in shards.items():
+            (place / shard).write_bytes(encoded(header))
+        where = {name: shard for shard, header in shards.items() for name in header}
+        (place / layout.WEIGHTS_INDEX).write_text(json.dumps({"weight_map": where}))
+        if found:
+            assert len(opened(place).body) == found
+        else:
+            with pytest.raises(CheckpointError, match="more than 20000 tensors"):
+                opened(place)
+
+
 # Shards ---------------------------------------------------------------------------------------------------------
 
 
@@ -285,7 +306,9 @@ def test_common_rows(place: Path, tmp_path_factory: pytest.TempPathFactory) -> N
     assert cut.original is other
     assert checkpoints.body_digest(cut) == checkpoints.body_digest(other)
     assert checkpoints.outside_body(cut) == checkpoints.outside_body(other)
-    assert checkpoints.with_common_rows(other, base) is base or base.body[name].shape == (2, 3)
+    narrow = {rows: opened(place, {name: np.zeros((rows, 1), np.float32)}) for rows in (2, 5)}
+    assert checkpoints.with_common_rows(narrow[2], narrow[5]).body[name].shape == (2, 1)
+    assert checkpoints.with_common_rows(narrow[5], narrow[2]).body[name].shape == (2, 1)
     assert checkpoints.with_common_rows(base, base) is base
     wider = opened(other_place, {name: np.zeros((5, 4), np.float32)})
     assert checkpoints.with_common_rows(base, wider) is wider

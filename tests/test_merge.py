@@ -48,6 +48,12 @@ def test_equal_weights_give_copies_back_exactly() -> None:
         assert merge.mean([array(0.1, dtype=np.float64)] * count)[0] == 0.1
 
 
+def test_equal_weights_are_no_weights() -> None:
+    rng = np.random.default_rng(2)
+    parts = [rng.standard_normal(1000).astype(np.float32) for _ in range(7)]
+    assert np.array_equal(merge.mean(parts, np.full(7, 0.1)), merge.mean(parts))
+
+
 def test_pieces_change_nothing() -> None:
     """More elements than are added at a time, in all three ways of adding."""
     rng = np.random.default_rng(0)
@@ -75,6 +81,9 @@ def test_groups_of_doubles_weighted_by_their_sizes_give_the_mean_of_all() -> Non
     groups = [merge.mean(parts[:2]), merge.mean(parts[2:])]
     again = merge.mean(groups, np.asarray([2.0, 3.0]))
     assert np.abs(again - merge.mean(parts)).max() <= np.spacing(1.0)
+    whole = [rng.integers(-(1 << 40), 1 << 40, 20_000).astype(np.float64) for _ in range(5)]  # sums without rounding
+    groups = [merge.mean(whole[:2]), merge.mean(whole[2:])]
+    assert np.array_equal(merge.mean(groups, np.asarray([2.0, 3.0])), merge.mean(whole))
     copies = [rng.standard_normal(500)] * 2
     assert np.array_equal(merge.mean(copies, np.asarray([2.0, 3.0])), copies[0])
 
@@ -173,6 +182,8 @@ def test_model_stock() -> None:
     assert merge.model_stock_share(gram_of([1.0, 0], [-1.0, 0])) == 0.0
     assert merge.model_stock_share(gram_of([1.0, 0], [-0.5, 0.1])) == 0.0
     assert merge.model_stock_share(gram_of([0.0, 0], [1.0, 0])) == 0.0  # no direction, no agreement
+    with_a_zero = gram_of([1.0, 0], [1.0, 0], [0.0, 0])  # cosines 1, 0, 0
+    assert merge.model_stock_share(with_a_zero) == pytest.approx(3 * (1 / 3) / (1 + 2 / 3))
     spread = gram_of([1.0, 0], [-0.5, np.sqrt(0.75)], [-0.5, -np.sqrt(0.75)])
     assert merge.model_stock_share(spread) == 0.0  # the mean is the base
 
@@ -191,6 +202,13 @@ def test_slerp() -> None:
     assert bent.sum() > 1 + 1e-4  # a great circle, not the line below it
     assert merge.slerp_weights(gram_of([2.0, 0], [0, 5.0]), 0.5) == pytest.approx([np.sqrt(0.5)] * 2)
     assert merge.slerp_weights(gram_of([0.0, 0], [0, 5.0]), 0.25).tolist() == [0.75, 0.25]
+    sixty = gram_of([2.0, 0], [2.5, 2.5 * np.sqrt(3)])  # lengths 2 and 5, 60 degrees between them
+    sine = np.sin(np.pi / 3)
+    for position in (0.0, 0.2, 0.5, 1.0):
+        expected = [np.sin((1 - position) * np.pi / 3) / sine, np.sin(position * np.pi / 3) / sine]
+        assert merge.slerp_weights(sixty, position) == pytest.approx(expected, abs=1e-12)
+    obtuse = merge.slerp_weights(gram_of([1.0, 0], [-0.5, np.sqrt(0.75)]), 0.25)
+    assert obtuse == pytest.approx([1 / np.sin(2 * np.pi / 3), np.sin(np.pi / 6) / np.sin(2 * np.pi / 3)])
 
 
 # Element by element ---------------------------------------------------------------------------------------------
@@ -209,6 +227,8 @@ def test_trimmed_mean() -> None:
     assert merge.trimmed_mean(parts, 0.4).tolist() == [2]
     assert merge.trimmed_mean(parts, 0.0)[0] == pytest.approx(6 / 5)
     assert merge.trimmed_mean([array(1), array(2), array(6)], 0.3)[0] == 3  # less than one of three: none
+    columns = [array(5, -1, 2), array(1, 7, 0), array(3, 3, 9), array(-50, 2, 1)]
+    assert merge.trimmed_mean(columns, 0.25).tolist() == [2, 2.5, 1.5]
     with pytest.raises(ConfigError, match=r"--trim 0\.5 leaves nothing of 4"):
         merge.trimmed_mean([array(1)] * 4, 0.5)
     assert merge.trimmed_mean([array(1)] * 5, 0.5).tolist() == [1]  # the median
@@ -268,8 +288,8 @@ def test_outer_steps() -> None:
     first, second = 0.9 + 0.1 * 2, 0.99 * 3 + 0.01 * 4
     assert after[0] == pytest.approx(10 - 0.1 * first / (np.sqrt(second) + 1e-3), rel=1e-12)
     assert [item[0] for item in state] == pytest.approx([first, second])
-    after, _ = merge.outer_step("adam", base, merged, 0.1, 0.0, [np.zeros(1), np.zeros(1)])
-    assert after[0] == pytest.approx(10 - 0.1 * 2 / (0.2 + 1e-3), rel=1e-12)
+    after, _ = merge.outer_step("adam", base, np.asarray([7.0]), 0.1, 0.0, [np.zeros(1), np.zeros(1)])
+    assert after[0] == pytest.approx(10 - 0.1 * 3 / (0.3 + 1e-3), rel=1e-12)
 
 
 # Weights and rounding -------------------------------------------------------------------------------------------
@@ -278,6 +298,7 @@ def test_outer_steps() -> None:
 def test_normalised() -> None:
     assert merge.normalised([1, 3]).tolist() == [0.25, 0.75]
     assert merge.normalised([0, 2]).tolist() == [0, 1]
+    assert merge.normalised([0.125, 0.125]).tolist() == [0.5, 0.5]
     for wrong in ([-1.0, 2], [0.0, 0], [np.inf, 1], [np.nan, 1]):
         with pytest.raises(ConfigError, match="finite, not negative, and not all zero"):
             merge.normalised(wrong)
