@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/poison.py --scratch runs/poison
     .venv/bin/python benchmarks/poison.py --scratch runs/poison --data DATA_FOLDER --only a,b,c,d,e,f,g,h
 
-Eight contributors finetune for real; then 1, 2 and 3 of them (the first of the suite) send something else, as checkpoints on
-disk with manifests of their own making, so that every digest holds. All is fused by `coldctl fuse` and measured by the
-linear probes of `coldctl evaluate` against the mean without an attack. DATA_FOLDER holds one folder per dataset with train,
-validation and test files; without it the demo's four datasets are shared out, each to two contributors. Everything is
-resumable: what is complete in --scratch is not repeated.
+Eight contributors finetune for real; then 1, 2 and 3 of them (of as many datasets as can be) send something else, as
+checkpoints on disk with manifests of their own making, so that every digest holds. All is fused by `coldctl fuse` and
+measured by the linear probes of `coldctl evaluate` against the mean without an attack. DATA_FOLDER holds one folder per
+dataset with train, validation and test files; without it the demo's four datasets are shared out, each to two
+contributors. Everything is resumable: what is complete in --scratch is not repeated.
 
 The attackers know what the honest ones send and work together. d is an update, m and s are the mean and the standard
 deviation of the honest updates, per coordinate:
@@ -62,8 +62,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="default: the demo's datasets, shared out")
     parser.add_argument("--only", default="", help="names of the eight datasets in DATA, separated by commas")
     parser.add_argument("--base", type=Path, default=Path("assets/demo/base"))
-    parser.add_argument("--examples", type=int, default=480, help="training examples of a contributor")
-    parser.add_argument("--test-examples", type=int, default=150)
+    parser.add_argument("--examples", type=int, default=1000, help="training examples of a contributor")
+    parser.add_argument("--probe-examples", type=int, default=600, help="training examples of a probe")
+    parser.add_argument("--test-examples", type=int, default=700)
     parser.add_argument("--attackers", default="2,1,3")
     parser.add_argument("--attacks", default="; ".join(ATTACKS), help="separated by semicolons")
     parser.add_argument("--methods", default="; ".join(METHODS), help="likewise")
@@ -93,7 +94,9 @@ class Bench:
         self.scratch: Path = options.scratch
         self.base: Path = options.base
         self.honest = self.scratch / "contributions"
-        self.contributors = config.contributors_of(config.read(suite).datasets)
+        # The first are the attackers: one of each dataset before a second one of any, so that none is theirs alone.
+        contributors = config.contributors_of(config.read(suite).datasets)
+        self.contributors = sorted(contributors, key=lambda item: item[1].part)
         self.names = [name for name, _ in self.contributors]
         self.methods = names(options.methods)
         self.cells: dict[tuple[str, int, str], dict[str, Any]] = {}
@@ -437,7 +440,8 @@ def suite_text(options: argparse.Namespace) -> str:
         f'[run]\nbase = "{options.base.resolve()}"\n'
         "[finetune]\nepochs = 2\nbatch_size = 32\nlearning_rate = 5e-5\nmax_length = 64\n"
         f"max_train_examples = {options.examples}\nmax_validation_examples = 100\nmax_test_examples = 1\n"
-        "[evaluate]\nmax_length = 64\nmax_train_examples = 160\nmax_validation_examples = 80\n"
+        f"[evaluate]\nmax_length = 64\nmax_train_examples = {options.probe_examples}\n"
+        f"max_validation_examples = {options.probe_examples // 2}\n"
         f"max_test_examples = {options.test_examples}\n"
     )
     folder: Path = options.data or options.base.parent
