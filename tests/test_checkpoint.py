@@ -125,11 +125,23 @@ def test_broken_indexes(tmp_path: Path, base: Path, coldctl: Run) -> None:
         shard.rename(tmp_path / "elsewhere.safetensors")
         shard.symlink_to(tmp_path / "elsewhere.safetensors")
 
+    def link_further_up(index: Path, document: dict[str, Any]) -> None:
+        key, shard = next(iter(document["weight_map"].items()))
+        (tmp_path / "far" / "b").mkdir(parents=True)
+        (index.parent / shard).rename(tmp_path / "far" / "b" / shard)
+        (index.parent / "a").symlink_to(tmp_path / "far")
+        document["weight_map"] = {
+            name: f"a/b/{shard}" if file == document["weight_map"][key] else file
+            for name, file in document["weight_map"].items()
+        }
+        index.write_text(json.dumps(document))
+
     attempt("a", point_outside, "outside the directory")
     attempt("b", absolute, "outside the directory")
     attempt("c", lose, "which no shard holds")
     attempt("d", unlisted, "not in the index")
     attempt("e", link_outside, "link to outside")
+    attempt("h", link_further_up, "link to outside")
     attempt("f", lambda index, _: index.write_text('{"weight_map": []}'), "no weight_map")
     attempt("g", lambda index, _: index.write_text("{"), "not readable JSON")
 

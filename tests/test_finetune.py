@@ -165,6 +165,8 @@ def test_low_rank_contributions_are_fused_as_products(tmp_path: Path, base: Path
         written = tmp_path / "c" / name
         assert not (written / "model.safetensors").exists()
         assert str(base) not in (written / "adapter_config.json").read_text()
+        modules = json.loads((written / "adapter_config.json").read_text())["target_modules"]
+        assert modules == sorted(modules)  # the same bytes in each process
         assert json.loads((written / "coldctl.json").read_text())["encoding"] == "adapter"
     ran = coldctl("fuse", tmp_path / "c", "--base", base, "--output", tmp_path / "fused", "--strict", "--json")
     assert ran.code == 0, ran.stderr

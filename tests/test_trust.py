@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -185,6 +186,26 @@ def test_a_flipped_bit_is_found_while_the_weights_are_fused(
     }  # fmt: skip
 
 
+def test_what_is_no_part_of_the_model_is_signed_as_well(
+    signed: Path, base: Path, trusted: Path, keys: dict[str, Path], tmp_path: Path, coldctl: Run
+) -> None:
+    from coldctl.core import signing
+
+    model, published = tmp_path / "model", tmp_path / "published"
+    assert coldctl("fuse", signed, "--base", base, "--output", model, "--leave-one-out").code == 0
+    ran = coldctl("publish", model, "--to", published, "--license", "mit", "--sign-key", keys["bob"])
+    assert ran.code == 0, ran.stderr
+    signing.sign(model, keys["bob"])
+    changed = [published / "README.md", next(model.glob("leave-one-out/*/config.json"))]
+    for place, file in zip((published, model), changed, strict=True):
+        ran = fuse(coldctl, place, base, tmp_path / f"from-{place.name}", trusted)
+        assert ran.code == 0, ran.stderr
+        file.write_text(file.read_text() + "\n")
+        ran = fuse(coldctl, place, base, tmp_path / f"again-{place.name}", trusted)
+        assert ran.code == 2
+        assert f"{file.relative_to(place)} is not as it was signed" in ran.json["details"][0]
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"[" * 100_000, b"9" * 100_000, b'{"dsseEnvelope": {"payloadType": "x"}}', b"\xff\xfe", b'{"dsseEnvelope": []}',
@@ -228,6 +249,19 @@ def test_what_a_signer_left_out_of_the_signature_is_not_trusted(
     config.sign(parts / "one", parts / "one" / "model.sig")
     ran = fuse(coldctl, parts, base, tmp_path / "fused", trusted)
     assert "model.safetensors was not there when it was signed" in ran.json["details"][0]
+    tiny.reshard(parts / "two", parts / "apart", shards=1)  # weights where nothing is signed
+    (parts / "apart" / ".git").mkdir()
+    (parts / "apart" / "model-00001-of-00001.safetensors").rename(parts / "apart" / ".git" / "a.safetensors")
+    index = parts / "apart" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00001-of-00001", ".git/a"))
+    for name in ("coldctl.json", "model.sig"):
+        (parts / "apart" / name).unlink()
+    signed_alone = hashing.Config().set_ignored_paths(paths=["model.sig"])
+    config = signing.Config().set_hashing_config(signed_alone).use_elliptic_key_signer(private_key=keys["alice"])
+    config.sign(parts / "apart", parts / "apart" / "model.sig")
+    ran = fuse(coldctl, parts / "apart", base, tmp_path / "fused", trusted)
+    assert ".git/a.safetensors was not there when it was signed" in ran.json["details"][0], ran.stdout
+    shutil.rmtree(parts / "apart")
     sharded = hashing.Config().use_shard_serialization().set_ignored_paths(paths=["model.sig"])
     config = signing.Config().set_hashing_config(sharded).use_elliptic_key_signer(private_key=keys["alice"])
     config.sign(parts / "one", parts / "one" / "model.sig")
@@ -290,6 +324,8 @@ def test_finetuning_signs_and_signs_again_only_what_needs_it(
     for name in ("red", "green"):
         assert "alice" not in (tmp_path / "parts" / name / "coldctl.json").read_text()
     before = (tmp_path / "parts" / "red" / "model.sig").read_bytes()
+    payload = base64.b64decode(json.loads(before)["dsseEnvelope"]["payload"])
+    assert json.loads(payload)["subject"][0]["name"] == "model"  # not as the directory is called here
     assert "left alone" in coldctl("finetune", *flags, "--sign-key", keys["alice"]).stderr
     assert (tmp_path / "parts" / "red" / "model.sig").read_bytes() == before
     assert "left alone" in coldctl("finetune", *flags).stderr  # a signature is no part of the work's identity
@@ -353,6 +389,8 @@ def test_revoking_a_key_over_two_iterations(
     for item in models:  # the second one has it from its ancestor
         assert [(one["contribution"], one["iteration"]) for one in item["carried"]] == [("one", 1)]
         assert item["unsigned"] == 0
+    there = coldctl("lineage", f"file://{run}", "--signer", "alice", "--json")  # likewise where it lies in a store
+    assert (there.code, len(there.json["models"])) == (3, 2)
     ran = coldctl("lineage", run, "--signer", "alice")
     assert "2 of 2 models carry contributions signed by alice" in ran.stderr
     assert coldctl("lineage", run, "--signer", keys["mallory"].with_suffix(".pub")).code == 0
@@ -392,6 +430,7 @@ def test_a_fused_model_as_a_contribution_brings_its_signers(
         ("private", "it is a private key"),
         ("nothing", "cannot be used"),
         ("twice", "the same key"),
+        ("pipe", "is no file"),
     ],
 )
 def test_keys_that_cannot_be_used_are_named(
@@ -404,6 +443,8 @@ def test_keys_that_cannot_be_used_are_named(
         shutil.copy(keys["alice"], folder / "alice.pem")
     elif content == "nothing":
         (folder / "alice.pem").write_text("-----BEGIN PUBLIC KEY-----\n")
+    elif content == "pipe":
+        os.mkfifo(folder / "alice.pem")
     elif content == "twice":
         for name in ("a", "b"):
             shutil.copy(trusted / "alice.pem", folder / f"{name}.pem")

@@ -11,7 +11,7 @@ from coldctl.core import layout, signatures
 from coldctl.core.checkpoint import Checkpoint, body_digest, read_manifest
 from coldctl.core.decoded import shared
 from coldctl.core.encodings import open_contribution
-from coldctl.core.errors import ColdctlError, ModelError
+from coldctl.core.errors import CheckpointError, ColdctlError, ModelError
 from coldctl.core.location import is_url
 from coldctl.core.progress import Progress
 from coldctl.core.reference import as_text, resolve
@@ -234,6 +234,9 @@ def _open(
             age = ancestry.age(digest)
             base_then = ancestry.open(digest) if age else None
         checkpoint = open_contribution(found.folder, found.name, base_then or base, allow_pickle=allow_pickle)
+        unsigned = sorted(set(checkpoint.files) - set(signed.files)) if signed is not None else []
+        if unsigned:  # in git's folder, say, which no signature covers
+            raise CheckpointError(f"{unsigned[0]} was not there when it was signed")
     except ColdctlError as error:
         return Candidate(found.name, found.place, None, problems=[error.message], age=age)
     name = checkpoint.manifest["name"] if checkpoint.manifest is not None else found.name

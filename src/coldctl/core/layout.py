@@ -121,6 +121,11 @@ def outer_state(kind: str) -> str:
     return f"outer_{kind}.safetensors"
 
 
+def is_beside(name: str) -> bool:
+    """Whether a file of a model's directory is no part of the model: its card, or a model of its own."""
+    return name == CARD or name.startswith(f"{LEAVE_ONE_OUT}/")
+
+
 def is_complete(path: Location) -> bool:
     """Whether a directory of ours is finished: its manifest is the last file written."""
     return (path / MANIFEST).is_file()

@@ -58,10 +58,13 @@ def trusted_keys(folder: Path) -> list[TrustedKey]:
     """The public keys `NAME.pem` of a directory, by name. Raises ConfigError if there are none, or one cannot be used."""
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix == ".pem" and not path.name.startswith("."))
+        odd = [path.name for path in paths if not path.is_file()]
     except OSError as error:
         raise ConfigError(f"--trusted-keys {folder} cannot be read: {error.strerror}") from None
     if not paths:
         raise ConfigError(f"--trusted-keys {folder} holds no key: put each contributor's public key there as NAME.pem")
+    if odd:  # a pipe would be waited for
+        raise ConfigError(f"--trusted-keys {folder}: {odd[0]} is no file: remove it")
     keys = [public_key(path, "--trusted-keys") for path in paths]
     known: dict[str, str] = {}
     for key in keys:
@@ -123,8 +126,8 @@ def read(folder: Folder, keys: Sequence[TrustedKey]) -> Signed:
 def differences(folder: Folder, signed: Signed, *, manifest_proves: bool) -> list[str]:
     """What of a directory is not as it was signed, in sentences: files that differ, are missing, or were added.
 
-    Every file is read and hashed, unless `manifest_proves`: then the caller is going to prove each file that a signed
-    `coldctl.json` names against that manifest, and only what it does not name is read here.
+    Every file is read and hashed, unless `manifest_proves`: then the caller is going to prove each file of the model that a
+    signed `coldctl.json` names against that manifest, and only the others are read here.
     """
     found = sorted(name for name in folder.walk() if not _beside(name))
     problems = [f"{name} was not there when it was signed" for name in found if name not in signed.files]
@@ -143,7 +146,7 @@ def differences(folder: Folder, signed: Signed, *, manifest_proves: bool) -> lis
 
 
 def _stated_by_manifest(folder: Folder, signed: Signed) -> dict[str, str]:
-    """The digests in a manifest that is itself as it was signed; none without one."""
+    """The digests in a manifest that is itself as it was signed, of the model's own files; none without one."""
     if layout.MANIFEST not in signed.files or not folder.has(layout.MANIFEST):
         return {}
     data = folder.read(layout.MANIFEST)
@@ -153,7 +156,7 @@ def _stated_by_manifest(folder: Folder, signed: Signed) -> dict[str, str]:
         document: Manifest = parse(data, f"{folder.label}/{layout.MANIFEST}")
     except ManifestError:  # signed, but no manifest that anything can be proven by
         return {}
-    return {name: str(digest) for name, digest in document["files"].items()}
+    return {name: str(digest) for name, digest in document["files"].items() if not layout.is_beside(name)}
 
 
 def _digest(folder: Folder, name: str) -> str:

@@ -1,6 +1,7 @@
 """OpenSSF model signing with a key of one's own, offline: every file of a directory under one signature."""
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ def sign(folder: Path, key: Path) -> None:
         ".cache/huggingface",
         output.IDENTITY,
     ]  # and git's, which the library leaves out itself
-    config = signing.Config().set_hashing_config(hashing.Config().set_ignored_paths(paths=ignored))
+    named = _Named("model", hashing.Config().set_ignored_paths(paths=ignored))
+    config = signing.Config().set_hashing_config(named)
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
         made = Path(scratch) / layout.SIGNATURE
         try:
@@ -33,6 +35,25 @@ def sign(folder: Path, key: Path) -> None:
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"--sign-key {key} cannot be used ({_first_line(error)}): {_REMEDY}") from None
         output.write_text(folder / layout.SIGNATURE, made.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The library's hashing, but what is signed is called `name`: the directory's own name is its owner's alone."""
+
+    name: str
+    config: Any
+
+    def hash(self, model_path: Path) -> Any:
+        """The library's manifest of a directory."""
+        manifests = _library("manifest")
+        found = self.config.hash(model_path)
+        items = [
+            manifests.FileManifestItem(path=Path(item.identifier), digest=item.digest)
+            for item in found.resource_descriptors()
+        ]
+        kind = manifests.SerializationType.from_args(found.serialization_type)
+        return manifests.Manifest(self.name, items, kind)
 
 
 def sign_complete(folder: Path, key: Path) -> bool:

@@ -153,7 +153,8 @@ class LocalFolder:
             raise CheckpointError(f"{self.path}: {name!r} points outside the directory: do not use this checkpoint")
         path = self.path / name
         try:
-            linked = path.is_symlink() or (path.parent != self.path and path.parent.is_symlink())
+            inner = path.parents[: len(path.parts) - len(self.path.parts) - 1]  # the folders between
+            linked = path.is_symlink() or any(folder.is_symlink() for folder in inner)
             real, home = (path.resolve(), self.path.resolve()) if linked else (path, self.path)
         except (OSError, RuntimeError) as error:  # a name that is too long; links in a circle
             raise CheckpointError(f"cannot read {path}: {error}") from None
@@ -351,13 +352,13 @@ def _too_large(label: str, limit: int) -> CheckpointError:
 
 
 def leads_outside(name: str) -> bool:
-    """Whether a file name from a stranger is more than a name in the directory or in a folder directly inside it.
+    """Whether a file name from a stranger is more than a name in the directory or in a folder inside it.
 
     >>> [leads_outside(name) for name in ("a.json", "1_Pooling/config.json", "../a", "/etc/passwd", "a/../../b", "a/b/c")]
-    [False, False, True, True, True, True]
+    [False, False, True, True, True, False]
     """
     parts = PurePosixPath(name).parts
-    return not name or name != "/".join(parts) or len(parts) > 2 or ".." in parts or "\\" in name
+    return not name or name != "/".join(parts) or parts[0] == "/" or ".." in parts or "\\" in name
 
 
 def open_folder(reference: "str | Location") -> Folder:

@@ -41,6 +41,8 @@ def save_adapter(adapted: Any, folder: Path, base_name: str, *, body_only: bool 
     """
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = base_name
+    if isinstance(config.target_modules, set):  # in another order in each process
+        config.target_modules = sorted(config.target_modules)
     adapted.save_pretrained(folder, save_embedding_layers=False)
     (folder / layout.CARD).unlink(missing_ok=True)  # PEFT's template of a model card
     if body_only:

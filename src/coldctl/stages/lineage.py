@@ -7,6 +7,7 @@ from pathlib import Path
 from coldctl.core import layout, run, signatures
 from coldctl.core.errors import ConfigError, ManifestError
 from coldctl.core.lineage import Carried, Generation, carried, generations, known_keys, unsigned
+from coldctl.core.location import is_url, locate
 from coldctl.core.manifest import Manifest, parse
 from coldctl.core.reference import Model, resolve
 
@@ -67,8 +68,8 @@ def in_words(carrier: Carrier) -> str:
 
 
 def _models(reference: str) -> list[Model]:
-    place = Path(reference).expanduser()
-    if not (place.is_dir() and run.is_run(place)):
+    place = locate(reference)
+    if not (is_url(reference) or place.is_dir()) or not run.is_run(place):
         return [resolve(reference)]
     made = [layout.fused(place, number) for number in layout.iteration_numbers(place)]
     found = [resolve(str(path)) for path in made if layout.is_complete(path)]
