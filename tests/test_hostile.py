@@ -410,6 +410,46 @@ def test_a_config_of_another_body(
     refused(ran, 2, "evil")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"num_labels": 5 * 10**6}, {"pad_token_id": -7}, {"return_dict": False}, {"use_return_dict": False},
+     {"save_pretrained": "x"}, {"id2label": [1]}, {"problem_type": "evil"}, {"chunk_size_feed_forward": 3}],
+    ids=str,
+)  # fmt: skip
+def test_settings_that_others_stumble_over(
+    change: dict[str, object], tmp_path: Path, base: Path, dataset: Path, coldctl: Run
+) -> None:
+    evil = Path(shutil.copytree(base, tmp_path / "evil"))
+    edit(evil / "config.json", **change)
+    small = (*FAST, "--max-train-examples", 4, "--jobs", 1)
+    assert coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "sound", *small).code == 0
+    with bounded():
+        ran = coldctl("finetune", dataset, "--base", evil, "--output", tmp_path / "out", *small)
+    for command in (
+        ("fuse", tmp_path / "out", "--base", evil, "--output", tmp_path / "fused"),
+        ("publish", tmp_path / "fused", "--to", tmp_path / "published", "--license", "mit"),
+    ):
+        ran = coldctl(*command) if ran.code == 0 else ran
+    if ran.code != 0:
+        refused(ran, 2, "evil")
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "link.safetensors"])
+def test_weights_are_those_that_were_judged(name: str, tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    tiny.perturb(base, tmp_path / "secret", seed=1, scale=1.0)
+    evil = Path(shutil.copytree(base, tmp_path / "evil"))
+    edit(evil / "config.json", transformers_weights=name, configuration_files=["config.4.0.0.json"])
+    if name.startswith("link"):
+        (evil / name).symlink_to(tmp_path / "secret" / "model.safetensors")
+    else:
+        shutil.copy(tmp_path / "secret" / "model.safetensors", evil / name)
+    for place in (base, evil):
+        ran = coldctl("finetune", dataset, "--base", place, "--output", tmp_path / f"from-{place.name}", *FAST)
+        assert ran.code == 0, ran.stderr
+    weights = [(tmp_path / f"from-{place.name}" / "model.safetensors").read_bytes() for place in (base, evil)]
+    assert weights[0] == weights[1]
+
+
 TOKENIZERS: list[dict[str, object]] = [
     {"model_max_length": -5}, {"model_max_length": 0}, {"model_max_length": "long"}, {"pad_token": None},
     {"pad_token": {"content": []}}, {"tokenizer_class": "os.system"}, {"extra_special_tokens": {"a": [1]}},

@@ -194,8 +194,9 @@ class UsedRows:
         self.decay = 1.0  # what weight decay would have made of each of the other rows
         size = len(self._whole)
         seen = np.zeros(size, bool)
-        # Ids up to the padding id keep their place, so that it stays what the model's config says.
-        seen[: max(padding, getattr(model.config, "pad_token_id", None) or 0) + 1] = True
+        # Ids up to the padding id keep their place, so that it stays what the model and its config say.
+        stated = (getattr(model.config, "pad_token_id", None), getattr(self._embedding, "padding_idx", None))
+        seen[: max(padding, *(number or 0 for number in stated)) + 1] = True
         for rows in tokens:
             for piece in rows.pieces():
                 seen[piece] = True

@@ -4,16 +4,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from coldctl.core.foreign import CODE
+from coldctl.core.foreign import CODE, UNUSED
 
-# About a head, about custom code, or about the machine that the model came from.
+# About a head, about custom code or other files, or about the machine that the model came from.
 _DROPPED = (
     *CODE,
+    *UNUSED,
     "_name_or_path",
-    "id2label",
-    "label2id",
-    "num_labels",
-    "problem_type",
     "torch_dtype",
     "name_or_path",
 )

@@ -2,21 +2,21 @@
 
 `config.json` and `tokenizer_config.json` can ask the library to import the checkpoint's own code, to fetch kernels from the
 Hub, or to open files by absolute paths; links can lead out of the directory. So both are copied into a directory of our own,
-through the same checks as everything else, and loaded from there.
+through the same checks as everything else, and loaded from there, and the weights are shown there as the files that were judged.
 """
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from coldctl.core import layout
-from coldctl.core.checkpoint import CONFIG_LIMIT, json_object, read_model_config
+from coldctl.core.checkpoint import CONFIG_LIMIT, HEADER_LIMIT, json_object, read_model_config
 from coldctl.core.errors import ModelError
 from coldctl.core.location import Location
-from coldctl.core.storage import Folder
+from coldctl.core.storage import Folder, LocalFolder
 
 CODE = (
     "auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
@@ -26,6 +26,11 @@ _HARMLESS = ("eager", "sdpa", None)  # implementations that are torch's own
 _PLACES = (
     "name_or_path", "_name_or_path", "vocab_file", "merges_file", "tokenizer_file", "spm_file", "sp_model", "tokenizer_object",
     "special_tokens_map_file", "added_tokens_file", "tokenizer_config_file", "fast_tokenizer_files",
+)  # fmt: skip
+# Other files than those that were judged, a head that is not used (a count of labels is made into as many names), other outputs.
+UNUSED = (
+    "transformers_weights", "configuration_files", "fusion_config", "num_labels", "id2label", "label2id", "problem_type",
+    "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript",
 )  # fmt: skip
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -50,11 +55,24 @@ def note_on(folder: Folder) -> str | None:
 def config_of(folder: Folder) -> Iterator[Path]:
     """A directory with nothing but the cleaned `config.json`. Raises ModelError for a quantised model, or no encoder."""
     config = read_model_config(folder)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ModelError(f"{folder.label} is quantised, which cannot be trained or measured: take the original weights")
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
         place = Path(scratch)
         _write(place / layout.MODEL_CONFIG, _cleaned(config))
+        yield place
+
+
+@contextmanager
+def weights_of(folder: LocalFolder, files: Iterable[str]) -> Iterator[Path]:
+    """A directory with nothing but these weight files of a checkpoint, as links, and their index. Raises CheckpointError."""
+    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+        place = Path(scratch)
+        for name in files:
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).symlink_to((folder.path / name).resolve())
+        if not (place / layout.WEIGHTS).exists():
+            (place / layout.WEIGHTS_INDEX).write_bytes(folder.read(layout.WEIGHTS_INDEX, HEADER_LIMIT))
         yield place
 
 
@@ -83,7 +101,7 @@ def _tokenizer_config(folder: Folder) -> dict[str, Any] | None:
 
 
 def _cleaned(document: Mapping[str, Any]) -> dict[str, Any]:
-    dropped = {*code_named_in(document), *_PLACES}
+    dropped = {*code_named_in(document), *_PLACES, *UNUSED}
     return {key: value for key, value in document.items() if key not in dropped}
 
 

@@ -181,7 +181,8 @@ def device_of_choice(local_rank: int = 0) -> torch.device:
 
 def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
     quiet()
-    checkpoint = open_checkpoint(LocalFolder(folder), folder.name)  # refuses what is no encoder, or unsafe
+    source = LocalFolder(folder)
+    checkpoint = open_checkpoint(source, folder.name)  # refuses what is no encoder, or unsafe
     checkpoint.close()
     if (folder / layout.ADAPTER_CONFIG).exists():  # transformers would load it on top, unasked
         raise ModelError(
@@ -189,22 +190,24 @@ def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
         )
     state = torch.get_rng_state()
     try:
-        with foreign.config_of(checkpoint.folder) as place:
+        with foreign.config_of(source) as place:
             config = transformers.AutoConfig.from_pretrained(
                 place, local_files_only=True, trust_remote_code=False, **options
             )
         config.name_or_path = ""
         _check_sizes(config, checkpoint)
-        model, report = kind.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # of a head with other labels
-            output_loading_info=True,
-        )
+        with foreign.weights_of(source, checkpoint.files) as place:
+            model, report = kind.from_pretrained(
+                place,
+                config=config,
+                dtype=torch.float32,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # of a head with other labels
+                output_loading_info=True,
+            )
+        _try_out(model)
     except ModelError:
         raise
     except Exception as error:  # transformers raises whatever went wrong inside
@@ -220,11 +223,23 @@ def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
     return loaded
 
 
+def _try_out(model: nn.Module) -> None:
+    """Compute something small, so that a config that nothing can be computed with is found out here."""
+    training = model.training
+    tokens = torch.ones((1, 2), dtype=torch.int64)
+    with torch.inference_mode():
+        model.eval()(input_ids=tokens, attention_mask=tokens)
+    model.train(training)
+
+
 def _check_sizes(config: Any, checkpoint: Checkpoint) -> None:
     """Refuse a config that describes another body than the weights are of, before any memory is taken for it.
 
     Layers are counted before they are made, even without memory. Raises ModelError.
     """
+    for key in vars(config):
+        if callable(getattr(type(config), key, None)):
+            raise ModelError(f"{checkpoint.label}: its config has a setting {key!r}, which is none: take it out")
     most = max(_MOST_LAYERS, len(checkpoint.body))
     for key, value in config.to_dict().items():
         if type(value) is int and value > most and re.search("layer|block|group", key):
