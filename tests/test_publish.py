@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import coldctl as coldctl_package
 import tiny
-from coldctl.core.manifest import digest_of
+from coldctl.core.manifest import digest_of, digest_of_file
 from conftest import FAST, Ran, suite_text
 
 Run = Callable[..., Ran]
@@ -410,6 +410,27 @@ def test_a_dry_run_lists_and_sends_nothing(fused: Path, tmp_path: Path, coldctl:
     assert {"model.safetensors", "README.md", "coldctl.json", "config.json"} <= ran.json["sizes"].keys()
     assert ran.json["sizes"]["model.safetensors"] == (fused / "model.safetensors").stat().st_size
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["report.html", "gain.png"])
+def test_an_evaluation_gives_nothing_but_its_own_files(
+    name: str, fused: Path, evaluation: Path, tmp_path: Path, coldctl: Run
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("mine alone")
+    strange = Path(shutil.copytree(evaluation, tmp_path / "strange"))
+    (strange / name).unlink()
+    (strange / name).symlink_to(secret)
+    document = json.loads((strange / "coldctl.json").read_text())
+    for digest, words in ((None, "does not name"), (digest_of_file(secret), "link to outside")):
+        document["files"].pop(name, None)
+        document["files"] |= {name: digest} if digest else {}
+        document.pop("manifest_digest")
+        document["manifest_digest"] = digest_of(document)
+        (strange / "coldctl.json").write_text(json.dumps(document))
+        ran = coldctl("publish", fused, "--to", tmp_path / "to", "--evaluation", strange, "--license", "mit")
+        assert (ran.code, words in ran.stderr) == (2, True), ran.stderr
+        assert not (tmp_path / "to").exists()
 
 
 def test_publishing_to_a_store(fused: Path, evaluation: Path, coldctl: Run) -> None:

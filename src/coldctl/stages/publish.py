@@ -20,6 +20,7 @@ from coldctl.core.passes import prove
 from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
 from coldctl.core.sinks import DTYPE_NAMES
+from coldctl.core.storage import open_folder
 from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
 
 # What an evaluation's directory gives to the published one.
@@ -166,7 +167,10 @@ def _evaluation(folder: Location, digest: str) -> dict[str, Any]:
         raise ManifestError(
             f"--evaluation {folder} holds no evaluation: give the directory that `coldctl evaluate` wrote"
         )
-    manifest.read_unchanged(folder)
+    stated, there = manifest.read_unchanged(folder)["files"], open_folder(folder)
+    for file in (*_EVALUATION_FILES, layout.GAIN_CHART):  # a link to a file of ours would be published, too
+        if file not in stated and there.has(file):
+            raise ManifestError(f"{folder}: its manifest does not name {file}: evaluate again, or take it out")
     found = results.read(folder)
     measured = [item["body_digest"] for item in found["models"]]
     if digest in measured:
@@ -289,13 +293,12 @@ def _describe_pooling(source: Checkpoint, folder: Path) -> None:
 def _copy_evaluation(work: _Work, folder: Path) -> None:
     if work.evaluation is None or work.results is None:
         return
-    for file in _EVALUATION_FILES:
-        if (work.evaluation / file).is_file():
-            (folder / file).write_bytes((work.evaluation / file).read_bytes())
+    source = open_folder(work.evaluation)
     alone = len(results.read(work.evaluation)["models"]) == 1
-    if alone and (work.evaluation / layout.GAIN_CHART).is_file():
-        (folder / layout.GAIN_CHART).write_bytes((work.evaluation / layout.GAIN_CHART).read_bytes())
-    else:  # the card's picture is of this model alone
+    for file in (*_EVALUATION_FILES, *([layout.GAIN_CHART] if alone else [])):
+        if source.has(file):
+            (folder / file).write_bytes(source.read(file))
+    if not (folder / layout.GAIN_CHART).exists():  # the card's picture is of this model alone
         gain_chart(work.results, folder / layout.GAIN_CHART)
 
 
