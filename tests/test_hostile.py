@@ -390,6 +390,26 @@ def test_links_that_lead_outside(name: str, tmp_path: Path, base: Path, dataset:
     (evil / name).symlink_to(tmp_path / "secret")
     ran = coldctl("finetune", dataset, "--base", evil, "--output", tmp_path / "out", *FAST)
     refused(ran, 2, "link to outside")
+    ran = coldctl("finetune", dataset, "--base", f"file://{evil}", "--output", tmp_path / "out", *FAST)
+    refused(ran, 2, "link to outside")
+
+
+def test_what_an_adapter_names_is_told(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
+    adapter = tmp_path / "adapter"
+    ran = coldctl("finetune", dataset, "--base", base, "--output", adapter, *FAST, "--send", "lora", "--lora-rank", 2)
+    assert ran.code == 0, ran.stderr
+    (adapter / "coldctl.json").unlink()
+    assert "custom code" not in coldctl("fuse", adapter, "--base", base, "--output", tmp_path / "plain").stderr
+    edit(adapter / "adapter_config.json", auto_mapping={"base_model_class": "Evil", "parent_library": "code"})
+    for command in (
+        ("fuse", adapter, "--base", base, "--output", tmp_path / "out"),
+        ("check", adapter, "--base", base),
+    ):
+        ran = coldctl(*command)
+        assert ran.code == 0, ran.stderr
+        assert "names custom code (auto_mapping), which is" in " ".join(
+            re.sub(r"[\u2500-\u257f]", " ", ran.stderr).split()
+        )
 
 
 SIZES: list[dict[str, object]] = [

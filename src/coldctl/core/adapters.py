@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.core import layout, merge
+from coldctl.core import foreign, layout, merge
 from coldctl.core.checkpoint import (
     CONFIG_LIMIT,
     DTYPES,
@@ -112,7 +112,7 @@ def open_adapter(folder: Folder, name: str, base: Checkpoint) -> AdapterCheckpoi
     return AdapterCheckpoint(
         folder,
         name,
-        dict(base.config),
+        {**base.config, **{key: settings[key] for key in foreign.code_named_in(settings)}},
         body,
         (),
         "",

@@ -19,8 +19,9 @@ from coldctl.core.location import Location
 from coldctl.core.storage import Folder, LocalFolder
 
 CODE = (
-    "auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "_attn_implementation_internal",
-    "experts_implementation", "_experts_implementation", "_experts_implementation_internal", "kernel_config", "use_kernels",
+    "auto_map", "auto_mapping", "custom_pipelines", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_internal", "experts_implementation", "_experts_implementation",
+    "_experts_implementation_internal", "kernel_config", "use_kernels",
 )  # fmt: skip
 _HARMLESS = ("eager", "sdpa", None)  # implementations that are torch's own
 _PLACES = (

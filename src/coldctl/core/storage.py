@@ -295,6 +295,8 @@ class RemoteFolder:
             raise CheckpointError(f"{self.label}: {name!r} points outside the directory: do not use this checkpoint")
         if name not in self.entries:
             raise CheckpointError(f"cannot read {self.label}/{name}: no such file")
+        if self.filesystem.protocol == ("file", "local"):  # links and pipes are as elsewhere on this machine
+            LocalFolder(Path(self._root)).open(name).close()
         return int(self.entries[name]["size"] or 0)
 
 
@@ -371,9 +373,11 @@ def download(url: str, folder: Path) -> Path:
     """Copy the plain files of a remote folder into a local one, for libraries that need paths. Returns `folder`."""
     filesystem, root = _filesystem(url)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in RemoteFolder(url).names():
+    source = RemoteFolder(url)
+    for name in source.names():
         if not any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES):
             continue  # never code, never pickles
+        source.open(name)  # refuses what may not be read
         _persistently(partial(filesystem.get_file, f"{root}/{name}", str(folder / name)), f"{url}/{name}")
     return folder
 
