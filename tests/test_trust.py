@@ -329,7 +329,10 @@ def test_finetuning_signs_and_signs_again_only_what_needs_it(
     assert "left alone" in coldctl("finetune", *flags, "--sign-key", keys["alice"]).stderr
     assert (tmp_path / "parts" / "red" / "model.sig").read_bytes() == before
     assert "left alone" in coldctl("finetune", *flags).stderr  # a signature is no part of the work's identity
-    coldctl("finetune", *flags, "--sign-key", keys["bob"])
+    (tmp_path / "parts" / "red").rename(tmp_path / "elsewhere")
+    (tmp_path / "parts" / "red").symlink_to(tmp_path / "elsewhere")
+    ran = coldctl("finetune", *flags, "--sign-key", keys["bob"])
+    assert ran.code == 0, ran.stderr
     assert "signed by bob" in coldctl("check", tmp_path / "parts", "--trusted-keys", trusted).stderr
     (tmp_path / "parts" / "red" / "config.json").write_text("{}")
     ran = coldctl("finetune", *flags, "--sign-key", keys["alice"], "--only", "red")
@@ -431,6 +434,7 @@ def test_a_fused_model_as_a_contribution_brings_its_signers(
         ("nothing", "cannot be used"),
         ("twice", "the same key"),
         ("pipe", "is no file"),
+        ("both", "more than one key"),
     ],
 )
 def test_keys_that_cannot_be_used_are_named(
@@ -443,6 +447,8 @@ def test_keys_that_cannot_be_used_are_named(
         shutil.copy(keys["alice"], folder / "alice.pem")
     elif content == "nothing":
         (folder / "alice.pem").write_text("-----BEGIN PUBLIC KEY-----\n")
+    elif content == "both":
+        (folder / "all.pem").write_bytes(b"".join(path.read_bytes() for path in sorted(trusted.iterdir())))
     elif content == "pipe":
         os.mkfifo(folder / "alice.pem")
     elif content == "twice":

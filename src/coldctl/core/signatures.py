@@ -91,6 +91,8 @@ def public_key(path: Path, flag: str) -> TrustedKey:
             raise ValueError("it is too large for a key")
         if b"PRIVATE KEY" in data:
             raise ValueError("it is a private key, its owner's alone; `openssl ec -pubout` gives the public one")
+        if data.count(b"-----BEGIN ") > 1:  # the second one would not be read
+            raise ValueError("it holds more than one key")
         public = serialization.load_pem_public_key(data)
         if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name not in CURVES:
             raise ValueError("it is another kind of key")

@@ -31,7 +31,7 @@ def sign(folder: Path, key: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
         made = Path(scratch) / layout.SIGNATURE
         try:
-            config.use_elliptic_key_signer(private_key=key).sign(folder, made)
+            config.use_elliptic_key_signer(private_key=key).sign(folder.resolve(), made)
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"--sign-key {key} cannot be used ({_first_line(error)}): {_REMEDY}") from None
         output.write_text(folder / layout.SIGNATURE, made.read_text(encoding="utf-8"))
