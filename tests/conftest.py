@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ from s3_server import S3, serving
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing by threads, and tests run side by side
+# A shell's background ignores Ctrl-C, and so would everything that is started there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _caches = tempfile.TemporaryDirectory(prefix="coldctl-")  # nor write to the cache of whoever runs it
 os.environ["COLDCTL_CACHE"] = _caches.name
 os.environ["COLDCTL_STATE"] = str(Path(_caches.name) / "state")

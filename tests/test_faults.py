@@ -6,6 +6,7 @@ longer is done by `make test-faults` only, which sets FAULTS=all.
 
 import ctypes
 import fcntl
+import multiprocessing
 import os
 import resource
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -232,33 +234,62 @@ def test_permission_denied(stage: str, reachable: Work, open_place: Path) -> Non
 # Files that vanish ----------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Vanishing:
     """Takes a file away (or cuts it short) when it is opened for the n-th time."""
 
-    path: str = ""
-    countdown: int = 0
-    cut: bool = False
-    gone: bool = False
+    def __init__(self) -> None:
+        self.path: str = ""
+        self.countdown = 0
+        self.cut = False
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.path and event == "open" and arguments[0] == self.path:
             self.countdown -= 1
             if self.countdown == 0:
-                path, self.path, self.gone = self.path, "", True
+                path, self.path = self.path, ""
                 if self.cut:
                     os.truncate(path, Path(path).stat().st_size // 2)
                 else:
                     Path(path).unlink()
 
+    @classmethod
+    def serve(cls, requests: Connection) -> None:
+        """Run commands, with a file that vanishes, and say how each ended and whether the file went."""
+        vanishing = cls()
+        sys.addaudithook(vanishing)
+        while True:
+            command, vanishing.path, vanishing.countdown, vanishing.cut = requests.recv()
+            watching = bool(vanishing.path)
+            ran = run_coldctl(*command)
+            requests.send((ran, watching and not vanishing.path))
 
-_vanishing = Vanishing()
-sys.addaudithook(_vanishing)  # it cannot be taken away again
+
+Vanish = Callable[[tuple[object, ...], Path, int, bool], tuple[Ran, bool]]
+
+
+@pytest.fixture(scope="module")
+def vanish() -> Iterator[Vanish]:
+    """A process of its own: an audit hook cannot be taken away again, and disturbs what traces threads (coverage)."""
+    traced = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_")}
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=Vanishing.serve, args=(there,), daemon=True)
+    process.start()
+    os.environ.update(traced)
+
+    def run(command: tuple[object, ...], path: Path, number: int, cut: bool) -> tuple[Ran, bool]:
+        here.send((command, str(path), number, cut))
+        ran, gone = here.recv()
+        return ran, gone
+
+    yield run
+    process.kill()
+    process.join()
 
 
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("stage", LONG)
-def test_a_file_that_vanishes_in_the_middle(stage: str, cut: bool, work: Work, tmp_path: Path) -> None:
+def test_a_file_that_vanishes_in_the_middle(stage: str, cut: bool, work: Work, tmp_path: Path, vanish: Vanish) -> None:
     """Between any two looks at it. What was read before may be enough; what was not is missed in one line."""
     mine = moved(work, tmp_path)
     path = {
@@ -268,11 +299,9 @@ def test_a_file_that_vanishes_in_the_middle(stage: str, cut: bool, work: Work, t
     whole = path.read_bytes()
     failed = 0
     for number in range(1, 9):
-        _vanishing.path, _vanishing.countdown, _vanishing.cut, _vanishing.gone = str(path), number, cut, False
         place = tmp_path / f"out-{number}"
-        ran = run_coldctl(*mine.command(stage, place))
-        _vanishing.path = ""
-        if not _vanishing.gone:
+        ran, gone = vanish(mine.command(stage, place), path, number, cut)
+        if not gone:
             break
         path.write_bytes(whole)
         if ran.code != 0:
