@@ -23,6 +23,7 @@ from coldctl.core.storage import LocalFolder
 _CHUNK = 4096  # texts tokenised at a time, over all cores
 _LENGTH_LIMIT = 100_000  # tokenizers that know no limit state an absurd one
 _SHORTEST = 4  # tokens that an example needs at least: three marks, and one of a text
+_TRIED = 8  # tokens that a model is tried out with; Funnel's, which pool three times, need more than four
 _MOST_LAYERS = 256  # that a config may name, whatever the weights: some share one layer's
 _IN_A_LAYER = re.compile(r"(^|\.)(layers?|layer_groups)\.\d+\.")
 _SPARE = 1 << 24  # weights that a checkpoint may lack beside as many as it has, such as a pooler
@@ -226,7 +227,7 @@ def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
 def _try_out(model: nn.Module) -> None:
     """Compute something small, so that a config that nothing can be computed with is found out here."""
     training = model.training
-    tokens = torch.ones((1, 2), dtype=torch.int64)
+    tokens = torch.ones((1, _TRIED), dtype=torch.int64)
     with torch.inference_mode():
         model.eval()(input_ids=tokens, attention_mask=tokens)
     model.train(training)
