@@ -46,6 +46,7 @@ METHODS: dict[str, str] = {
     "median": "--method median",
     "trimmed mean": "--method trimmed-mean --trim 0.25",
     "multi-krum": "--method multi-krum --byzantine 2",
+    "multi-krum, screened": "--method multi-krum --byzantine 2 --screen reject",
     "geometric median": "--method geometric-median",
 }
 SEED = 0

@@ -79,6 +79,23 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     return replace(s3_server, bucket=bucket)
 
 
+@pytest.fixture(scope="module")
+def cluster(s3_server: S3) -> Iterator[Any]:
+    """A cluster of one core, whose nodes find the store; tests add nodes as they need them."""
+    from ray.cluster_utils import Cluster
+
+    environment = pytest.MonkeyPatch()
+    for name, value in {**s3_server.environment, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}.items():
+        environment.setenv(name, value)
+    node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
+    started = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        yield started
+    finally:
+        started.shutdown()
+        environment.undo()
+
+
 @pytest.fixture(scope="session")
 def base(workshop: Path) -> Path:
     """A tiny bare BERT."""

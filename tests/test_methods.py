@@ -209,6 +209,25 @@ def test_krum_leaves_attackers_out(tmp_path: Path, base: Path, models: list[Path
     assert "needs 7 contributions" in ran.stderr
 
 
+def test_whom_screening_drops_krum_need_not_bear(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
+    """Seven offered, one of them not a number: of two attackers that are expected one is left, and six are enough."""
+    broken = poison(models[5], tmp_path / "broken", float("nan"))
+    odd = tiny.perturb(base, tmp_path / "odd", seed=91, scale=0.027)  # too little for screening
+    flags = ("--method", "multi-krum", "--byzantine", 2, "--screen", "reject")
+    ran = coldctl("fuse", *models[:5], broken, odd, "--base", base, "--output", tmp_path / "krum", *flags)
+    assert ran.code == 0, ran.stderr
+    assert "dropped 1, who count among the attackers of --byzantine 2: 1 are left" in ran.stderr
+    made = manifest(tmp_path / "krum")
+    assert made["config"]["byzantine"] == 1
+    weights = {item["name"]: item.get("weight") for item in made["contributions"] if item["status"] == "fused"}
+    assert (len(weights), weights["odd"], sum(map(bool, weights.values()))) == (6, 0, 3)
+    fused(coldctl, tmp_path / "again", base, [*models[:5], odd], "--method", "multi-krum", "--byzantine", 1)
+    assert digest(tmp_path / "again") == digest(tmp_path / "krum")
+    fewer = ("fuse", tmp_path / "krum", "--without", models[0].name, *models[:5], odd, "--base", base)
+    ran = coldctl(*fewer, "--output", tmp_path / "fewer")
+    assert ran.code == 0, ran.stderr
+
+
 def test_geometric_median(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
     evil = tiny.perturb(base, tmp_path / "evil", seed=99, scale=5.0)
     inputs = [*models, evil]

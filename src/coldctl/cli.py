@@ -398,7 +398,7 @@ def fuse(
         float | None, typer.Option(help="Share cut from each end by trimmed-mean. [dim]default: 0.2[/]")
     ] = None,
     byzantine: Annotated[
-        int | None, typer.Option(help="Attackers that multi-krum must bear. [dim]default: 1[/]")
+        int | None, typer.Option(help="Attackers to expect in multi-krum; dropped ones count. [dim]default: 1[/]")
     ] = None,
     position: Annotated[
         float | None, typer.Option(help="Share of the second model in slerp. [dim]default: 0.5[/]")

@@ -41,6 +41,7 @@ class Candidate:
     age: int = 0  # how many generations ago its base was the base
     base_then: Checkpoint | None = None  # that base, where it is not the one of now
     late: bool = False  # found in an earlier iteration: what is wrong with it stops nobody
+    attacking: bool = False  # by what its weights hold: one of those that multi-krum is told to expect
 
     @property
     def contributor(self) -> str:

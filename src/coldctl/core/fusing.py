@@ -194,7 +194,9 @@ class Fusion:
             if config.screen == "reject" and sound:
                 for index, reason in outliers(statistics, [item.name for item in sound], _discounts(sound)).items():
                     sound[index].problems.append(f"outlier: {reason}")
+                    sound[index].attacking = True
             accepted = self._accepted()
+            self._expect_fewer()
             if len(accepted) < len(sound):
                 statistics = self._survey_again(accepted, gram=gram)
         inputs = self._inputs(accepted)
@@ -247,6 +249,16 @@ class Fusion:
         for item in self.candidates:
             if item.late and item.problems:
                 self.progress.note(f"{item.name} came late and is left out: {'; '.join(item.problems)}")
+
+    def _expect_fewer(self) -> None:
+        """Multi-Krum bears f attackers among all that are offered; those that screening found are no longer among them."""
+        config, found = self.config, sum(item.attacking and not item.late for item in self.candidates)
+        if config.method == "multi-krum" and min(found, config.byzantine):
+            self.config = replace(config, byzantine=max(0, config.byzantine - found))
+            self.progress.note(
+                f"screening dropped {found}, who count among the attackers of --byzantine {config.byzantine}: "
+                f"{self.config.byzantine} are left for multi-krum"
+            )
 
     def _survey_again(self, accepted: Sequence[Candidate], *, gram: bool) -> UpdateStatistics:
         inputs = self._inputs(accepted)
@@ -380,6 +392,7 @@ class Fusion:
             if tensors := names_of(proof.findings, index):
                 more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
                 item.problems.append(f"{tensors[0]}{more} holds a not-a-number or infinity")
+                item.attacking = True
 
     def _note_statistics(self, accepted: Sequence[Candidate], statistics: UpdateStatistics) -> None:
         norms, cosines = statistics.norms, statistics.cosines
