@@ -115,6 +115,22 @@ def test_models(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None
     rest = [(name, tensor) for name, tensor in tensors.items() if "layer.1" not in name]
     tiny.write_tensors(partial / "model.safetensors", rest, metadata)
     attempt(partial, "lacks", "body tensors")
+    padless = Path(shutil.copytree(base, tmp_path / "padless"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (padless / name).exists():
+            (padless / name).write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    attempt(padless, "its tokenizer has no padding token", "tokenizer_config.json")
+    table = "embeddings.word_embeddings.weight"
+    small = Path(shutil.copytree(base, tmp_path / "small"))
+    few = [(name, tensor[:20].clone() if name == table else tensor) for name, tensor in tensors.items()]
+    tiny.write_tensors(small / "model.safetensors", few, metadata)
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 20}))
+    attempt(small, "the model has 20: they do not belong together")
+    vast = Path(shutil.copytree(base, tmp_path / "vast"))
+    rest = [(name, tensor) for name, tensor in tensors.items() if name != table]
+    tiny.write_tensors(vast / "model.safetensors", rest, metadata)
+    (vast / "config.json").write_text(json.dumps({**config, "vocab_size": 10**9}))
+    attempt(vast, "its config describes 160000", "weights, it holds")
 
 
 def test_configs(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
@@ -136,7 +152,12 @@ def test_configs(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> Non
     attempt('[[dataset]]\nname = "a/b"\npath = "x"\n', "cannot name a directory")
     attempt('[[dataset]]\nname = "a"\npath = "x"\n' * 2, "two datasets are called 'a'")
     attempt('[[dataset]]\nname = "a"\npath = "x"\nmetric = "acc"\n', "choose one of accuracy")
+    attempt('[[dataset]]\nname = "a"\npath = "x"\ntrain = []\n', "train = []", "wrong type")
+    attempt('[[dataset]]\nname = "a"\npath = "x"\ncontributors = 2\npart = 3\n', "part = 3", "there are 2 contributors")
     attempt("[dataset]\n", "[[dataset]]")
+    attempt("[finetune]\nlora_rank = 100000\n", "--lora-rank 100000 is out of range")
+    attempt("[finetune]\nlabel_smoothing = 1.0\n", "leaves nothing to learn")
+    attempt("[finetune]\nlabel_smoothing = 1.5\n", "a share, at most 1")
     ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--config", tmp_path / "none.toml")
     refused(ran, tmp_path / "out", "no configuration file")
     ran = coldctl("finetune", "--base", base, "--output", tmp_path / "out")

@@ -157,6 +157,41 @@ def test_class_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert list(single.test.texts[:3]) == ["text 0", "text 2", "text 3"]
     assert single.unlabelled == 20
     assert load(published("sizes", datasets.ClassLabel(names=["2.5", "1"]), [0, 1] * 20)).labels == ("2.5", "1")
+    with pytest.raises(DataError, match="train, example 2, has the label None, which names no class"):
+        load(published("without", names, [0, None, 1] * 10))
+    with pytest.raises(
+        DataError, match="no example of the train split has a label on the Hub: name another split as train"
+    ):
+        load(published("hidden", names, [-1] * 10))
+
+
+def test_splits_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of them is what: as the configuration says, else by their usual names."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def published(folder: str, **counts: int) -> str:
+        (tmp_path / folder).mkdir()
+        for split, count in counts.items():
+            rows = {"text": [f"{split} {i}" for i in range(count)], "label": list("ab") * (count // 2)}
+            datasets.Dataset.from_dict(rows).to_parquet(tmp_path / folder / f"{split}.parquet")
+        return f"hf:{tmp_path / folder}"
+
+    def sizes(path: str, **settings: Any) -> tuple[int, int, int]:
+        found = load(path, **settings)
+        return len(found.train), len(found.validation), len(found.test)
+
+    both = published("both", train=40, validation=10)
+    assert sizes(both) == (36, 4, 10)  # it has no test split, so its validation split is what is measured on
+    assert sizes(both, test="validation") == (36, 4, 10)
+    three = published("three", train=40, validation=10, test=6)
+    assert sizes(three) == (40, 10, 6)
+    assert sizes(three, train=("train", "test"), test="validation") == (41, 5, 10)
+    with pytest.raises(DataError, match="has no split 'dev': it has 'train', 'validation', 'test'"):
+        load(three, test="dev")
+    with pytest.raises(DataError, match="has no split 'nowhere'"):
+        load(three, train=("train", "nowhere"))
 
 
 # Labels -------------------------------------------------------------------------------------------------------------
@@ -190,6 +225,8 @@ LABELS: dict[str, tuple[list[Any], list[Any], str]] = {
     "one class in lists": ([["a"], []], [["a"]], r"one class only \('a'\)"),
     "a fraction among classes": (["a", 2.5], ["a"], r"train, example 2, has no usable label \(2.5\)"),
     "no number among numbers": ([2.5, 1], [1, "x"], "label of test, example 2, is 'x', not a number"),
+    "one number alone": ([2.5, 2.5], [1], "all 1 training labels are 2.5: there is nothing to learn"),
+    "half a character": (["a", "b\ud800"], ["a"], "train, example 2, has half a surrogate pair"),
     "no finite number": ([2.5, float("inf")], [1], "label of train, example 2, is inf, not a number"),
 }
 
@@ -201,6 +238,14 @@ def test_labels_that_are_wrong(case: str, tmp_path: Path) -> None:
         write(tmp_path / f"{split}.jsonl", [{"text": f"{split} {i}", "label": label} for i, label in enumerate(labels)])
     with pytest.raises(DataError, match=message):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(("labels", "only"), [(["a", "b"], "one class"), ([["a"], ["b"]], "the same classes")])
+def test_too_few_examples_to_tell_classes_apart(labels: list[Any], only: str, tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", [{"text": f"{i}", "label": labels[i % 2]} for i in range(20)])
+    with pytest.raises(DataError, match=f"the 1 training examples left have {only} only: allow more of them"):
+        load(tmp_path, data.Limits(1))
 
 
 def test_a_column_of_names_is_no_label(tmp_path: Path) -> None:
@@ -226,6 +271,14 @@ def test_repetitions_are_counted_and_told(tmp_path: Path, base: Path, coldctl: R
     assert "9 test examples also stand in its train or validation split" in ran.stderr
     assert "5 validation examples also stand in its train split" in ran.stderr
     assert "4 train examples repeat an earlier one" in ran.stderr
+
+
+def test_numbers_are_dealt_out_to_contributors(tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"{split}.jsonl", [{"text": f"{i}", "label": i + 0.5} for i in range(21)])
+    parts = [load(tmp_path, contributors=2, part=part) for part in (1, 2)]
+    assert [len(part.train) for part in parts] == [11, 10]
+    assert sorted(np.concatenate([part.train.labels for part in parts])) == [i + 0.5 for i in range(21)]
 
 
 def test_shots_per_class(tmp_path: Path) -> None:

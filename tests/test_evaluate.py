@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import tiny
-from coldctl.core import data, feature_cache, leaderboard
+from coldctl.core import charts, curves, data, feature_cache, leaderboard
 from coldctl.core.config import DatasetConfig
 from coldctl.core.output import write_text
 from coldctl.stages.evaluate import candidates_of
@@ -255,6 +256,26 @@ def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path: Path, monkeyp
     feature_cache.cached({"number": 0}, lambda: [features(0)], pytest.fail)
     feature_cache.cached({"number": 1}, lambda: [features(1)], pytest.fail)
     assert computed == [0, 1, 2, 1]
+    monkeypatch.setattr(feature_cache, "LIMIT", 10)  # nothing fits
+    feature_cache.cached({"number": 3}, lambda: [features(3)], pytest.fail)
+    assert not list((tmp_path / "features").iterdir())
+
+
+def test_curves_begin_at_the_pretrained_model_and_tell_nothing_twice() -> None:
+    models = [{"name": f"i{number}", "run": "run", "iteration": number} for number in (1, 2)]
+    averages = [
+        {"model": f"i{number}", "protocol": "finetune", "group": "all", "mean": 50.0 + number, "baseline_mean": 50.0,
+         "gain_interval": [number - 0.5, number + 0.5]}
+        for number in (1, 2)
+    ]  # fmt: skip
+    both = {"models": models, "averages": averages}
+    (panel,) = curves.panels(both, [both, {"models": models[:1], "averages": averages[:1]}])
+    assert [point.iteration for point in panel.curves["run"]] == [1, 2]
+    assert panel.levels == {"pretrained model": 50.0}
+    figure = charts.curve_figure([panel, replace(panel, levels={}), panel], columns=2)
+    assert [axis.get_visible() for axis in figure.axes] == [True, True, True, False]
+    lines = [figure.axes[number].get_lines()[0].get_xydata().tolist() for number in (0, 1)]
+    assert lines == [[[0, 50], [1, 51], [2, 52]], [[1, 51], [2, 52]]]
 
 
 def test_test_examples_in_another_training_split_are_counted(tmp_path: Path, base: Path, coldctl: Run) -> None:
@@ -395,6 +416,18 @@ def test_mistakes_in_an_experiment_are_named(tmp_path: Path, text: str, words: s
     assert ran.code == 2
     assert words in ran.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_suite_without_a_base_can_be_varied(tmp_path: Path, coldctl: Run) -> None:
+    (tmp_path / "red").mkdir()
+    (tmp_path / "suite.toml").write_text("[finetune]" + suite_text("base").split("[finetune]")[1])
+    (tmp_path / "experiment.toml").write_text('config = "suite.toml"\n[[variant]]\nname = "a"\nfinetune.epochs = 3\n')
+    ran = coldctl("variants", tmp_path / "experiment.toml", "--output", tmp_path / "runs")
+    assert (ran.code, ran.stdout) == (0, "1 a\n"), ran.stderr
+    made = tomllib.loads((tmp_path / "runs" / "a.toml").read_text())
+    assert "base" not in made.get("run", {})
+    assert made["finetune"]["epochs"] == 3
+    assert made["dataset"][0]["path"] == "../red"
 
 
 def test_the_experiments_that_ship_are_sound(tmp_path: Path, coldctl: Run) -> None:

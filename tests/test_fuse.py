@@ -126,6 +126,24 @@ def test_mixed_dtypes_and_output_dtype(tmp_path: Path, base: Path, coldctl: Run)
     assert body(tmp_path / "small")[name].dtype == "bfloat16"
 
 
+def test_tensors_of_unlike_widths(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    """The file goes by width and the digest by name: the digest is taken from what was written."""
+    tensors, metadata = tiny.read_tensors(base / "model.safetensors")
+    mixed = Path(shutil.copytree(base, tmp_path / "mixed"))
+    wide = {
+        name: value.double() if number % 3 else value for number, (name, value) in enumerate(sorted(tensors.items()))
+    }
+    tiny.write_tensors(mixed / "model.safetensors", list(wide.items()), metadata)
+    gifts = [tiny.perturb(mixed, tmp_path / f"gift-{seed}", seed=seed) for seed in (1, 2)]
+    fuse(coldctl, tmp_path / "fused", mixed, *gifts)
+    found, parts = body(tmp_path / "fused"), [body(gift) for gift in gifts]
+    assert {value.dtype.name for value in found.values()} == {"float32", "float64"}
+    for name, value in found.items():
+        mean = (parts[0][name].astype(np.float64) + parts[1][name].astype(np.float64)) / 2
+        np.testing.assert_allclose(value, mean, rtol=1e-6, atol=1e-7)
+    assert coldctl("check", tmp_path / "fused", "--deep").code == 0
+
+
 def poison(source: Path, target: Path, value: float) -> Path:
     import torch
 
@@ -157,6 +175,10 @@ def test_values_that_are_not_finite_are_named(value: float, tmp_path: Path, base
     ran = coldctl("fuse", good[0], bad, "--base", base, "--output", tmp_path / "t", "--screen", "reject")
     assert ran.code == 2
     assert "only 1 of 2" in ran.stderr
+    bad_base = poison(base, tmp_path / "bad-base", value)
+    ran = coldctl("fuse", *good, "--base", bad_base, "--output", tmp_path / "u")
+    assert ran.code == 2
+    assert "embeddings.word_embeddings.weight holds a not-a-number or infinity: take a sound base model" in ran.stderr
 
 
 def test_what_does_not_fit_is_listed_in_full(tmp_path: Path, base: Path, coldctl: Run) -> None:
@@ -168,12 +190,19 @@ def test_what_does_not_fit_is_listed_in_full(tmp_path: Path, base: Path, coldctl
     tensors.pop("encoder.layer.0.attention.self.query.weight")
     tensors["embeddings.word_embeddings.weight"] = tensors["embeddings.word_embeddings.weight"][:-1].clone()
     tiny.write_tensors(lacking / "model.safetensors", list(tensors.items()), metadata)
-    ran = coldctl("fuse", good, roberta, lacking, "--base", base, "--output", tmp_path / "fused", "--json")
+    odd = Path(shutil.copytree(good, tmp_path / "odd"))
+    tensors, metadata = tiny.read_tensors(odd / "model.safetensors")
+    last = "encoder.layer.1.output.dense"
+    tensors |= {f"{last}.bias": tensors[f"{last}.bias"][:-1].clone(), f"{last}.weight": tensors[f"{last}.weight"].int()}
+    tiny.write_tensors(odd / "model.safetensors", list(tensors.items()), metadata)
+    ran = coldctl("fuse", good, roberta, lacking, odd, "--base", base, "--output", tmp_path / "fused", "--json")
     assert ran.code == 2
     details = ran.json["details"]
     assert any("is a roberta model" in line for line in details)
     assert any("lacks encoder.layer.0.attention.self.query.weight" in line for line in details)
     assert any("another vocabulary" in line for line in details)
+    assert any(f"{last}.bias is 15, the base's is 16: another shape" in line for line in details)
+    assert any(f"{last}.weight is stored as I32, the base's as F32" in line for line in details)
     assert not (tmp_path / "fused").exists()
 
 

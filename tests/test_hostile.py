@@ -264,6 +264,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "patterns with stars": {"alpha_pattern": {".*.*.*x": 1}},
     "many patterns with stars": {"alpha_pattern": {f"{number}.*": 1 for number in range(100)}},
     "many patterns": {"alpha_pattern": {str(number): 1 for number in range(5000)}},
+    "a star that repeats nothing": {"alpha_pattern": {"*": 1}},
     "alpha too large": {"lora_alpha": 10**200},
     "alpha no number": {"lora_alpha": float("inf")},
     "alpha a text": {"lora_alpha": "1" * 1000},
@@ -295,6 +296,21 @@ def test_an_adapter_is_judged_before_it_is_read(tmp_path: Path, base: Path, cold
     double = [(name.removeprefix("base_model.model."), tensor) for name, tensor in tensors.items()]
     tiny.write_tensors(twice / "adapter_model.safetensors", [*tensors.items(), *double], metadata)
     refused(coldctl("fuse", twice, "--base", base, "--output", tmp_path / "out"), 2, "ambiguous")
+    places: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+        "inside.modules_to_save": [("bert.embeddings.LayerNorm.weight", (3,))],
+        "inside.twice": [("bert.embeddings.LayerNorm.weight", (16,)), ("embeddings.LayerNorm.weight", (16,))],
+        "outside": [("classifier.weight", (2, 16))],
+    }
+    words = (
+        "has another shape than the base's",
+        "two tensors are called",
+        "no tensor of the adapter belongs to the base",
+    )
+    for (name, parts), said in zip(places.items(), words, strict=True):
+        odd = adapter(base, tmp_path / name)
+        saved = [(f"base_model.model.{key}", torch.ones(shape)) for key, shape in parts]
+        tiny.write_tensors(odd / "adapter_model.safetensors", saved, metadata)
+        refused(coldctl("fuse", odd, "--base", base, "--output", tmp_path / "out"), 2, said)
     # A head of a gigabyte, in a file with a hole in place of it, is no part of the body.
     head = adapter(base, tmp_path / "head")
     path = head / "adapter_model.safetensors"

@@ -490,6 +490,7 @@ def test_settings_that_do_not_go_together(tmp_path: Path, base: Path, models: li
     cases: list[tuple[tuple[object, ...], str]] = [
         (("--scale", "fast"), "a multiple such as"),
         (("--scale", "inf"), "a multiple such as"),
+        (("--scale", "1-2*auto"), "a multiple such as"),
         (("--scale", "auto", "--method", "model-stock"), "finds its own length"),
         (("--weights", "examples", "--method", "median"), "takes no --weights"),
         (("--outer-optimizer", "sgd", "--scale", "2"), "exclude each other"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,24 @@ def test_a_bad_difference_is_named(case: str, tmp_path: Path, base: Path, sent: 
     assert coldctl("check", bad, "--base", base, "--deep").code == 3
 
 
+def test_a_difference_needs_its_manifest(tmp_path: Path, base: Path, sent: Path, coldctl: Run) -> None:
+    from coldctl.core import manifest as manifests
+
+    bad = Path(shutil.copytree(sent / "delta-bf16", tmp_path / "bad"))
+    document = {**manifest(bad), "encoding": "delta-int4"}
+    document["manifest_digest"] = manifests.digest_of({k: v for k, v in document.items() if k != "manifest_digest"})
+    (bad / "coldctl.json").write_text(json.dumps(document))
+    ran = coldctl("fuse", bad, "--base", base, "--output", tmp_path / "out")
+    assert ran.code == 2
+    assert "has the encoding 'delta-int4', this program knows delta-bf16, delta-int8: update coldctl" in ran.stderr
+    (bad / "coldctl.json").unlink()
+    shutil.copy(base / "config.json", bad)
+    ran = coldctl("fuse", bad, "--base", base, "--output", tmp_path / "out")
+    assert ran.code == 2
+    assert "has no coldctl.json, which says from what it differs: fetch it again" in ran.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_difference_that_was_damaged_is_named(tmp_path: Path, base: Path, sent: Path, coldctl: Run) -> None:
     for number, damage in enumerate(("cut", "changed")):
         bad = Path(shutil.copytree(sent / "delta-int8", tmp_path / f"bad-{number}"))
@@ -302,6 +321,39 @@ def test_rows_that_stand_still_and_empty_tensors(tmp_path: Path, coldctl: Run) -
         assert list(found.body) == sorted(names)
         for name in names:
             np.testing.assert_allclose(found.read(name), new.read(name), rtol=tolerance, atol=1e-43, err_msg=name)
+    # A base that was given other tensors meanwhile: what is owed counts where there is a place for it.
+    owed = replace(new, body={name: tensor for name, tensor in new.body.items() if name != "cube"})
+    output = tmp_path / "owed"
+    output.mkdir()
+    write_delta(new, start, output, "delta-bf16", owed=[owed])
+    found = open_delta(LocalFolder(output), "x", start, "delta-bf16")
+    np.testing.assert_allclose(found.read("one"), 2 * new.read("one"), rtol=2.0**-8)
+    np.testing.assert_allclose(found.read("cube"), new.read("cube"), rtol=2.0**-8)
+
+
+def test_differences_that_an_encoding_cannot_hold(tmp_path: Path) -> None:
+    import torch
+
+    from coldctl.core.checkpoint import open_checkpoint
+    from coldctl.core.deltas import write_delta
+    from coldctl.core.errors import CheckpointError
+    from coldctl.core.storage import LocalFolder
+
+    folders = []
+    for sign, name in ((-1, "base"), (1, "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+        tensors = [("a", torch.full((2, 2), sign * 3e38)), ("a.scale", torch.ones(2))]
+        tiny.write_tensors(tmp_path / name / "model.safetensors", tensors, {"format": "pt"})
+        folders.append(open_checkpoint(LocalFolder(tmp_path / name), name))
+    start, new = folders
+    with pytest.raises(
+        CheckpointError, match="new: a differs from the base by what is no finite number: lower --learning-r"
+    ):
+        write_delta(new, start, tmp_path, "delta-bf16")
+    with pytest.raises(CheckpointError, match=r"has both a and a\.scale: take delta-bf16"):
+        write_delta(new, start, tmp_path, "delta-int8")
+    assert not (tmp_path / "delta.safetensors").exists()
 
 
 def steps(coldctl: Run, data: Path, base: Path, folder: Path, count: int) -> tuple[Body, Body]:

@@ -91,23 +91,19 @@ def main() -> None:
 def _usage(error: Exception) -> NoReturn:
     """Turn click's exceptions into our exit codes; anything else is a defect of ours and keeps its traceback."""
     code = getattr(error, "exit_code", None)
-    show = getattr(error, "show", None)
-    if code is None:
+    if code is None:  # pragma: no cover - a defect of ours
         raise error
+    message = _one_line(error)
     if "--json" in sys.argv[1:]:
-        sys.stdout.write(json.dumps({"error": _one_line(error), "details": [], "exit_code": code}) + "\n")
-    if callable(show):
-        sys.stderr.write(f"error: {_one_line(error)}\n")
+        sys.stdout.write(json.dumps({"error": message, "details": [], "exit_code": code}) + "\n")
+    sys.stderr.write(f"error: {message}\n")
     sys.exit(code)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Any) -> str:
     """Click's usage errors in our form: what, and which help tells more."""
-    message = printable(" ".join(str(getattr(error, "message", error)).split())).rstrip(".")
+    message = printable(" ".join(error.format_message().split())).rstrip(".")
     context = getattr(error, "ctx", None)
-    format_message = getattr(error, "format_message", None)
-    if callable(format_message):
-        message = printable(" ".join(format_message().split())).rstrip(".")
     return f"{message}: see {context.command_path if context else 'coldctl'} --help"
 
 

@@ -102,9 +102,7 @@ def _pieces(source: Checkpoint, ordered: list[Layout]) -> Iterator[tuple[str, in
     for item in ordered:
         tensor = source.body[item.name]
         itemsize = DTYPES[tensor.dtype].itemsize
-        if tensor.nbytes == 0:
-            yield item.name, 0, buffers[turn][:0]
-        for start in range(0, tensor.nbytes, _CHUNK):
+        for start in range(0, max(1, tensor.nbytes), _CHUNK):  # an empty tensor is one empty piece
             part = buffers[turn][: min(_CHUNK, tensor.nbytes - start)]
             turn = (turn + 1) % len(buffers)
             source.read_into(tensor, start // itemsize, part)

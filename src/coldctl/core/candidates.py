@@ -106,15 +106,14 @@ def gather(
 def free_names(name: str) -> Iterator[str]:
     """A name, then the same with -2, -3 … behind it, for whoever comes later under the same name."""
     yield name
-    for number in itertools.count(2):
-        yield f"{name}-{number}"
+    yield from (f"{name}-{number}" for number in itertools.count(2))
 
 
 def _allow_files(count: int) -> None:
     """Let this process hold `count` checkpoints open side by side. Raises ModelError where the system forbids it."""
     try:
         import resource
-    except ImportError:  # a system that knows no such limit
+    except ImportError:  # pragma: no cover - a system that knows no such limit
         return
     needed = count + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

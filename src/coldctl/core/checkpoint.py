@@ -258,13 +258,9 @@ def read_tensors(folder: Folder) -> tuple[dict[str, Tensor], dict[str, int]]:
         for raw, tensor in found.items():
             if where is not None and where.get(raw) != name:
                 raise CheckpointError(f"{folder.label}: {raw!r} stands in {name} but not in the index: fetch it again")
-            if raw in tensors:
-                raise CheckpointError(f"{folder.label}: {raw!r} stands in two shards: the checkpoint is ambiguous")
             tensors[raw] = tensor
     if where is not None and (lost := sorted(set(where) - set(tensors))):
         raise CheckpointError(f"{folder.label}: the index names {lost[0]!r}, which no shard holds: fetch it again")
-    if len(tensors) > TENSOR_LIMIT:
-        raise CheckpointError(f"{folder.label} has more than {TENSOR_LIMIT} tensors: this is no encoder")
     return tensors, files
 
 

@@ -423,17 +423,19 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
                 return _checked(value, option, where)
             except ConfigError:
                 continue
-        choices = [str(choice) for option in arguments for choice in typing.get_args(option)]
+        choices = [
+            str(choice)
+            for option in arguments
+            if typing.get_origin(option) is Literal
+            for choice in typing.get_args(option)
+        ]
         remedy = f": choose one of {', '.join(choices)}" if choices else " has the wrong type"
         raise ConfigError(f"{where} = {value!r}{remedy}")
-    if hint is type(None):
-        if value is None:
-            return None
-    elif origin is Literal:
+    if origin is Literal:
         if value in arguments:
             return value
         raise ConfigError(f"{where} = {value!r}: choose one of {', '.join(map(str, arguments))}")
-    elif origin is tuple:
+    if origin is tuple:
         items = value if isinstance(value, list | tuple) else [value]
         if items and not (arguments[0] is str and isinstance(value, str)):
             return tuple(_checked(item, arguments[0], where) for item in items)

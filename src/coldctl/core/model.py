@@ -65,9 +65,9 @@ def load_tokenizer(folder: Path) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 place, local_files_only=True, trust_remote_code=False
             )
+        except (KeyboardInterrupt, SystemExit):
+            raise
         except BaseException as error:  # transformers raises whatever a parser did, and one in Rust may panic
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
             raise ModelError(f"{folder} has no usable tokenizer ({_first_line(error)}): {remedy}") from None
     tokenizer.name_or_path = ""
     if tokenizer.pad_token_id is None:
@@ -173,9 +173,9 @@ def _padded(data: Ragged, rows: NDArray[np.int64], real: NDArray[np.bool_], padd
 
 def device_of_choice(local_rank: int = 0) -> torch.device:
     """CUDA where there is one (the one of this process's rank on the machine), then Apple's MPS, then the CPU."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available():  # pragma: no cover - where there is one
         return torch.device("cuda", local_rank)
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available():  # pragma: no cover - where there is one
         return torch.device("mps")
     return torch.device("cpu")
 
