@@ -108,7 +108,7 @@ def test_batches_are_drawn_by_seed_and_hold_alike_lengths() -> None:
 
 
 def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bits(tmp_path: Path, base: Path, coldctl: Run) -> None:
-    data = tiny.make_dataset(tmp_path / "data", train=400)
+    data = tiny.make_dataset(tmp_path / "data", train=160)
     flags = ("--epochs", 6, "--batch-size", 16, "--learning-rate", 1e-4, "--patience", 999, "--name", "same")
     assert coldctl("finetune", data, "--base", base, "--output", tmp_path / "whole", *flags, "--jobs", 1).code == 0
     command = [sys.executable, "-m", "coldctl", "finetune", data, "--base", base, "--output", tmp_path / "cut", *flags]
@@ -125,7 +125,7 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bits(tmp_path: Path, 
                 break
             time.sleep(0.01)
         _, said = process.communicate(timeout=120)
-        resumed += re.findall(r"going on from step (\d+) of 150", said)
+        resumed += re.findall(r"going on from step (\d+) of 60", said)
     steps = [int(step) for step in resumed]
     assert len(steps) >= 2
     assert steps == sorted(steps)
@@ -280,7 +280,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun"])  # accelerate: tests/scale
 def test_several_processes_take_the_steps_of_one(launcher: str, tmp_path: Path, coldctl: Run) -> None:
     """The same losses step by step, the same weights, at the same size of the whole batch."""
     base = without_dropout(tiny.make_base("bert", tmp_path / "base"))

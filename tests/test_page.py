@@ -19,7 +19,19 @@ HOSTILE = '<img src=x onerror="document.title=1">\u202e'
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def reports(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a whole run of two iterations, one of whose contributors has a hostile name."""
     from conftest import run_coldctl
 
@@ -61,18 +73,6 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ran = run_coldctl(*command)
         assert ran.code == 0, (command, ran.stderr)
     return run
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as started:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield chromium
-        chromium.close()
 
 
 def opened(browser: Any, page: Path, **options: Any) -> tuple[Any, list[str]]:

@@ -22,7 +22,7 @@ from conftest import run_coldctl
 Tensors = Mapping[str, torch.Tensor]
 NAMES = ("embeddings.word_embeddings.weight", "embeddings.LayerNorm.weight", "encoder.layer.0.dense.bias", "scalar")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-commands = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+commands = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @dataclass(frozen=True)

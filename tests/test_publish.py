@@ -1,7 +1,6 @@
 """Publishing through the command line: what a stranger finds, loads, trusts, and what must never reach them."""
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -20,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 import coldctl as coldctl_package
 import tiny
 from coldctl.core.manifest import digest_of, digest_of_file
-from conftest import FAST, Ran, suite_text
+from conftest import FAST, Ran, suite_text, untraced
 
 Run = Callable[..., Ran]
 
@@ -95,7 +94,7 @@ def front_matter(folder: Path) -> dict[str, Any]:
 
 def test_every_block_of_the_card_runs(published: Path, tmp_path: Path) -> None:
     card = (published / "README.md").read_text()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**untraced(), "HF_HUB_OFFLINE": "1"}
     runner = [sys.executable, "-c", _RUNNER, str(published / "README.md")]
     ran = subprocess.run(runner, cwd=published.parent, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
