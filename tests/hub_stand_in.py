@@ -86,7 +86,7 @@ class Hub:
         self.requests: list[Request] = []
         self.refuse_writes: int | None = None  # the status that writes are answered with
         # "upload", "commit", "commit after", "tag", … -> how many more times the connection breaks there ("…" as 5xx
-        # statuses: ("upload", 503)).
+        # statuses: ("upload", 503)); ("get_whoami", 429) -> how many more times a route is answered with that status.
         self.faults: Counter[Any] = Counter()
         self.endpoint = ""
         self._lock = threading.RLock()
@@ -168,6 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
                             raise _RefusedError(401, "Invalid credentials in Authorization header")
                         if kind != "any_yaml" and self.command not in ("GET", "HEAD"):
                             self._may_write()
+                    for status in (400, 401, 403, 409, 429, 500):
+                        if self.hub.fails(kind, status):
+                            raise _RefusedError(status, "not now")
                     getattr(self, f"_{kind}")(*(unquote(group) for group in match.groups() if group is not None))
                     return
             raise _RefusedError(404, f"no such endpoint: {self.command} {path}")

@@ -220,6 +220,11 @@ def test_names_that_the_hub_refuses(
     refused(coldctl("publish", models[1], "--to", to, "--license", "mit"), *words)
 
 
+def test_a_pull_request_changes_main(models: dict[int, Path], coldctl: Callable[..., Ran]) -> None:
+    ran = coldctl("publish", models[1], "--to", "hf://me/model@next", "--license", "mit", "--create-pr")
+    refused(ran, "--create-pr asks to change main, not next", "leave --create-pr or @next out")
+
+
 @pytest.mark.parametrize(
     ("token", "exists", "words"),
     [
@@ -278,3 +283,97 @@ def test_a_dry_run_sends_nothing(models: dict[int, Path], hub: Hub, publish: Pub
     assert {"model.safetensors", "README.md", "coldctl.json"} <= set(ran.json["sizes"])
     assert "nothing was sent" in ran.stderr
     assert "model.safetensors" in ran.stderr
+
+
+@pytest.fixture
+def here(hub: Hub, monkeypatch: pytest.MonkeyPatch, coldctl: Callable[..., Ran]) -> Callable[..., Ran]:
+    """`coldctl publish` in this process, where the library read its environment long ago."""
+    from huggingface_hub import constants
+
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
+
+    def run(model: Path, *options: object) -> Ran:
+        hub.requests.clear()
+        return coldctl("publish", model, "--to", "hf://me/model", "--license", "mit", *options)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "status", "words"),
+    [
+        ("get_info", 500, ("cannot read hf://me/model: the Hub answered 500", "run the same command again")),
+        ("get_whoami", 401, ("the Hub answered 401", "hf auth login")),
+        ("post_create", 409, ("the name is taken by a repository that this token may not see", "another name")),
+        ("post_create", 403, ("the Hub answered 403", "take a token that may write to me/model")),
+        ("any_yaml", 400, ("Invalid metadata in README.md", "correct the front matter of its README.md")),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_words(
+    endpoint: str, status: int, words: tuple[str, ...], models: dict[int, Path], hub: Hub, here: Callable[..., Ran]
+) -> None:
+    hub.faults[endpoint, status] = 1
+    refused(here(models[1], "--quiet"), *words)
+    assert hub.faults[endpoint, status] == 0
+    assert not hub.repositories
+
+
+def test_a_hub_that_is_asked_too_often_for_names_is_written_to(
+    models: dict[int, Path], hub: Hub, here: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", False)  # the user's own word
+    hub.faults["get_whoami", 429] = 1
+    ran = here(models[1], "--quiet")
+    assert ran.code == 0, ran.stderr
+    assert hub.faults["get_whoami", 429] == 0
+    assert hub.repositories["me/model"].messages == ["hub-1, iteration 1"]
+
+
+def test_a_tag_follows_its_iteration(base: Path, models: dict[int, Path], hub: Hub, here: Callable[..., Ran]) -> None:
+    assert here(models[1]).code == 0
+    repository = hub.repositories["me/model"]
+    first = repository.refs["main"]
+    assert here(models[1], "--max-shard-size", "30KB").code == 0  # the same iteration in other files
+    second = repository.refs["main"]
+    assert repository.tags == {"iteration-001": second} != {"iteration-001": first}
+    # Somebody set it elsewhere by hand: to other files of that iteration, and to a commit that is none of ours.
+    for place in (first, repository.commits[0].oid):
+        repository.tags["iteration-001"] = place
+        ran = here(models[1], "--max-shard-size", "30KB")
+        assert ran.code == 0, ran.stderr
+        assert "complete already" in ran.stderr
+        assert repository.tags == {"iteration-001": second}
+    # What is no iteration has no tag.
+    repository.tags.clear()
+    assert here(base).code == 0
+    third = repository.refs["main"]
+    assert third != second
+    assert "complete already" in here(base).stderr
+    assert repository.refs["main"] == third
+    assert not repository.tags
+    assert not hub.writes
+
+
+@pytest.mark.parametrize(("stated", "hidden"), [(True, True), (None, True), (None, False)])
+def test_the_librarys_bars_are_as_they_were(stated: bool | None, hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, utils
+
+    from coldctl.core import hub as target
+
+    bars: Any = utils
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", stated)
+    before = bars.are_progress_bars_disabled()
+    (bars.disable_progress_bars if hidden else bars.enable_progress_bars)()
+    try:
+        with target._bars_shown():
+            assert bars.are_progress_bars_disabled() is bool(stated)
+        assert bars.are_progress_bars_disabled() is hidden
+    finally:
+        (bars.disable_progress_bars if before else bars.enable_progress_bars)()
