@@ -192,6 +192,24 @@ def test_fuse_and_others(tmp_path: Path, base: Path, contributions: Path, suite:
     refused(coldctl("evaluate", base, "--suite", suite, "--output", out), out, "--baseline")
     (tmp_path / "empty.toml").write_text("")
     refused(coldctl("evaluate", base, "--suite", tmp_path / "empty.toml", "--output", out), out, "[[dataset]]")
+    text = suite.read_text().replace("./", f"{suite.parent}/").replace('path = "', f'path = "{suite.parent}/')
+    (tmp_path / "unseen.toml").write_text(text.replace('"seen"', '"unseen"'))
+    train = ("finetune", "--base", base, "--output", out, "--suite")
+    refused(coldctl(*train, tmp_path / "unseen.toml"), out, "no seen dataset")
+    refused(coldctl(*train, suite, "--only", "blue"), out, "no seen dataset is called 'blue'", "has red, green")
+    (tmp_path / "rootless.toml").write_text(text.replace("base =", "# base ="))
+    refused(coldctl("plan", out, "--config", tmp_path / "rootless.toml"), out, "[run] names no base")
+    run = tmp_path / "run"
+    assert coldctl("plan", run, "--config", suite).code == 0
+    refused(coldctl("evaluate", run, "--suite", suite, "--output", out), out, "no fused model yet: run `coldctl fuse`")
+    refused(coldctl("lineage", run, "--signer", "alice"), out, "no fused model yet: fuse its first iteration")
+    refused(coldctl("promote", run), out, "fused is not complete: fuse iteration 1 first")
+    alone = tmp_path / "alone"
+    alone.mkdir()  # an empty directory may become an output
+    assert coldctl("fuse", contributions / "one", "--base", base, "--output", alone).code == 0
+    ran = coldctl("fuse", alone, "--without", "data-one", "--base", base, "--output", out)
+    refused(ran, out, "'data-one' is the only contribution")
+    refused(coldctl("evaluate", alone, "--suite", suite, "--output", out), out, "was not found from here", "--baseline")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "precious.txt").write_text("mine")

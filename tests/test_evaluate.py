@@ -480,6 +480,8 @@ def test_runs_are_told_apart_by_where_they_lie(tmp_path: Path, base: Path) -> No
     assert runs(first, second) == [("demo", 1), ("demo-2", 1)]
     assert runs(first, one) == [("demo", 1), ("demo", 1), ("demo", 2)]  # the same run
     assert runs(one, second) == [("demo", 1), ("demo", 2), ("demo-2", 1)]
+    shutil.copytree(base, one / "iteration-001" / "contributions" / "a")
+    assert runs(one / "iteration-001" / "contributions" / "a") == [(None, None)]  # none of its iterations
 
 
 def test_a_whole_run_is_measured_with_multitask_as_a_level(tmp_path: Path, base: Path, coldctl: Run) -> None:
@@ -510,3 +512,47 @@ def test_a_whole_run_is_measured_with_multitask_as_a_level(tmp_path: Path, base:
                       "--output", latest / "evaluation", "--jobs", 1)  # fmt: skip
         assert ran.code == 0, ran.stderr
         assert "Over iterations" not in (latest / "evaluation" / "report.html").read_text(), new
+
+
+def test_what_changes_while_it_is_measured_is_noticed(
+    tmp_path: Path, base: Path, coldctl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the data a part that vanishes, of the measurements one that was made; what else was measured is kept."""
+    from coldctl.core.reference import memory_needed
+    from coldctl.stages.evaluate import measure
+
+    for seed, name in enumerate(("red", "green")):
+        tiny.make_dataset(tmp_path / name, seed=seed)
+    text = "".join(f'[[dataset]]\nname = "{name}"\npath = "{name}"\nrole = "seen"\n' for name in ("red", "green"))
+    (tmp_path / "suite.toml").write_text(text)
+    changed = tiny.perturb(base, tmp_path / "changed", seed=1)
+    command = ("evaluate", changed, "--baseline", base, "--suite", tmp_path / "suite.toml", "--output", tmp_path / "out",
+               "--jobs", 1)  # fmt: skip
+    validation = tmp_path / "green" / "validation.jsonl"
+
+    def change(*arguments: Any, **options: Any) -> int:
+        if validation.exists():
+            validation.rename(tmp_path / "aside")
+        return memory_needed(*arguments, **options)
+
+    monkeypatch.setattr("coldctl.stages.evaluate.memory_needed", change)
+    ran = coldctl(*command)
+    assert ran.code == 2
+    assert "2 of 4 measurements failed; the others are kept" in ran.stderr
+    assert "green was changed while it was used" in ran.stderr
+    (tmp_path / "aside").rename(validation)
+    monkeypatch.undo()
+    done = []
+
+    def remove(*arguments: Any) -> str:
+        done.append(measure(*arguments))
+        if len(done) == 2:
+            Path(done[0]).unlink()
+        return done[-1]
+
+    monkeypatch.setattr("coldctl.stages.evaluate.measure", remove)
+    ran = coldctl(*command)
+    assert len(done) == 2  # those of red are there
+    assert ran.code == 2
+    assert "was changed or removed while it was used: run the same command again" in ran.stderr
+    assert coldctl(*command).code == 0

@@ -1,5 +1,6 @@
 """What strangers may send to harm: every case here once ended in a traceback, a lost limit, or a file read outside."""
 
+import io
 import json
 import os
 import re
@@ -349,6 +350,14 @@ def test_pickles_that_claim_more_than_they_hold(tmp_path: Path, base: Path, cold
     attempt({"LayerNorm.weight": torch.zeros(1), "LayerNorm.gamma": torch.zeros(1)}, "ambiguous")
     shutil.rmtree(tmp_path / "bad")
     path = attempt({"a": torch.zeros(10)}, "")
+    shutil.copy(path, path.with_name("pytorch_model-00001-of-00002.bin"))
+    ran = coldctl("fuse", path.parent, "--base", base, "--output", tmp_path / "out", "--allow-pickle")
+    refused(ran, 2, "'a' stands twice")
+    path.with_name("pytorch_model-00001-of-00002.bin").unlink()
+    path.rename(path.with_name("aside"))
+    ran = coldctl("fuse", path.parent, "--base", base, "--output", tmp_path / "out", "--allow-pickle")
+    refused(ran, 2, "no pytorch_model.bin: it holds no weights")
+    path.with_name("aside").rename(path)
     packed = path.with_suffix(".zip")
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
         for item in source.infolist():
@@ -595,6 +604,69 @@ def test_parquet_that_unpacks_to_far_more_than_it_is(tmp_path: Path, base: Path,
         assert name == "page" or pyarrow.default_memory_pool().max_memory() < max(before, 512 << 20), name
 
 
+def thrift(number: int) -> bytes:
+    """A whole number as Thrift's compact protocol writes it."""
+    number, digits = (number << 1) ^ (number >> 63), b""
+    while number > 127:
+        digits, number = digits + bytes([number & 127 | 128]), number >> 7
+    return digits + bytes([number])
+
+
+HEAD = bytes([0x15]) + thrift(0)  # of a page's header: a whole number, what kind of page it is
+NINES = bytes([0x15]) + thrift(9) + bytes([0x15]) + thrift(9)
+PAGES = {
+    "the end of the file": b"",
+    "a negative size": HEAD + bytes([0x15]) + thrift(-9) + bytes([0x15]) + thrift(9) + b"\0",
+    "a size that is no number": HEAD + bytes([0x18, 1]) + b"x" + bytes([0x15]) + thrift(9) + b"\0",
+    "a number without an end": bytes([0x15]) + b"\xff" * 20,
+    "structs in structs": bytes([0x1C]) * 40,
+    "lists in lists": b"\x19" + bytes([0x19]) * 40,
+    "text behind the end": bytes([0x18]) + thrift(1 << 40),
+    "a fraction behind the end": HEAD + NINES + bytes([0x17]),
+    "a list of truths behind the end": HEAD + NINES + bytes([0x19, 0xF1]) + thrift(1 << 40) + b"\1" * 9,
+}
+
+
+@pytest.mark.parametrize("case", PAGES)
+def test_pages_of_parquet_that_are_damaged(case: str, tmp_path: Path, base: Path, coldctl: Run) -> None:
+    import pyarrow.parquet
+
+    path = parquet(tmp_path / "d.parquet", text=[f"text {n}" for n in range(20)], label=["a", "b"] * 10)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    start, data = column.dictionary_page_offset or column.data_page_offset, bytearray(path.read_bytes())
+    page = PAGES[case].ljust(column.total_compressed_size, b"\xff")[: column.total_compressed_size]
+    data[start : start + len(page)] = page
+    path.write_bytes(data)
+    with bounded():
+        ran = coldctl("finetune", path, "--base", base, "--output", tmp_path / "out", *FAST)
+    refused(ran, 2, "not a readable parquet file")
+
+
+def test_pages_are_told_by_their_headers() -> None:
+    """Whatever else a header may hold is passed over, and a footer that is no footer is an error in words."""
+    from coldctl.core.parquet_pages import largest_repeated
+
+    def number(value: int) -> bytes:
+        return bytes([0x15]) + thrift(value)
+
+    # Beside the sizes a fraction, two truths, and a list of twenty of them: nothing that a reader of sizes looks at.
+    more: bytes = bytes([0x27]) + b"\0" * 8 + bytes([0x11, 0x19, 0xF1, 20]) + b"\1" * 20
+    dictionary: bytes = number(2) + number(700) + number(0) + bytes([0x4C]) + number(3) + b"\0" + more + b"\0"
+    begin = 4
+
+    def file(begin: int, *, tail: bytes = b"PAR1") -> io.BytesIO:
+        column = bytes([0x39, 0x18, 1]) + b"a" + bytes([0x25]) + thrift(5) + bytes([0x25])
+        column += thrift(len(dictionary)) + bytes([0x25]) + thrift(begin) + b"\0"
+        footer = bytes([0x49, 0x1C, 0x19, 0x1C, 0x3C]) + column + b"\0\0\0"
+        return io.BytesIO(b"PAR1" + dictionary + footer + len(footer).to_bytes(4, "little") + tail)
+
+    assert largest_repeated(file(begin), ["a"]) == 700
+    assert largest_repeated(file(begin), ["b"]) == 0
+    for wrong in (file(-1), file(begin, tail=b"PARE")):
+        with pytest.raises(ValueError, match="footer"):
+            largest_repeated(wrong, ["a"])
+
+
 def test_parquet_reads_what_is_wanted(tmp_path: Path, base: Path, coldctl: Run) -> None:
     import pyarrow
 
@@ -606,6 +678,10 @@ def test_parquet_reads_what_is_wanted(tmp_path: Path, base: Path, coldctl: Run) 
     refused(ran, 2, "d.parquet")
     ran = coldctl("finetune", path, "--base", base, "--output", tmp_path / "x", "--label", "none", *FAST)
     refused(ran, 2, "no column 'none'", "'text', 'label', 'odd'")
+    twice = pyarrow.Table.from_arrays([pyarrow.array(texts), *[pyarrow.array(labels)] * 2], ["text", "label", "label"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    ran = coldctl("finetune", tmp_path / "twice.parquet", "--base", base, "--output", tmp_path / "x", *FAST)
+    refused(ran, 2, "two columns are called 'label'")
 
 
 def test_variants_name_nothing_that_commands_the_terminal(tmp_path: Path, suite: Path, coldctl: Run) -> None:

@@ -373,6 +373,15 @@ def test_withdrawing(tmp_path: Path, base: Path, contributions: Path, coldctl: R
     found, whole = flat(body(tmp_path / "near")), np.abs(flat(body(moved)))
     assert np.all(np.abs(found - flat(expected)) <= bound * whole + 1.2e-7 * np.abs(found) + 1e-12)
     assert [item["weight"] for item in manifest(tmp_path / "near")["contributions"]] == pytest.approx([0.5, 0.5])
+    near = ("fuse", moved, contributions / "two", "--without", two, "--base", base, "--output", tmp_path / "near")
+    assert "left alone" in coldctl(*near).stderr
+    changed = Path(shutil.copytree(contributions / "two", tmp_path / "changed"))
+    weights = bytearray((changed / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (changed / "model.safetensors").write_bytes(weights)
+    ran = coldctl("fuse", moved, changed, "--without", two, "--base", base, "--output", tmp_path / "x")
+    assert ran.code == 2
+    assert "changed: model.safetensors was changed after it was written" in ran.stderr
     ran = coldctl("fuse", moved, "--without", two, "--base", base, "--output", tmp_path / "x")
     assert ran.code == 2
     assert "cannot be withdrawn" in ran.stderr
@@ -437,7 +446,7 @@ def test_pickles_only_where_asked_for_and_weights_only(
     tmp_path: Path, base: Path, models: list[Path], coldctl: Run
 ) -> None:
     import torch
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
 
     pickled = []
     for model in models[:2]:
@@ -452,6 +461,15 @@ def test_pickles_only_where_asked_for_and_weights_only(
     fused(coldctl, tmp_path / "yes", base, pickled, "--allow-pickle")
     fused(coldctl, tmp_path / "same", base, models[:2])
     assert digest(tmp_path / "yes") == digest(tmp_path / "same")
+    for kind, folders in (("plain", models[:1]), ("pickled", pickled[:1])):  # half as wide, in either form
+        halves = Path(shutil.copytree(folders[0], tmp_path / kind / "half"))
+        narrow = {name: value.to(torch.bfloat16) for name, value in load_file(models[0] / "model.safetensors").items()}
+        if kind == "plain":
+            save_file(narrow, halves / "model.safetensors", {"format": "pt"})
+        else:
+            torch.save(narrow, halves / "pytorch_model.bin")
+        fused(coldctl, tmp_path / f"{kind}-half", base, [halves], "--allow-pickle")
+    assert digest(tmp_path / "plain-half") == digest(tmp_path / "pickled-half")
     torch.save({"x": Evil(tmp_path / "ran")}, pickled[0] / "pytorch_model.bin")
     ran = coldctl("fuse", *pickled, "--base", base, "--output", tmp_path / "no", "--allow-pickle")
     assert ran.code == 2

@@ -1,5 +1,7 @@
 """A store in place of a disk: a whole round in a bucket, two writers, requests that fail, objects that change."""
 
+import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -9,11 +11,16 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fsspec
+import numpy as np
 import pytest
+import safetensors.numpy
+from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
-from coldctl.core import conditional
+from coldctl.core import conditional, layout, manifest, output, weights
 from coldctl.core.errors import OutputError
 from coldctl.core.location import locate
 from conftest import FAST, Ran
@@ -272,3 +279,158 @@ def test_finetuning_into_a_store_goes_on_where_it_was(
     ran = coldctl(*train)
     assert ran.code == 0, ran.stderr
     assert coldctl("check", f"{store.url}/mine", "--base", f"{store.url}/base", "--deep").code == 0
+
+
+def test_finished_by_another_while_it_was_worked_on(tmp_path: Path) -> None:
+    """Of two that make the same, one stores it; of two that make different ones, the second is told."""
+    place = locate("memory://meanwhile/out")
+    document: manifest.Manifest = {"kind": "fused", "name": "m", "body_digest": "x", "identity": "same"}
+    with output.working(place, "same", overwrite=False) as here:
+        manifest.write(here, document)
+        with output.writing(place, "same", overwrite=False) as partial:
+            manifest.write(partial, document)
+        stored = (place / layout.MANIFEST).read_bytes()
+    assert not here.exists()
+    assert (place / layout.MANIFEST).read_bytes() == stored
+
+
+class Rival(MemoryFileSystem):  # type: ignore[misc]
+    """A store in which another writer completes the output while ours is copied, or whose connections break."""
+
+    protocol = "rival"
+    breaks = False
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("rival://", "memory://")))
+
+    def cp_file(self, source: str, target: str, **options: object) -> None:
+        super().cp_file(source, target, **options)
+        self.pipe_file(f"{target.rpartition('/')[0]}/coldctl.json", b"theirs")
+
+    def put_file(self, *arguments: object, **options: object) -> None:
+        self._break()
+        super().put_file(*arguments, **options)
+
+    def _open(self, path: str, mode: str = "rb", **options: object) -> object:
+        if mode == "wb" and path.endswith(WEIGHTS):
+            self._break()
+        return super()._open(path, mode, **options)
+
+    def _break(self) -> None:
+        if Rival.breaks:
+            raise ConnectionResetError("the connection was reset")
+
+
+def test_rivals_and_broken_connections(base: Path, contributions: Path, dataset: Path, coldctl: Run) -> None:
+    fsspec.register_implementation("rival", Rival, clobber=True)
+    ran = coldctl("fuse", contributions, "--base", base, "--output", "rival://rivals/fused")
+    assert ran.code == 2
+    assert "was completed by another command at the same time" in ran.stderr
+    assert fsspec.filesystem("rival").cat("/rivals/fused/coldctl.json") == b"theirs"
+    Rival.breaks = True
+    train = ("finetune", dataset, "--base", base, "--output", "rival://rivals/mine", *FAST, "--jobs", 1)
+    fuse = ("fuse", contributions, "--base", base, "--output", "rival://rivals/second")
+    for command in (train, fuse):
+        ran = coldctl(*command)
+        assert ran.code == 2
+        assert "the connection was reset" in ran.stderr
+        assert "run the same command again" in ran.stderr
+    assert not fsspec.filesystem("rival").glob("/rivals/second/*")
+
+
+def test_an_interrupted_copy_is_gone_on_with(base: Path, contributions: Path, coldctl: Run) -> None:
+    """Files that were copied already are ours if the marker beside them says so."""
+    store = fsspec.filesystem("memory")
+    fuse = ("fuse", contributions, "--base", base, "--output", "memory://copied/fused")
+    store.pipe("/copied/fused/config.json", b"half")
+    ran = coldctl(*fuse)
+    assert ran.code == 2
+    assert "did not write" in ran.stderr
+    store.pipe("/copied/.fused.partial/.identity", b"")
+    assert coldctl(*fuse).code == 0
+    assert coldctl("check", "memory://copied/fused", "--deep").code == 0
+    assert not store.exists("/copied/.fused.partial")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (FileNotFoundError(), "is missing: it was removed, or never stored"),
+        (PermissionError("denied"), "denied: check your credentials"),
+        (b"", "bytes came: try again later"),
+    ],
+)
+def test_answers_of_a_store_in_words(
+    answer: Exception | bytes, words: str, base: Path, coldctl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = fsspec.filesystem("memory")
+    store.put(str(base), "/answers/base", recursive=True)
+
+    def cat_file(*_: object, **__: object) -> bytes:
+        if isinstance(answer, bytes):
+            return answer
+        raise answer
+
+    monkeypatch.setattr("coldctl.core.storage._PAUSES", (0.0,))
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    ran = coldctl("check", "memory://answers/base", "--json")
+    assert ran.code == 3
+    assert words in ran.stdout
+
+
+def test_status_tells_who_is_at_work(tmp_path: Path, suite: Path, coldctl: Run) -> None:
+    """On a disk a lock says so, in a store a lease."""
+    for place in (str(tmp_path / "run"), "memory://at-work/run"):
+        assert coldctl("plan", place, "--config", suite).code == 0
+        folder = locate(f"{place}/iteration-001/contributions")
+        for name in ("busy", "dead"):
+            (folder / f".{name}.partial").mkdir(parents=True)
+            (folder / f".{name}.partial" / output.IDENTITY).write_text("x")
+        busy = folder / ".busy.partial"
+        lock = os.open(busy, os.O_RDONLY) if isinstance(busy, Path) else None
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        else:
+            (busy / output.LEASE).write_text("x")
+        status = coldctl("status", place, "--json").json["iterations"][0]
+        assert (status["running"], status["unfinished"]) == (["busy"], ["dead"]), status
+        if lock is not None:
+            os.close(lock)
+
+
+@pytest.mark.parametrize("place", ["here", "s3"])
+def test_files_of_weights_hold_what_was_written(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Empty tensors, a disk that is told to begin early, a file that is given up, and one that lacks bytes."""
+    monkeypatch.setattr(weights, "_WRITE_BACK", 64)
+    folder = locate(str(tmp_path) if place == "here" else request.getfixturevalue("s3").url)
+    shapes = {"a": (64,), "b": (0, 3), "c": (0,)}
+    layouts = weights.file_order([weights.Layout(name, "F32", shape) for name, shape in shapes.items()])
+    data = np.arange(64, dtype=np.float32)
+
+    def writer(limit: int = 1 << 30) -> weights.WeightsWriter:
+        return weights.WeightsWriter(folder, layouts, limit)
+
+    for limit, files in ((1 << 30, 1), (100, 2)):  # the empty ones in a file of their own
+        whole = writer(limit)
+        for piece in (data[:40], data[40:], data[:0]):
+            whole.write(piece.view(np.uint8).data)
+        whole.close()
+        assert len(whole.digests) == files
+        found: dict[str, Any] = {}
+        for name, digest in whole.digests.items():
+            content = (folder / name).read_bytes()
+            assert digest == "sha256:" + hashlib.sha256(content).hexdigest()
+            found |= safetensors.numpy.load(content)
+        assert {name: array.shape for name, array in found.items()} == shapes
+        assert np.array_equal(found["a"], data)
+    (folder / layout.WEIGHTS).unlink()
+    half = writer()
+    half.write(data[:40].view(np.uint8).data)
+    with pytest.raises(ValueError, match=r"96 bytes of model\.safetensors were never written"):
+        half.close()
+    half.abandon()
+    half.abandon()
+    assert (place == "here") == (folder / layout.WEIGHTS).exists()  # no store shows what is not whole

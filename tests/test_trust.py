@@ -435,15 +435,34 @@ def test_a_fused_model_as_a_contribution_brings_its_signers(
         ("twice", "the same key"),
         ("pipe", "is no file"),
         ("both", "more than one key"),
+        ("gone", "cannot be read: No such file or directory"),
+        ("long", "too large for a key"),
+        ("rsa", "another kind of key"),
     ],
 )
 def test_keys_that_cannot_be_used_are_named(
     content: str | None, words: str, signed: Path, base: Path, trusted: Path, keys: dict[str, Path], tmp_path: Path,
     coldctl: Run,
 ) -> None:  # fmt: skip
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import rsa
+
     folder = tmp_path / "keys"
     folder.mkdir()
-    if content == "private":
+    if content == "gone":
+        folder.rmdir()
+    elif content == "long":
+        (folder / "alice.pem").write_bytes(b"#" * (1 << 20))
+    elif content == "rsa":
+        private = rsa.generate_private_key(65537, 1024)
+        pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+        public = private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+        (folder / "alice.pem").write_bytes(public)
+        (tmp_path / "rsa.key").write_bytes(private.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+        sign = ("finetune", "data", "--base", base, "--output", tmp_path / "x", "--sign-key", tmp_path / "rsa.key")
+        assert "--sign-key" in (signing := coldctl(*sign)).stderr
+        assert words in signing.stderr
+    elif content == "private":
         shutil.copy(keys["alice"], folder / "alice.pem")
     elif content == "nothing":
         (folder / "alice.pem").write_text("-----BEGIN PUBLIC KEY-----\n")

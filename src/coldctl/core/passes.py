@@ -110,7 +110,7 @@ def _reads_whole_body(checkpoint: Checkpoint, names: Sequence[str]) -> bool:
 
 
 def differences(checkpoint: Checkpoint, actual: str, *, whole: bool = False) -> list[str]:
-    """What a checkpoint's manifest states otherwise than its files say; nothing where it has none.
+    """What the manifest that a checkpoint has states otherwise than its files say.
 
     What a model is loaded from must be there and as it was; of the rest (pictures, reports) only what is there is
     looked at, since whoever fetches a model leaves it out, and the card not at all, since people write into it. With
@@ -120,8 +120,7 @@ def differences(checkpoint: Checkpoint, actual: str, *, whole: bool = False) -> 
     the two together cover every byte of the file, and no byte is hashed twice.
     """
     document = checkpoint.manifest
-    if document is None:
-        return []
+    assert document is not None
     problems = []
     if document["body_digest"] != actual:
         changed = [name for name in checkpoint.files if _changed(checkpoint, name, document)]
@@ -196,8 +195,8 @@ def survey(
     work = partial(_surveyed, inputs, weights, deepcopy(statistics), None if spread else prover.digesters)
     for found in along(work, pieces, "survey", progress, spread):
         prover.findings += found.findings
-        if found.statistics is not None:
-            statistics.include(found.statistics)
+        assert found.statistics is not None
+        statistics.include(found.statistics)
     return statistics
 
 

@@ -116,7 +116,4 @@ def _as_array(value: Any, most: int, where: str) -> NDArray[Any]:
 
 
 def _dtype_name(array: NDArray[Any]) -> str:
-    for key, dtype in DTYPES.items():
-        if dtype == array.dtype:
-            return key
-    raise CheckpointError(f"dtype {array.dtype} is not supported: convert the checkpoint to safetensors")
+    return next(key for key, dtype in DTYPES.items() if dtype == array.dtype)

@@ -211,7 +211,8 @@ def _persistently(fetch: Callable[[], T], label: str) -> T:
 
     Raises CheckpointError at once where another try cannot help, else after the last one.
     """
-    for pause in (*_PAUSES, None):
+    pauses = iter(_PAUSES)
+    while True:
         try:
             return fetch()
         except FileNotFoundError:
@@ -219,12 +220,11 @@ def _persistently(fetch: Callable[[], T], label: str) -> T:
         except PermissionError as error:
             raise CheckpointError(f"cannot read {label}: {error}: check your credentials") from None
         except Exception as error:  # each store has exceptions of its own
-            if pause is None:
+            if (pause := next(pauses, None)) is None:
                 reason = " ".join(str(error).split()) or type(error).__name__
                 tries = len(_PAUSES) + 1
                 raise CheckpointError(f"cannot read {label} in {tries} tries: {reason}: try again later") from None
             time.sleep(pause)
-    raise AssertionError
 
 
 class RemoteFolder:

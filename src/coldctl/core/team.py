@@ -52,9 +52,7 @@ class Team:
                 distributed.broadcast(tensor, src=0)
 
     def gathered(self, value: T) -> list[T]:
-        """Everyone's value, by rank."""
-        if self.size == 1:
-            return [value]
+        """Everyone's value, by rank, of a team of more than one."""
         from torch import distributed
 
         self._meet()
@@ -94,7 +92,7 @@ class Team:
         from torch import distributed
 
         if not distributed.is_initialized():
-            if torch.cuda.is_available():
+            if torch.cuda.is_available():  # pragma: no cover  (needs a GPU)
                 torch.cuda.set_device(self.local_rank)
             distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 

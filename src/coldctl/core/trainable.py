@@ -9,7 +9,7 @@ from torch import nn
 
 from coldctl.core import layout
 from coldctl.core.config import FinetuneConfig
-from coldctl.core.errors import ConfigError, ModelError
+from coldctl.core.errors import ConfigError
 from coldctl.core.model import body_of
 
 _PEFT = "base_model.model."  # before all names of a file of PEFT's
@@ -41,8 +41,7 @@ def save_adapter(adapted: Any, folder: Path, base_name: str, *, body_only: bool 
     """
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = base_name
-    if isinstance(config.target_modules, set):  # in another order in each process
-        config.target_modules = sorted(config.target_modules)
+    config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
     adapted.save_pretrained(folder, save_embedding_layers=False)
     (folder / layout.CARD).unlink(missing_ok=True)  # PEFT's template of a model card
     if body_only:
@@ -84,8 +83,6 @@ def _with_adapters(model: nn.Module, config: FinetuneConfig, base_name: str, see
     whole = [
         name for name, module in model.named_children() if module is not body and any(True for _ in module.parameters())
     ]
-    if not inside:
-        raise ModelError(f"{base_name} has no linear layers in its body: --lora-rank cannot adapt it")
     if getattr(body, "pooler", None) is not None:
         whole.append("pooler")  # as fresh as the head
     shapes = [module.weight.shape for module in body.modules() if isinstance(module, nn.Linear)]

@@ -249,7 +249,7 @@ class _Training:
                     ) from None
                 self.micro = max(1, min(self.micro, math.ceil(len(batch) / self.place.team.size)) // 2)
                 self.optimizer.zero_grad(set_to_none=True)
-                if self.place.device.type == "cuda":
+                if self.place.device.type == "cuda":  # pragma: no cover  (needs a GPU)
                     torch.cuda.empty_cache()
                 self.place.progress.note(
                     f"{self.place.name}: out of memory, going on with {self.micro} examples at a time"

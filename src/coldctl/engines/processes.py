@@ -77,9 +77,9 @@ def _start(events: Any, threads: int) -> None:
 def _die_with_parent() -> None:
     """A worker whose parent was killed must not go on holding its output."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _in_worker(index: int, work: "Work[Job, Result]", job: Job, threads: int) -> Outcome[Result]:

@@ -120,8 +120,6 @@ def evaluate(
     Raises ConfigError, DataError, ModelError or OutputError. If cells fail, those that succeeded are kept, and
     the first failure is raised with all of them listed.
     """
-    if not datasets:
-        raise ConfigError("the suite has no dataset: add [[dataset]] tables to it")
     if "few-shot" in config.protocol and not config.shots:
         raise ConfigError("shots = 0 leaves few-shot nothing to train on: give --shots 1 or more")
     places = [model.place for model in (baseline, *(item.model for item in models))]

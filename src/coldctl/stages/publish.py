@@ -296,8 +296,7 @@ def _copy_evaluation(work: _Work, folder: Path) -> None:
     source = open_folder(work.evaluation)
     alone = len(results.read(work.evaluation)["models"]) == 1
     for file in (*_EVALUATION_FILES, *([layout.GAIN_CHART] if alone else [])):
-        if source.has(file):
-            (folder / file).write_bytes(source.read(file))
+        (folder / file).write_bytes(source.read(file))
     if not (folder / layout.GAIN_CHART).exists():  # the card's picture is of this model alone
         gain_chart(work.results, folder / layout.GAIN_CHART)
 
