@@ -11,6 +11,7 @@ import math
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from coldctl.core.errors import ConfigError
 
 HIGHEST_RANK = 4096  # of a low-rank adapter
 DEFAULT_RANK = 8  # where an adapter is asked for, and no rank is given
+MOST_CONTRIBUTORS = 10_000  # of a suite
 _TOO_LARGE = 1 << 63  # for any whole number
 _SHOWN = 60  # characters of a wrong key that a message spells out
 
@@ -360,9 +362,11 @@ def _datasets(tables: Any, path: Path) -> tuple[DatasetConfig, ...]:
             raise ConfigError(
                 f"{where}: part = {dataset.part} is out of range: there are {dataset.contributors} contributors"
             )
+    if (total := sum(dataset.contributors for dataset in datasets)) > MOST_CONTRIBUTORS:
+        raise ConfigError(f"{path}: {total} contributors in all: at most {MOST_CONTRIBUTORS}")
     contributors = contributors_of(datasets)
     names = [dataset.name for dataset in datasets] + [name for name, dataset in contributors if name != dataset.name]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
+    if doubled := sorted(name for name, count in Counter(names).items() if count > 1):
         raise ConfigError(f"{path}: two datasets are called {doubled[0]!r}: give each a name of its own")
     return tuple(datasets)
 

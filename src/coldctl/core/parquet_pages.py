@@ -81,12 +81,14 @@ def _chunks(file: IO[bytes]) -> Iterator[_Chunk]:
             stored = found[7]
             if not all(isinstance(number, int) and number >= 0 for number in (begin, stored, found[5])):
                 raise TypeError
+            if begin + stored > size:
+                raise ValueError(f"a column of {stored} bytes, more than the file has")
             yield _Chunk(path[0].decode(errors="replace"), len(path) > 1, found[5], begin, begin + stored)
 
 
 def _pages(file: IO[bytes], chunk: _Chunk) -> Iterator[_Page]:
     """The pages of one column chunk, as the reader will meet them."""
-    position, seen = chunk.begin, 0
+    position, seen, size = chunk.begin, 0, file.seek(0, 2)
     while position < chunk.end and seen < chunk.values:
         file.seek(position)
         data = file.read(min(_LONGEST_HEADER, chunk.end - position))
@@ -94,6 +96,8 @@ def _pages(file: IO[bytes], chunk: _Chunk) -> Iterator[_Page]:
         page = _page(fields)
         if page.stored < 0 or page.unpacked < 0 or page.values < 0:
             raise TypeError
+        if page.stored > size - position - length:  # the reader would make room for all of it before it looks
+            raise ValueError(f"a page of {page.stored} bytes, more than the file has")
         seen += 0 if page.dictionary else page.values
         position += length + page.stored
         yield page
