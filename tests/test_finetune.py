@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 import tiny
 from coldctl.core import model as models
 from coldctl.core.config import FinetuneConfig
+from coldctl.core.errors import DeclinedError
 from coldctl.core.progress import SILENT
 from coldctl.core.training import Examples, Head, Place, length_batches, predict, train
 from conftest import FAST, Ran
@@ -199,20 +201,26 @@ def test_fisher_information_feeds_the_fisher_method(tmp_path: Path, base: Path, 
     assert ran.code == 0, ran.stderr
 
 
-def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("numbers", [False, True])
+def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(numbers: bool, tmp_path: Path) -> None:
     from coldctl.core.fisher import write_fisher
 
     base = tiny.make_base("bert", tmp_path / "base")
-    model, tokenizer = models.load_classifier(base, ["no", "yes"], 0), models.load_tokenizer(base)
+    model = models.load_classifier(base, [] if numbers else ["no", "yes"], 0)
+    tokenizer = models.load_tokenizer(base)
     encoded = models.encode(tokenizer, ["a good day", "bad", "very bad"], None, 64)
-    examples = Examples(encoded, np.array([1, 0, 0]))
+    labels = np.array([1.5, 0.0, -3.0] if numbers else [1, 0, 0])
+    examples = Examples(encoded, labels)
     place = Place(torch.device("cpu"), tokenizer.pad_token_id, tmp_path, SILENT, "x")
     write_fisher(model, examples, place, tmp_path, 0)
     expected = torch.zeros(())
     weight = model.bert.encoder.layer[0].output.dense.weight  # type: ignore[union-attr, index]
-    for index, label in enumerate((1, 0, 0)):
+    for index, label in enumerate(labels.tolist()):
         logits = model(**models.collate(encoded, [index], tokenizer.pad_token_id, place.device)).logits
-        chance = torch.log_softmax(logits, -1)[0, label]
+        # Numbers are taken as normally distributed around what the model says, as widely as they are spread themselves.
+        chance = (
+            -((logits[0, 0] - label) ** 2) / (2 * labels.var()) if numbers else torch.log_softmax(logits, -1)[0, label]
+        )
         (gradient,) = torch.autograd.grad(chance, weight)
         expected = expected + gradient**2 / 3
     torch.testing.assert_close(
@@ -254,7 +262,7 @@ def test_out_of_memory_halves_what_is_computed_at_once(tmp_path: Path) -> None:
     data = tiny.make_dataset(tmp_path / "data", train=24)
 
     def small_device(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled() and len(inputs["input_ids"]) > 3:
+        if len(inputs["input_ids"]) > (3 if torch.is_grad_enabled() else 5):
             raise torch.OutOfMemoryError("tried to allocate too much")
 
     small, (trained, found) = learn(base, data, tmp_path / "small", hook=small_device)
@@ -262,6 +270,23 @@ def test_out_of_memory_halves_what_is_computed_at_once(tmp_path: Path) -> None:
     assert trained.steps == expected.steps
     assert np.array_equal(found, same)
     assert alike(whole, small) == []
+    for training, words in ((True, "with one example at a time: lower --max-length"), (False, "beside the batch")):
+
+        def full_device(_: Any, __: Any, ___: Any, training: bool = training) -> None:
+            if torch.is_grad_enabled() == training:
+                raise torch.OutOfMemoryError("tried to allocate too much")
+
+        with pytest.raises(DeclinedError, match=words):
+            learn(base, data, tmp_path / words[:4], hook=full_device)
+
+
+def test_compiled_it_learns_the_same(tmp_path: Path) -> None:
+    base = without_dropout(tiny.make_base("bert", tmp_path / "base"))
+    data = tiny.make_dataset(tmp_path / "data", train=24)
+    plain, _ = learn(base, data, tmp_path / "plain", shortcuts=False)
+    with torch.compiler.set_stance("force_eager"):  # without the compiler's own minute
+        compiled, _ = learn(base, data, tmp_path / "compiled", compile=True)
+    assert all(torch.equal(plain[name], value) for name, value in compiled.items())
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
@@ -333,16 +358,79 @@ def test_logs_stand_outside_the_contribution(
     tmp_path: Path, base: Path, dataset: Path, coldctl: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    ran = coldctl("finetune", dataset, "--base", base, "--output", "out", "--name", "mine", "--log", "jsonl", *FAST)
+    (tmp_path / "warm.toml").write_text("[finetune]\nwarmup = 0.7\n")
+    ran = coldctl("finetune", dataset, "--base", base, "--output", "out", "--name", "mine", "--log", "jsonl", *FAST,
+                  "--config", "warm.toml")  # fmt: skip
     assert ran.code == 0, ran.stderr
     lines = [json.loads(line) for line in (tmp_path / "coldctl-logs" / "mine.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 1
+    assert lines[0]["learning_rate"] == pytest.approx(1e-3 / 2)  # of three steps two lead up to it
     assert {"loss", "learning_rate", "validation", "test"} <= {key for line in lines for key in line}
     assert not list((tmp_path / "out").rglob("*log*"))
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
     ran = coldctl("finetune", dataset, "--base", base, "--output", "no", "--log", "paper", *FAST)
     assert ran.code == 2
     assert "jsonl, tensorboard, wandb" in ran.stderr
+
+
+class Recorder:
+    """Stands in for the libraries of TensorBoard and of Weights & Biases, and keeps what they are told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def SummaryWriter(self, folder: str, purge_step: int) -> "Recorder":  # noqa: N802  their name
+        self.told.append(("begin", folder, purge_step))
+        return self
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.told.append((name, value, step))
+
+    def close(self) -> None:
+        self.told.append(("end",))
+
+    def init(self, **options: Any) -> "Recorder":
+        self.told.append(("begin", options["dir"], options["name"], options["config"]["batch_size"]))
+        return self
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.told += [(name, value, step) for name, value in values.items()]
+
+    finish = close
+
+
+@pytest.mark.parametrize(
+    ("kind", "library", "remedy"),
+    [("tensorboard", "torch.utils.tensorboard", "'coldctl[log]'"), ("wandb", "wandb", "pip install wandb")],
+)
+def test_logs_of_other_libraries(
+    kind: str, library: str, remedy: str, tmp_path: Path, base: Path, dataset: Path, coldctl: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    command = ("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--name", "mine", *FAST, "--jobs", 1,
+               "--log", kind, "--log-folder", tmp_path / "logs")  # fmt: skip
+    monkeypatch.setitem(sys.modules, library, None)
+    ran = coldctl(*command)
+    assert ran.code == 2
+    assert remedy in ran.stderr
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, library, recorder)
+    odd = shutil.copytree(base, tmp_path / "odd")  # what cannot be trained leaves no log
+    tokenizer = json.loads((odd / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["the"] = 99_999
+    (odd / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ran = coldctl(*command[:3], odd, *command[4:])
+    assert ran.code == 2
+    assert "gives token 99999" in ran.stderr
+    assert recorder.told == []
+    ran = coldctl(*command)
+    assert ran.code == 0, ran.stderr
+    logs = tmp_path / "logs"
+    begun = (str(logs / "mine"), 1) if kind == "tensorboard" else (str(logs), "mine", 16)
+    assert recorder.told[0] == ("begin", *begun)
+    assert recorder.told[-1] == ("end",)
+    assert {"loss", "learning_rate", "validation", "test"} <= {item[0] for item in recorder.told}
+    assert max(item[2] for item in recorder.told if item[0] == "loss") <= 3
 
 
 def test_shots_count_in_all_or_in_each_class(tmp_path: Path, base: Path, coldctl: Run) -> None:
@@ -406,10 +494,10 @@ def test_heads_on_one_body_go_on_with_the_same_bits(tmp_path: Path) -> None:
     whole = heads()
     train(whole, config, place, seed=3)
     listener = Listener()
-    listener.left = 35
     cut = Place(torch.device("cpu"), tokenizer.pad_token_id, tmp_path / "cut", listener, "x", checkpoint_seconds=0)
-    with pytest.raises(KeyboardInterrupt):
-        train(heads(), config, cut, seed=3)
+    for listener.left in (3, 33):  # first of all before the second head has learned anything
+        with pytest.raises(KeyboardInterrupt):
+            train(heads(), config, cut, seed=3)
     resumed = heads()
     train(resumed, config, cut, seed=3)
     for one, two in zip(whole, resumed, strict=True):

@@ -7,15 +7,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import tiny
 from coldctl.core import manifest
-from coldctl.core.config import FinetuneConfig, read
-from coldctl.core.reference import resolve
-from coldctl.stages.finetune import jobs_of_suite
+from coldctl.core import run as runs
+from coldctl.core.config import DatasetConfig, FinetuneConfig, read
+from coldctl.core.data import single
+from coldctl.core.errors import OutputError
+from coldctl.core.progress import Progress
+from coldctl.core.reference import Model, resolve
+from coldctl.engines.processes import in_processes
+from coldctl.stages.finetune import jobs_of_suite, single_job
 from conftest import Ran, suite_text, untraced
 
 ROOT = Path(__file__).parents[1]
@@ -236,9 +242,56 @@ def test_a_contributor_joins_by_pointing_at_the_run(place: Path, coldctl: Run) -
     assert ran.code == 0, ran.stderr
     assert (run / "iteration-001" / "contributions" / "guest" / "coldctl.json").exists()
     assert coldctl("status", run, "--json").json["iterations"][0]["contributions"] == ["guest"]
+    other = Model("other", str(shutil.copytree(place / "base", place / "other")))  # none of the run's own bases
+    assert single_job(single(str(mine), DatasetConfig("", "")), other, run, FinetuneConfig(), name=None,
+                      overwrite=False).iteration == 1  # fmt: skip
     config = place / "suite.toml"  # a guest begins no iteration: the settings may still change
     config.write_text(config.read_text().replace("epochs = 1", "epochs = 2"))
     assert coldctl("plan", run, "--config", config).code == 0
+
+
+def test_two_promotions_are_one(place: Path, coldctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another command decides at this very moment: its decision holds."""
+    run = place / "run"
+    assert coldctl("plan", run, "--config", place / "suite.toml").code == 0
+    shutil.copytree(place / "base", run / "iteration-001" / "fused")
+    manifest.write(run / "iteration-001" / "fused", {"kind": "fused", "name": "m", "body_digest": "sha256:" + "0" * 64})
+    write = runs.write
+
+    def late(found: runs.Run) -> None:
+        write(found)  # by the other one
+        write(found)
+
+    monkeypatch.setattr(runs, "write", late)
+    ran = coldctl("promote", run)
+    assert ran.code == 0, ran.stderr
+    assert coldctl("status", run, "--json").json["iterations"][0]["promoted"]
+
+    def broken(_: runs.Run) -> None:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(runs, "write", broken)
+    shutil.copytree(run / "iteration-001" / "fused", run / "iteration-002" / "fused")
+    ran = coldctl("promote", run)
+    assert ran.code == 2
+    assert "the disk is full" in ran.stderr
+
+
+def test_a_run_in_a_store_has_one_pretrained_model(place: Path, coldctl: Run) -> None:
+    config, text = place / "suite.toml", (place / "suite.toml").read_text()
+    plan = ("plan", "memory://one-pretrained/run", "--config", config)
+    assert coldctl(*plan).stdout == "001\n"
+    ran = coldctl("plan", "memory://one-pretrained/far", "--config", config)
+    assert "is stored in" in ran.stderr
+    tiny.perturb(place / "base", place / "other", seed=1)
+    config.write_text(text.replace("./base", "./other"))
+    ran = coldctl(*plan)
+    assert ran.code == 2
+    assert "holds another model than" in ran.stderr
+    config.write_text(text.replace("./base", "memory://one-pretrained/run/pretrained"))  # where it lies already
+    assert coldctl("plan", "memory://one-pretrained/near", "--config", config).code == 0
+    status = coldctl("status", "memory://one-pretrained/near", "--json").json
+    assert status["pretrained"] == "memory://one-pretrained/run/pretrained"
 
 
 def test_side_by_side_gives_what_one_after_the_other_gives(place: Path, coldctl: Run) -> None:
@@ -271,3 +324,41 @@ def test_workers_die_with_their_parent(place: Path, base: Path, coldctl: Run) ->
     again = ("finetune", "--suite", config, "--base", base, "--output", place / "c", "--jobs", 1, "--overwrite")
     ran = coldctl(*again)
     assert ran.code == 0, ran.stderr
+
+
+@dataclass(frozen=True)
+class Errand:
+    """A job without weights."""
+
+    title: str
+
+
+def run_errand(job: Errand, threads: int, progress: Progress) -> str:
+    progress.note(f"{job.title} with {threads} threads")
+    if job.title == "dies":
+        os._exit(9)
+    if job.title == "lasts":
+        time.sleep(60)
+    return job.title
+
+
+def test_a_worker_that_dies_is_an_outcome_and_those_nobody_waits_for_end() -> None:
+    notes: list[str] = []
+
+    class Listener:
+        def begin(self, task: str, total: int | None, unit: str) -> None: ...
+        def advance(self, task: str, steps: int, detail: str = "") -> None: ...
+        def end(self, task: str) -> None: ...
+        def note(self, message: str) -> None:
+            notes.append(message)
+
+    outcomes = list(in_processes(run_errand, [Errand("lives"), Errand("dies")], 1, 1, Listener()))
+    assert [(item.index, item.result) for item in outcomes] == [(0, "lives"), (1, None)]
+    assert "a worker process died before it was done" in str(outcomes[1].error)
+    started = time.monotonic()
+    running = in_processes(run_errand, [Errand("lives"), Errand("lasts")], 1, 1, Listener())
+    assert next(running).result == "lives"
+    while "lasts with 1 threads" not in notes and time.monotonic() - started < 50:
+        time.sleep(0.01)
+    del running  # as by Ctrl-C
+    assert time.monotonic() - started < 50

@@ -18,7 +18,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import coldctl as coldctl_package
 import tiny
+from coldctl.core.errors import CheckpointError
 from coldctl.core.manifest import digest_of, digest_of_file
+from coldctl.core.proof import prove_loading
+from coldctl.core.report import published as place_among_published
 from conftest import FAST, Ran, suite_text, untraced
 
 Run = Callable[..., Ran]
@@ -217,6 +220,12 @@ def test_a_place_among_the_published_models(fused: Path, base: Path, suite: Path
     assert f"against {base.name} (its pretrained model, `FacebookAI/roberta-base`)" in card
     assert "its pretrained model" in card.split("## How it works")[0]
     assert "call this model" not in card  # tables and card have one name for it
+    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    name = next(item["model"] for item in results["results"] if item["model"] != results["baseline"]["name"])
+    assert "published models" in place_among_published(results, name, "roberta-base")[0]
+    for entry in results["results"]:
+        entry["dataset"] = "no-dataset-of-theirs"
+    assert place_among_published(results, name, "roberta-base") == []
     assert coldctl(*publish, tmp_path / "unnamed").code == 0
     assert "leaderboard" not in (tmp_path / "unnamed" / "README.md").read_text()
 
@@ -400,6 +409,16 @@ def test_a_secret_in_a_model_s_own_files_stops_it(
     monkeypatch.setenv("HOME", str(tmp_path))
     ran = coldctl("publish", model, "--to", tmp_path / "p", "--license", "mit")
     assert "config.json would tell a directory of this machine" in ran.stderr
+
+    def nobody() -> str:
+        raise OSError("No username set in the environment")
+
+    monkeypatch.setattr("getpass.getuser", nobody)  # as in a container: what there is to go by still counts
+    monkeypatch.setattr("socket.gethostname", lambda: "zq-host-name")
+    monkeypatch.setattr(sys, "base_prefix", sys.prefix)
+    (model / "config.json").write_text(json.dumps({**config, "comment": "made on zq-host-name"}))
+    ran = coldctl("publish", model, "--to", tmp_path / "p", "--license", "mit")
+    assert "config.json would tell this user's or machine's name" in ran.stderr
 
 
 def test_a_dry_run_lists_and_sends_nothing(fused: Path, tmp_path: Path, coldctl: Run) -> None:
@@ -595,3 +614,31 @@ def test_a_tokenizer_is_completed_and_stays_the_same(kind: str, tmp_path: Path, 
         assert all(isinstance(merge, str) for merge in model["merges"])
     if model["type"] == "Unigram":
         assert "SentencePiece" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("weights", "features differ from the source's"),
+        ("tokens", "gives other tokens than the source's"),
+        ("lacking", "loaded as AutoModel the published model lacks encoder.layer.1"),
+    ],
+)
+def test_what_does_not_load_as_its_source_is_told(case: str, words: str, base: Path, tmp_path: Path) -> None:
+    made = Path(shutil.copytree(base, tmp_path / "made"))
+    prove_loading(base, made, None)
+    if case == "weights":
+        made = tiny.perturb(base, tmp_path / "other", seed=1)
+    elif case == "tokens":
+        tokenizer = json.loads((made / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]  # of whole words nothing is known any more
+        tokenizer["model"]["vocab"] = {
+            key if len(key.strip("#")) < 2 or key[0] == "[" else f"-{key}": number for key, number in vocabulary.items()
+        }
+        (made / "tokenizer.json").write_text(json.dumps(tokenizer))
+    else:
+        tensors, metadata = tiny.read_tensors(made / "model.safetensors")
+        kept = [(name, tensor) for name, tensor in tensors.items() if "layer.1" not in name]
+        tiny.write_tensors(made / "model.safetensors", kept, metadata)
+    with pytest.raises(CheckpointError, match=words):
+        prove_loading(base, made, None)
