@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from coldctl.core.errors import ConfigError
 from conftest import FAST, Ran, suite_text
 
 Run = Callable[..., Ran]
@@ -170,6 +172,64 @@ def test_usage_errors_end_with_2(coldctl: Run) -> None:
     assert coldctl("fuse").code == 2
     assert coldctl("nonsense").code == 2
     assert coldctl("finetune", "x", "--base").code == 2
+
+
+def test_a_run_that_has_only_been_planned(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    (tmp_path / "c.toml").write_text(f'[run]\nbase = "{base}"\n')
+    ran = coldctl("plan", tmp_path / "run", "--config", tmp_path / "c.toml", "--iterations", 2, "--json")
+    assert ran.code == 0, ran.stderr
+    assert ran.json == {"run": str(tmp_path / "run"), "iterations": [1, 2]}
+    ran = coldctl("status", tmp_path / "run", "--evaluation")
+    assert ran.code == 2
+    assert "has no evaluation of a promoted model yet: run `make iterate` first" in ran.stderr
+    assert coldctl("status", tmp_path / "run", "--pretrained").stdout.strip().endswith(base.name)
+
+
+def test_a_team_runs_no_other_engine(
+    tmp_path: Path, base: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run
+) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--engine", "ray")
+    refused(ran, tmp_path / "out", "--engine ray does not go with torchrun: leave one of them out")
+
+
+def test_a_regression_can_end_a_script(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    """The results are written and said in any case; the exit code tells that the model is worse."""
+    data = tiny.make_dataset(tmp_path / "red", train=64, test=60)
+    (tmp_path / "suite.toml").write_text(f'[[dataset]]\nname = "red"\npath = "{data}"\n')
+    tensors, metadata = tiny.read_tensors(base / "model.safetensors")
+    blank = Path(shutil.copytree(base, tmp_path / "blank"))  # what it says of a text does not depend on the text
+    tiny.write_tensors(blank / "model.safetensors", [(name, value * 0) for name, value in tensors.items()], metadata)
+    ran = coldctl(
+        "evaluate", blank, "--baseline", base, "--suite", tmp_path / "suite.toml", "--output", tmp_path / "out",
+        "--protocol", "linear-probe", "--jobs", 1, "--fail-on-regression", "--json",
+    )  # fmt: skip
+    assert ran.code == 3, ran.stderr
+    assert "error: the average gain is negative beyond doubt" in ran.stderr
+    assert "blank by linear-probe: -" in ran.stderr
+    assert ran.json["averages"]
+    assert (tmp_path / "out" / "coldctl.json").exists()
+
+
+def test_a_store_without_an_account_is_an_error_in_words(
+    tmp_path: Path, base: Path, contributions: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    store = f"s3://nobodys-{tmp_path.name}"
+    ran = coldctl("status", f"{store}/run")
+    refused(ran, tmp_path / "out", f"cannot read {store}/run/run.json: Unable to locate credentials")
+    ran = coldctl("fuse", contributions, "--base", base, "--output", f"{store}/out")
+    refused(ran, tmp_path / "out", "the store does not answer as it should (Unable to locate credentials)")
+
+
+def test_errors_keep_their_findings_on_the_way_from_another_process() -> None:
+    found = pickle.loads(pickle.dumps(ConfigError("what", ["one", "two"])))
+    assert (type(found), found.message, found.details) == (ConfigError, "what", ("one", "two"))
 
 
 def test_fuse_and_others(tmp_path: Path, base: Path, contributions: Path, suite: Path, coldctl: Run) -> None:

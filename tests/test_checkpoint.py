@@ -158,6 +158,16 @@ def test_the_hub_caches_own_links_are_followed(tmp_path: Path, base: Path, coldc
     assert ran.code == 0, ran.stderr
 
 
+def test_shards_are_loaded_as_one_file_is(tmp_path: Path, base: Path) -> None:
+    import torch
+
+    from coldctl.core.model import load_body
+
+    whole, parts = load_body(base).state_dict(), load_body(sharded(base, tmp_path / "parts")[0].parent).state_dict()
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
 def test_custom_code_is_never_run(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> None:
     evil = shutil.copytree(base, tmp_path / "evil")
     config = json.loads((evil / "config.json").read_text())

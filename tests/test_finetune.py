@@ -98,6 +98,23 @@ def test_dropout_drops_its_share_and_scales_the_rest() -> None:
     assert torch.allclose(first[first != 0], torch.tensor(1 / 0.9))
 
 
+def test_a_mask_hides_the_same_whether_it_is_added_or_not() -> None:
+    from coldctl.core.acceleration import attention, fast_dropout
+
+    module = torch.nn.Sequential(torch.nn.Dropout(0.1))
+    module.config = object()  # type: ignore[assignment]
+    states = torch.randn((1, 2, 5, 4), generator=torch.Generator().manual_seed(0))
+    seen = torch.tensor([True, True, True, False, False]).expand(1, 1, 5, 5)
+    added = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    with fast_dropout([module]) as masks:
+        module.coldctl_masks = masks  # type: ignore[assignment]
+        found = []
+        for mask in (seen, added):
+            masks.seed(1, 2)
+            found.append(attention(module, states, states, states, mask, dropout=0.1)[0])
+    assert torch.allclose(found[0], found[1])
+
+
 def test_batches_are_drawn_by_seed_and_hold_alike_lengths() -> None:
     lengths = np.random.default_rng(0).integers(3, 60, 1003)
     batches = list(length_batches(lengths, 16, 7, 2))
@@ -212,7 +229,9 @@ def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(numbers: bool, tmp
     labels = np.array([1.5, 0.0, -3.0] if numbers else [1, 0, 0])
     examples = Examples(encoded, labels)
     place = Place(torch.device("cpu"), tokenizer.pad_token_id, tmp_path, SILENT, "x")
+    models.body_of(model).register_parameter("spare", torch.nn.Parameter(torch.ones(3)))  # no output depends on it
     write_fisher(model, examples, place, tmp_path, 0)
+    assert load_file(tmp_path / "fisher.safetensors")["spare"].tolist() == [0, 0, 0]
     expected = torch.zeros(())
     weight = model.bert.encoder.layer[0].output.dense.weight  # type: ignore[union-attr, index]
     for index, label in enumerate(labels.tolist()):

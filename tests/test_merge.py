@@ -161,6 +161,15 @@ def test_the_geometric_median_is_where_no_step_makes_the_distances_smaller() -> 
         assert cost(found) <= cost(found + 1e-3 * rng.standard_normal(3)) + 1e-9
 
 
+def test_the_geometric_median_may_be_near_where_it_is_slow_to_reach() -> None:
+    """Three steps pull at an update as hard as it holds: the way there becomes ever shorter, and ends after a while."""
+    points = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    weights = merge.geometric_median_weights(gram_of(*points), np.ones(4))
+    assert weights.sum() == pytest.approx(1)
+    cost = np.sqrt(((points - weights @ points) ** 2).sum(1)).sum()
+    assert 3 <= cost < 3.01
+
+
 def test_the_geometric_median_of_updates_that_are_zero() -> None:
     assert merge.geometric_median_weights(np.zeros((4, 4)), np.ones(4)).tolist() == [0.25] * 4
     weights = merge.geometric_median_weights(np.zeros((2, 2)), np.asarray([1.0, 3.0]))

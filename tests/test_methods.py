@@ -504,6 +504,36 @@ def test_a_vocabulary_that_grew(tmp_path: Path, base: Path, models: list[Path], 
         assert record["body_digest"] == digest(other)
 
 
+def test_a_large_vocabulary_that_grew(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    """It is read in several blocks, and the contribution ends long before the last one."""
+    import torch
+
+    name = "embeddings.word_embeddings.weight"
+    tensors, metadata = tiny.read_tensors(base / "model.safetensors")
+    rows = len(tensors[name])
+    large = Path(shutil.copytree(base, tmp_path / "large"))
+    tensors[name] = torch.randn((40_000, 16), generator=torch.Generator().manual_seed(1))
+    tiny.write_tensors(large / "model.safetensors", list(tensors.items()), metadata)
+    config = json.loads((base / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps({**config, "vocab_size": 40_000}))
+    other, small = tiny.perturb(large, tmp_path / "other", seed=1), tiny.perturb(base, tmp_path / "small", seed=2)
+    found = fused(coldctl, tmp_path / "out", large, [other, small], "--common-rows")[name]
+    parts = {place: body(place)[name].astype(np.float64) for place in (large, other, small)}
+    whole = np.concatenate([parts[small], parts[large][rows:]])
+    np.testing.assert_array_equal(found, ((parts[other] + whole) / 2).astype(np.float32))
+
+
+def test_without_proofs_files_stand_for_bodies(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
+    command = ("fuse", *models[:2], "--base", base, "--output", tmp_path / "out", "--no-verify")
+    assert coldctl(*command).code == 0
+    again = coldctl(*command)
+    assert again.code == 0
+    assert "left alone" in again.stderr
+    other = coldctl("fuse", *models[1:3], *command[3:])
+    assert other.code == 2
+    assert "--overwrite" in other.stderr
+
+
 def test_settings_that_do_not_go_together(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
     cases: list[tuple[tuple[object, ...], str]] = [
         (("--scale", "fast"), "a multiple such as"),

@@ -275,7 +275,94 @@ def test_what_a_person_wrote_into_the_card_is_kept(
     assert "fused by `mean` with λ = 1" in fourth
     head = front_matter(tmp_path / "elsewhere")
     assert (head["widget"], head["license"], head["base_model"]) == ([{"text": "ours"}], "mit", "org/tiny")
+    (tmp_path / "elsewhere" / "README.md").write_text(fourth.replace("\n![ours]", "\nAbove all.\n\n![ours]", 1))
+    ran = coldctl("publish", target, "--to", tmp_path / "elsewhere", "--name", "Other", "--overwrite")
+    assert ran.code == 0, ran.stderr
+    fifth = (tmp_path / "elsewhere" / "README.md").read_text()
+    assert fifth.index("Above all.") < fifth.index("# Other\n")
+    assert all(fifth.count(words) == 1 for words in places if words != "# Recycled\n")
+    assert coldctl("publish", target, "--to", tmp_path / "elsewhere", "--overwrite").code == 0
     assert "complete already" in coldctl("publish", target, "--to", tmp_path / "elsewhere").stderr
+
+
+@pytest.mark.parametrize(
+    "standing", ["Only words.\n", "---\nlicense: [mit\n---\n\nOnly words.\n", "---\ntags: mine\n---\n\nOnly words.\n"]
+)
+def test_a_card_of_any_form_is_kept(standing: str, published: Path, fused: Path, tmp_path: Path, coldctl: Run) -> None:
+    shutil.copytree(published, tmp_path / "p")
+    (tmp_path / "p" / "README.md").write_text(standing)
+    ran = coldctl("publish", fused, "--to", tmp_path / "p", "--license", "mit", "--overwrite")
+    assert ran.code == 0, ran.stderr
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert card.count("Only words.") == 1
+    assert front_matter(tmp_path / "p")["license"] == "mit"
+    assert ("mine" in front_matter(tmp_path / "p")["tags"]) == ("mine" in standing)
+
+
+def test_a_card_says_what_was_measured(fused: Path, evaluation: Path, tmp_path: Path, coldctl: Run) -> None:
+    """Another baseline than the pretrained model, examples that training splits share, weights rounded since."""
+    other = Path(shutil.copytree(evaluation, tmp_path / "evaluation"))
+    results = json.loads((other / "results.json").read_text())
+    results["baseline"] |= {"name": "rival", "body_digest": f"sha256:{'0' * 64}"}
+    results["overlaps"] = [{"test_of": "red", "train_of": "green", "examples": 3, "num_test": 24}]
+    (other / "results.json").write_text(json.dumps(results))
+    document = json.loads((other / "coldctl.json").read_text())
+    document["files"]["results.json"] = digest_of_file(other / "results.json")
+    document["manifest_digest"] = digest_of({key: value for key, value in document.items() if key != "manifest_digest"})
+    (other / "coldctl.json").write_text(json.dumps(document))
+    ran = coldctl(
+        "publish", fused, "--to", tmp_path / "p", "--license", "mit", "--evaluation", other, "--dtype", "bfloat16",
+        "--base-model", "org/tiny",
+    )  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert "gains are points against rival with a 95 %" in card
+    assert "(its pretrained model" not in card
+    assert "Measured in float32, before its weights were rounded for this repository." in card
+    assert "- 3 of the 24 test examples of red also stand in the training split of green" in card
+
+
+def test_a_long_lineage_is_counted(fused: Path, tmp_path: Path, coldctl: Run) -> None:
+    crowded = Path(shutil.copytree(fused, tmp_path / "crowded"))
+    document = json.loads((crowded / "coldctl.json").read_text())
+    refused = [item for item in document["contributions"] if item["status"] == "rejected"]
+    one = next(item for item in document["contributions"] if item["status"] == "fused")
+    document["contributions"] = [*refused, *({**one, "name": f"c{number}"} for number in range(160))]
+    document["manifest_digest"] = digest_of({key: value for key, value in document.items() if key != "manifest_digest"})
+    (crowded / "coldctl.json").write_text(json.dumps(document))
+    ran = coldctl("publish", crowded, "--to", tmp_path / "p", "--license", "mit")
+    assert ran.code == 0, ran.stderr
+    assert '    model0 -- "160 contributions, 1 refused" --> model1' in (tmp_path / "p" / "README.md").read_text()
+
+
+def test_tensors_of_unlike_widths_and_a_config_that_says_little(base: Path, tmp_path: Path, coldctl: Run) -> None:
+    """The digest goes by name and the file by width; a config may name neither class nor dtype."""
+    import torch
+
+    odd = Path(shutil.copytree(base, tmp_path / "odd"))
+    tensors, metadata = tiny.read_tensors(base / "model.safetensors")
+    mixed = {
+        name: value.double() if number % 3 else value for number, (name, value) in enumerate(sorted(tensors.items()))
+    }
+    tiny.write_tensors(odd / "model.safetensors", list(mixed.items()), metadata)
+    config = json.loads((base / "config.json").read_text())
+    for key in ("architectures", "dtype", "torch_dtype"):
+        config.pop(key, None)
+    (odd / "config.json").write_text(json.dumps(config))
+    assert coldctl("publish", odd, "--to", tmp_path / "same", "--license", "mit").code == 0
+    ran = coldctl("publish", odd, "--to", tmp_path / "half", "--license", "mit", "--dtype", "float16")
+    assert ran.code == 0, ran.stderr
+    for name, dtype in (("same", None), ("half", torch.float16)):
+        found, _ = tiny.read_tensors(tmp_path / name / "model.safetensors")
+        wanted = {
+            key: value.to(dtype) if dtype else value for key, value in mixed.items() if not key.startswith("pooler.")
+        }
+        assert wanted.keys() <= found.keys()
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+        written = json.loads((tmp_path / name / "config.json").read_text())
+        assert "architectures" not in written
+        assert written.get("dtype") == ("float16" if dtype else None)
+        assert coldctl("check", tmp_path / name, "--deep").code == 0
 
 
 def test_a_signature_covers_every_file(published: Path, key: Path, tmp_path: Path, coldctl: Run) -> None:

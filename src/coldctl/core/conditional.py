@@ -41,7 +41,7 @@ def read(path: Location) -> Version | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # each store has exceptions of its own
-        raise _failed(path, error) from None
+        raise _failed(path, error, "read") from None
     raise OutputError(f"{path} changes faster than it can be read: run the same command again")
 
 
@@ -136,6 +136,6 @@ def _written_beside(path: Path, data: bytes) -> Path:
     return unfinished
 
 
-def _failed(path: Location, error: Exception) -> OutputError:
+def _failed(path: Location, error: Exception, verb: str = "write") -> OutputError:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return OutputError(f"cannot write {path}: {reason}: free the cause and run the same command again")
+    return OutputError(f"cannot {verb} {path}: {reason}: free the cause and run the same command again")
