@@ -45,7 +45,9 @@ experiment: $(ready) $(demo)
 
 # Side by side, a test file at a time; what no test reaches is printed, and less than 95 % of lines and branches is a failure.
 test: $(ready)
-	$(bin)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --cov --cov-report term:skip-covered
+	$(bin)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+		--cov --cov-report term-missing:skip-covered --cov-report json:.coverage.json
+	@$(bin)/python scripts/covered.py .coverage.json
 
 # A Ray cluster of several nodes, one of them killed; a thousand contributors.
 test-scale: $(ready)
