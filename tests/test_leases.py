@@ -1,6 +1,7 @@
 """Small files and copies that several processes agree about: leases, conditional writes, models fetched from a store."""
 
 import itertools
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -95,7 +96,19 @@ def test_a_lease_is_renewed_lost_and_handed_over(tmp_path: Path, monkeypatch: py
         patched.setattr(time, "sleep", lambda _: lease.release())
         heir = Lease(path, "out")
     heir.check()
-    heir.release()
+    link = os.link
+
+    def link_late(source: Path, target: Path) -> None:
+        try:
+            link(source, target)
+        except FileExistsError:
+            heir.release()
+            raise
+
+    with monkeypatch.context() as patched:  # or just before one looks at it
+        patched.setattr(os, "link", link_late)
+        third = Lease(path, "out")
+    third.release()
     assert not path.exists()
     monkeypatch.setenv("COLDCTL_LEASE_SECONDS", "0.1")
     lost = Lease(path, "out")

@@ -328,11 +328,13 @@ def test_a_long_lineage_is_counted(fused: Path, tmp_path: Path, coldctl: Run) ->
     refused = [item for item in document["contributions"] if item["status"] == "rejected"]
     one = next(item for item in document["contributions"] if item["status"] == "fused")
     document["contributions"] = [*refused, *({**one, "name": f"c{number}"} for number in range(160))]
+    document["ancestors"][0]["name"] = "org/pretrained"
     document["manifest_digest"] = digest_of({key: value for key, value in document.items() if key != "manifest_digest"})
     (crowded / "coldctl.json").write_text(json.dumps(document))
     ran = coldctl("publish", crowded, "--to", tmp_path / "p", "--license", "mit")
     assert ran.code == 0, ran.stderr
     assert '    model0 -- "160 contributions, 1 refused" --> model1' in (tmp_path / "p" / "README.md").read_text()
+    assert front_matter(tmp_path / "p")["base_model"] == "org/pretrained"
 
 
 def test_tensors_of_unlike_widths_and_a_config_that_says_little(base: Path, tmp_path: Path, coldctl: Run) -> None:

@@ -1,5 +1,6 @@
 """The shell itself: help, imports, JSON, versions, configs that ship."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from coldctl.core import config
 from coldctl.core.encoders import BODY_PREFIXES
@@ -69,6 +72,37 @@ def test_json_is_the_only_thing_on_stdout(
     ran = coldctl("fuse", tmp_path / "none", "--base", base, "--output", tmp_path / "x", "--json")
     assert ran.code == 2
     assert ran.json["exit_code"] == 2
+
+
+def test_what_is_reported_after_its_end_draws_nothing() -> None:
+    from coldctl.console import Screen, _Bars
+
+    drawn = Progress(console=Console(file=io.StringIO()))
+    bars = _Bars(drawn, Screen())
+    bars.begin("work", 3, "steps")
+    bars.advance("work", 1)
+    assert [task.completed for task in drawn.tasks] == [1]
+    bars.end("work")
+    bars.advance("work", 1)  # of a job that goes on a moment longer than its stage
+    bars.end("work")
+    assert not drawn.tasks
+
+
+def test_a_reader_that_leaves_and_a_place_that_cannot_be(
+    tmp_path: Path, base: Path, coldctl: Callable[..., Ran]
+) -> None:
+    (tmp_path / "c.toml").write_text(f'[run]\nbase = "{base}"\n')
+    assert coldctl("plan", tmp_path / "run", "--config", tmp_path / "c.toml").code == 0
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-u", "-m", "coldctl", "status", str(tmp_path / "run"), "--json"]
+    with os.fdopen(writing, "wb") as pipe:
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.count("error")) == (0, 0), done.stderr
+    (tmp_path / "plan.toml").write_text('config = "c.toml"\n[[variant]]\nname = "a"\n')
+    ran = coldctl("variants", tmp_path / "plan.toml", "--output", tmp_path / "c.toml" / "runs")
+    assert ran.code == 2
+    assert "Not a directory: free the cause and run the same command again" in ran.stderr
 
 
 def test_shipped_configs_parse() -> None:

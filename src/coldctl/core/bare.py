@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from coldctl.core import layout
-from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, digest_prelude, open_checkpoint
+from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, digest_prelude
 from coldctl.core.describe import bare_config
 from coldctl.core.errors import CheckpointError
 from coldctl.core.privacy import is_path
 from coldctl.core.progress import Progress
 from coldctl.core.sinks import DTYPE_NAMES
-from coldctl.core.storage import LocalFolder
 from coldctl.core.weights import Layout, WeightsWriter, file_order
 
 _CHUNK = 8 << 20  # bytes of the source read at a time
@@ -52,7 +51,7 @@ def write_body(
     converts = any(layouts[name].dtype != tensor.dtype for name, tensor in source.body.items())
     ordered = file_order(list(layouts.values()))
     floating = [item.name for item in ordered if source.body[item.name].floating]
-    # The body digest goes by name and the file by width: the same order, unless dtypes are mixed.
+    # The body digest goes by name and the file by width: the same order, unless dtypes are mixed and left as they are.
     provable = floating == sorted(floating)
     reading, writing = hashlib.sha256(), hashlib.sha256()
     writer = WeightsWriter(folder, list(layouts.values()), max_shard_size)
@@ -82,10 +81,7 @@ def write_body(
     found = f"sha256:{reading.hexdigest()}" if provable else body_digest(source)
     if not converts:
         return WrittenBody(found, found, writer.digests)
-    if provable:
-        return WrittenBody(found, f"sha256:{writing.hexdigest()}", writer.digests)
-    write_config(source, folder, dtype)
-    return WrittenBody(found, body_digest(open_checkpoint(LocalFolder(folder), source.name)), writer.digests)
+    return WrittenBody(found, f"sha256:{writing.hexdigest()}", writer.digests)
 
 
 def write_config(source: Checkpoint, folder: Path, dtype: str | None) -> None:
