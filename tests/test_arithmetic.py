@@ -121,6 +121,16 @@ def test_resampled_metrics_are_those_of_the_library(metric: str) -> None:
     assert np.mean(gains) == pytest.approx(gain, abs=1.5)
 
 
+@pytest.mark.parametrize("metric", ["pearson", "spearman"])
+def test_correlations_are_those_of_the_library_and_nothing_where_nothing_varies(metric: str) -> None:
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=50)
+    predictions = truth + generator.normal(size=50)
+    fast = scoring._fast_metric(metric)
+    assert 100 * fast(truth, predictions) == pytest.approx(scoring.score(metric, truth, predictions))
+    assert fast(truth, np.ones(50)) == fast(np.ones(50), predictions) == 0.0
+
+
 def test_intervals_hold_what_they_promise() -> None:
     """Over many simulated evaluations of equal models, about one in twenty intervals misses zero."""
     generator = np.random.default_rng(1)

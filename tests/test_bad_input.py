@@ -84,6 +84,9 @@ def test_files(tmp_path: Path, base: Path, coldctl: Run) -> None:
     attempt("short.tsv", b"text\tlabel\na\n", "line 2", "columns")
     attempt("data.txt", b"hello", "unknown format", ".parquet")
     attempt("bad.parquet", b"PAR1 no", "not a readable parquet")
+    (tmp_path / "folder" / "train.csv").mkdir(parents=True)
+    ran = coldctl("finetune", tmp_path / "folder", "--base", base, "--output", tmp_path / "out", *FAST)
+    refused(ran, tmp_path / "out", "train.csv: Is a directory")
     both = tmp_path / "both"
     write_rows(both, train=GOOD)
     (both / "train.csv").write_text("text,label\n")
@@ -508,3 +511,35 @@ def test_flags_that_would_be_ignored_are_refused(
         coldctl("finetune", "--suite", suite, "--base", base, "--output", out, "--license", "mit"), out, "go with DATA"
     )
     refused(coldctl("finetune", dataset, "--base", base, "--output", out, "--only", "red"), out, "go with --suite")
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "flags"),
+    [
+        ("pyarrow", "needs pyarrow: pip install 'coldctl[data]'", ("finetune", "d.parquet")),
+        ("datasets", "needs the datasets library: pip install 'coldctl[data]'", ("finetune", "hf:org/name")),
+        ("peft", "--lora-rank needs PEFT: pip install 'coldctl[lora]'", ("finetune", "reviews", "--lora-rank", 2)),
+        ("cryptography.hazmat.primitives", "need the cryptography library", ("fuse", "one", "--trusted-keys", "keys")),
+    ],
+)
+def test_libraries_that_are_not_there(
+    module: str, words: str, flags: tuple[object, ...], tmp_path: Path, base: Path, dataset: Path, contributions: Path,
+    coldctl: Run, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "alice.pem").write_text("-----BEGIN PUBLIC KEY-----")
+    (tmp_path / "reviews").symlink_to(dataset)
+    (tmp_path / "one").symlink_to(contributions / "one")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    refused(coldctl(*flags, "--base", base, "--output", tmp_path / "out"), tmp_path / "out", words)
+
+
+def test_a_launcher_that_says_nonsense(
+    tmp_path: Path, base: Path, dataset: Path, coldctl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("RANK", "first"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", *FAST)
+    refused(ran, tmp_path / "out", "must be whole numbers: start with torchrun, or unset them")

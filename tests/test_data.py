@@ -131,6 +131,7 @@ def test_parquet_files_hold_the_same_as_others(tmp_path: Path) -> None:
         write(tmp_path / name / "data.jsonl", rows)
         found, other = load(tmp_path / name / "data.parquet"), load(tmp_path / name / "data.jsonl")
         assert found.fingerprint == other.fingerprint
+        assert found.train.texts[3] == list(found.train.texts)[3]
         assert len(found.train) + len(found.validation) + len(found.test) == len(rows)
 
 

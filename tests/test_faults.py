@@ -5,6 +5,7 @@ longer is done by `make test-faults` only, which sets FAULTS=all.
 """
 
 import ctypes
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -24,7 +25,9 @@ from typing import Any
 import pytest
 
 from coldctl.core import layout, manifest, output
-from coldctl.core.errors import BusyError
+from coldctl.core.errors import BusyError, CheckpointError, OutputError
+from coldctl.core.saving import as_os_errors
+from coldctl.core.storage import LocalFolder
 from conftest import FAST, Ran, run_coldctl
 
 Run = Callable[..., Ran]
@@ -421,3 +424,88 @@ def test_an_output_that_was_completed_meanwhile_is_not_replaced(tmp_path: Path) 
     with pytest.raises(BusyError, match="completed by another command"), output.writing(place, "mine", overwrite=False):
         pass
     assert manifest.read(place)["identity"] == "theirs"
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*_: object, **__: object) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("call", "replaced", "words"),
+    [
+        ("preadv", failing(errno.EIO), "Input/output error"),
+        ("preadv", lambda *_: 0, "ends at byte 0: it is truncated, fetch it again"),
+        ("scandir", failing(errno.EACCES), "Permission denied"),
+    ],
+    ids=["error", "end", "list"],
+)
+def test_a_disk_that_does_not_read(
+    call: str, replaced: Any, words: str, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = LocalFolder(work.base)
+    monkeypatch.setattr(os, call, replaced)
+    with pytest.raises(CheckpointError, match=words):
+        folder.read(layout.MODEL_CONFIG) if call == "preadv" else folder.names()
+
+
+def test_unfinished_work_of_another_config_is_dropped_only_if_told_to(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = tmp_path / ".out.partial"
+    partial.mkdir()
+    (partial / output.IDENTITY).write_text("another")
+    (partial / "theirs").write_text("mine")
+    ran = run_coldctl(*work.command("finetune", tmp_path / "out"))
+    one_line(ran, "holds unfinished work on out under another config or other inputs")
+    assert (partial / "theirs").read_text() == "mine"
+    monkeypatch.setattr(fcntl, "flock", failing(errno.ENOTSUP))  # a file system without locks is no obstacle
+    ran = run_coldctl(*work.command("finetune", tmp_path / "out"), "--overwrite")
+    assert ran.code == 0, ran.stderr
+    assert not (tmp_path / "out" / "theirs").exists()
+    (tmp_path / "out").rename(partial)
+    identity = manifest.read(partial)["identity"]
+    (partial / output.IDENTITY).write_text(f"{identity} whole")
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))  # nor was all of it on the disk
+    with pytest.raises(OutputError, match="No space left on device"):
+        output.is_done(tmp_path / "out", identity, overwrite=False)
+    monkeypatch.undo()
+    lock = fcntl.flock
+
+    def meanwhile(*arguments: Any) -> None:
+        (partial / output.IDENTITY).unlink()
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", meanwhile)
+    assert not output.is_done(tmp_path / "out", identity, overwrite=False)
+
+    def finished(*arguments: Any) -> None:
+        partial.rename(tmp_path / "out")
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", finished)  # what was locked is the output of another by now
+    with (
+        pytest.raises(BusyError, match="being written by another command"),
+        output.writing(tmp_path / "out", identity, overwrite=True),
+    ):
+        pass
+
+
+def test_a_small_file_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "plan.toml").write_text("")
+    for path in (tmp_path / "taken", tmp_path / "plan.toml" / "below"):
+        with pytest.raises(OutputError, match=f"cannot write {path}: .*: free the cause"):
+            output.write_text(path, "text")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.toml", "taken"]
+
+
+def test_what_is_no_fault_of_the_disk_stays_what_it_is() -> None:
+    from safetensors import SafetensorError
+
+    with pytest.raises(SafetensorError, match="odd"), as_os_errors():
+        raise SafetensorError("odd")
+    with pytest.raises(OSError, match="No space left on device"), as_os_errors():
+        raise SafetensorError("I/O error: whatever (os error 28)")

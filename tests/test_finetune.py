@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import tiny
 from coldctl.core import model as models
+from coldctl.core import training_state
 from coldctl.core.config import FinetuneConfig
 from coldctl.core.errors import DeclinedError
 from coldctl.core.progress import SILENT
@@ -306,6 +307,16 @@ def test_compiled_it_learns_the_same(tmp_path: Path) -> None:
     with torch.compiler.set_stance("force_eager"):  # without the compiler's own minute
         compiled, _ = learn(base, data, tmp_path / "compiled", compile=True)
     assert all(torch.equal(plain[name], value) for name, value in compiled.items())
+
+
+def test_a_checkpoint_of_other_weights_is_not_gone_on_from(tmp_path: Path) -> None:
+    base = without_dropout(tiny.make_base("bert", tmp_path / "base"))
+    data = tiny.make_dataset(tmp_path / "data", train=24)
+    anew, _ = learn(base, data, tmp_path / "anew", epochs=1)
+    (tmp_path / "other").mkdir()
+    training_state.write(tmp_path / "other" / "state.safetensors", {"parameter.x": torch.zeros(1)}, {"best_step": 0})
+    found, _ = learn(base, data, tmp_path / "other", epochs=1)
+    assert all(torch.equal(anew[name], value) for name, value in found.items())
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:

@@ -228,6 +228,19 @@ def test_changed_contribution_is_noticed(tmp_path: Path, base: Path, contributio
         assert ran.code == 2, victim
         assert "two: " in ran.stderr
         assert not (tmp_path / "fused").exists()
+    for name, words in (("special_tokens_map.json", "is missing"), ("training.png", "is a link to outside")):
+        folder = Path(shutil.copytree(contributions, tmp_path / f"without-{name}"))
+        (folder / "two" / name).rename(tmp_path / name)
+        fuse = ("fuse", folder, "--base", base, "--screen", "reject", "--json", "--output")
+        if name == "training.png":  # a picture need not be there
+            statuses = [item["status"] for item in coldctl(*fuse, tmp_path / "less").json["contributions"]]
+            assert statuses == ["fused"] * 3
+            (folder / "two" / name).symlink_to(tmp_path / name)
+            assert words in coldctl("check", folder / "two", "--deep", "--json").stdout
+        records = coldctl(*fuse, tmp_path / words).json["contributions"]
+        assert sorted(item["status"] for item in records) == ["fused", "fused", "rejected"]
+        (reason,) = (item["reason"] for item in records if item["status"] == "rejected")
+        assert words in reason
 
 
 def test_a_pooler_that_one_side_lacks(tmp_path: Path, base: Path, coldctl: Run) -> None:

@@ -600,6 +600,15 @@ def test_a_broken_connection_leaves_the_store_as_it_was(fused: Path, coldctl: Ru
         return {name: store.cat(name) for name in store.find("/hub/model")}
 
     before = standing()
+
+    def refuse(*_: object) -> bool:
+        raise PermissionError("access denied")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flaky, "exists", refuse)
+        ran = coldctl(*publish, "apache-2.0")
+        assert ran.code == 2
+        assert "cannot look into flaky:///hub/model: access denied" in ran.stderr
     Flaky.left = 2
     ran = coldctl(*publish, "apache-2.0")
     assert ran.code == 2

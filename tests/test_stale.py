@@ -243,6 +243,11 @@ def test_duplicates_count_once(trail: Trail) -> None:
     trail.go_on(1)
     trail.give(2, "b", seed=2)
     shutil.copytree(given, trail.iteration(2) / "contributions" / "a")  # what iteration 1 has had
+    aside = (trail.iteration(2) / "contributions" / "b").rename(trail.run.parent / "b")
+    ran = trail.fuse(2)
+    assert ran.code == 2
+    assert "holds no contribution that has not been counted yet: wait for new ones" in ran.stderr
+    aside.rename(trail.iteration(2) / "contributions" / "b")
     shutil.copytree(given, trail.iteration(1) / "contributions" / "copy-again")
     shutil.rmtree(given)
     trail.give(1, "a", seed=3)  # another one under the name that iteration 1 has counted

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
 from coldctl.core import conditional, layout, manifest, output, weights
-from coldctl.core.errors import OutputError
+from coldctl.core.errors import CheckpointError, OutputError
 from coldctl.core.location import locate
+from coldctl.core.storage import open_folder
 from conftest import FAST, Ran
 from s3_server import S3
 from unreliable import Faults, unreliable
@@ -434,3 +436,43 @@ def test_files_of_weights_hold_what_was_written(
     half.abandon()
     half.abandon()
     assert (place == "here") == (folder / layout.WEIGHTS).exists()  # no store shows what is not whole
+
+
+@pytest.mark.parametrize("place", ["here", "memory://folders/base"])
+def test_a_folder_gives_what_it_has_and_nothing_else(place: str, tmp_path: Path, base: Path) -> None:
+    """On a disk as in a store."""
+    fsspec.filesystem("memory").put(str(base), "/folders/base", recursive=True)
+    folder = open_folder(str(shutil.copytree(base, tmp_path / "base")) if place == "here" else place)
+    expected, size = (base / WEIGHTS).read_bytes(), (base / WEIGHTS).stat().st_size
+    assert size > 1000
+    for _ in range(2):  # the second time from what was kept
+        assert folder.read("config.json") == (base / "config.json").read_bytes()
+        assert folder.read(WEIGHTS) == expected
+        for name in (WEIGHTS, "config.json"):
+            reader = folder.open(name)
+            with pytest.raises(CheckpointError, match="it is truncated"):
+                reader.read_into(reader.size - 3, memoryview(bytearray(4)))
+            reader.close()
+    for name, words in (("../base/config.json", "points outside the directory"), ("none", "cannot read .*none")):
+        with pytest.raises(CheckpointError, match=words):
+            folder.read(name)
+    with pytest.raises(CheckpointError, match="is larger than"):
+        folder.read(WEIGHTS, 1000)
+
+
+def test_what_is_large_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = fsspec.filesystem("memory")
+    store.pipe({"/large/a.json": b"a" * (2 << 20), "/large/b.json": b"b"})
+    folder, asked = open_folder("memory://large"), []
+    cat_file = MemoryFileSystem.cat_file
+
+    def counted(self: MemoryFileSystem, path: str, **options: object) -> object:
+        asked.append(path)
+        return cat_file(self, path, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", counted)
+    for _ in range(3):
+        assert folder.read("a.json") == b"a" * (2 << 20)
+        assert folder.read("b.json") == b"b"
+    assert asked.count("/large/b.json") == 1
+    assert asked.count("/large/a.json") >= 1

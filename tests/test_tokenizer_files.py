@@ -115,6 +115,24 @@ def test_files_that_are_there_are_kept(tmp_path: Path) -> None:
     (base / "vocab.txt").write_bytes(text.encode())
     published, _ = publish(base, tmp_path / "published")
     assert (published / "vocab.txt").read_bytes() == text.encode()
+    base = tiny.make_base("roberta", tmp_path / "pairs")
+    text = json.dumps(read(base / "tokenizer.json")["model"]["vocab"], indent=1)
+    (base / "vocab.json").write_text(text)
+    published, _ = publish(base, tmp_path / "published-pairs")
+    assert (published / "vocab.json").read_text() == text
+
+
+def test_what_is_no_tokenizer_is_told(tmp_path: Path, coldctl: Any) -> None:
+    base = tiny.make_base("bert", tmp_path / "base")
+    publish = ("publish", base, "--to", tmp_path / "p", "--license", "mit")
+    (base / "tokenizer_config.json").write_text("[]")
+    ran = coldctl(*publish)
+    assert (ran.code, "tokenizer_config.json is not a JSON object" in ran.stderr) == (2, True), ran.stderr
+    for path in base.glob("*token*"):
+        path.unlink()
+    ran = coldctl(*publish)
+    assert (ran.code, "has no tokenizer" in ran.stderr) == (2, True), ran.stderr
+    assert not (tmp_path / "p").exists()
 
 
 @pytest.mark.parametrize("padding", [1, 2])

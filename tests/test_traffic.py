@@ -1,6 +1,7 @@
 """Contributions that are written small: differences from the base, adapters, bodies alone; and what is fused of them."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -526,3 +527,34 @@ def test_a_base_in_a_store_is_as_good(tmp_path: Path, base: Path, sent: Path, wo
     assert (there / "delta.safetensors").read_bytes() == (sent / "delta-int8" / "delta.safetensors").read_bytes()
     ran = coldctl("fuse", sent, there, "--base", "memory://traffic/base", "--output", tmp_path / "fused")
     assert ran.code == 0, ran.stderr
+
+
+def test_residuals_that_cannot_be_kept_or_do_not_fit(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from coldctl.core import residuals
+    from coldctl.core.checkpoint import open_checkpoint
+    from coldctl.core.errors import CheckpointError, OutputError
+    from coldctl.core.storage import LocalFolder
+
+    monkeypatch.delenv("COLDCTL_STATE")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert residuals.folder() == tmp_path / "coldctl" / "residuals"
+    with residuals.account("me", None, f"sha256:{'0' * 64}") as own:
+        (own.place / ("0" * 64)).write_text("in the way")
+        with pytest.raises(OutputError, match="set COLDCTL_STATE to a directory of your own"):
+            own.settle(f"sha256:{'1' * 64}")
+        (own.place / ("0" * 64)).unlink()
+        for number in range(6):  # the clock went back: what is kept just now is not the newest
+            own.draft.write_bytes(b"")
+            os.utime(own.draft, (9 - number, 9 - number))
+            own.settle(f"sha256:{str(number) * 64}")
+            assert (own.place / ("0" * 64) / f"{str(number) * 64}.safetensors").exists()
+        assert len(list((own.place / ("0" * 64)).iterdir())) == 5
+        path = own.place / "odd.safetensors"
+        tiny.write_tensors(path, [("embeddings.word_embeddings.weight", torch.zeros(3, 3))], {})
+        own.owed.append(path)
+        with pytest.raises(CheckpointError, match="which the base has not like this: remove the file"):
+            own.opened(open_checkpoint(LocalFolder(base), "base"))

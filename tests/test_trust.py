@@ -223,6 +223,32 @@ def test_a_strange_signature_file_is_one_reason(
     assert "model.sig" in ran.json["details"][0]
 
 
+def test_links_and_signed_nonsense_are_not_as_they_were_signed(
+    signed: Path, base: Path, trusted: Path, keys: dict[str, Path], tmp_path: Path, coldctl: Run
+) -> None:
+    from model_signing import hashing, signing
+
+    parts = Path(shutil.copytree(signed, tmp_path / "parts"))
+    picture = parts / "one" / "training.png"
+    picture.rename(tmp_path / "elsewhere.png")
+    picture.symlink_to(tmp_path / "elsewhere.png")
+    assert "training.png is not as it was signed" in coldctl("check", parts, "--trusted-keys", trusted, "--json").stdout
+    ran = fuse(coldctl, parts, base, tmp_path / "fused", trusted)
+    assert ran.code == 2
+    assert len(ran.json["details"]) == 1
+    assert "training.png is " in ran.json["details"][0]
+    ran = fuse(coldctl, parts, base, tmp_path / "fused", trusted, "--screen", "reject")
+    assert ran.code == 0, ran.stderr
+    assert sorted(item["status"] for item in ran.json["contributions"]) == ["fused", "fused", "rejected"]
+    (parts / "two" / "model.sig").unlink()
+    (parts / "two" / "coldctl.json").write_text("{}")
+    alone = hashing.Config().set_ignored_paths(paths=["model.sig"])
+    config = signing.Config().set_hashing_config(alone).use_elliptic_key_signer(private_key=keys["alice"])
+    config.sign(parts / "two", parts / "two" / "model.sig")
+    ran = fuse(coldctl, parts, base, tmp_path / "other", trusted)
+    assert "two/coldctl.json" in str(ran.json["details"])
+
+
 def test_a_changed_statement_is_no_statement(
     signed: Path, base: Path, trusted: Path, tmp_path: Path, coldctl: Run
 ) -> None:
@@ -334,6 +360,13 @@ def test_finetuning_signs_and_signs_again_only_what_needs_it(
     ran = coldctl("finetune", *flags, "--sign-key", keys["bob"])
     assert ran.code == 0, ran.stderr
     assert "signed by bob" in coldctl("check", tmp_path / "parts", "--trusted-keys", trusted).stderr
+    (tmp_path / "parts" / "green" / "notes.txt").write_text("later than the signature")
+    assert "signed" in coldctl("finetune", *flags, "--sign-key", keys["bob"], "--only", "green").stderr
+    assert coldctl("check", tmp_path / "parts" / "green", "--trusted-keys", trusted).code == 0
+    (tmp_path / "parts" / "green" / "more.txt").symlink_to(tmp_path / "parts" / "green" / "notes.txt")
+    ran = coldctl("finetune", *flags, "--sign-key", keys["bob"], "--only", "green")
+    assert ran.code == 2
+    assert "more.txt" in ran.stderr
     (tmp_path / "parts" / "red" / "config.json").write_text("{}")
     ran = coldctl("finetune", *flags, "--sign-key", keys["alice"], "--only", "red")
     assert ran.code == 2

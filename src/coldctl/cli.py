@@ -269,7 +269,8 @@ def finetune(
     """Make a contribution: train body and head on one dataset, or one contribution per seen dataset of a suite."""
     from coldctl.core import team
 
-    follows = os.environ.get("RANK", "0") != "0" and "WORLD_SIZE" in os.environ
+    rank = os.environ.get("RANK", "0")
+    follows = rank.isdecimal() and rank != "0" and "WORLD_SIZE" in os.environ
     with _boundary(as_json=as_json and not follows, quiet=quiet or follows, mute=follows) as screen:
         from coldctl.core import data as datasets
         from coldctl.core import reference

@@ -30,9 +30,6 @@ class Ragged:
     def __getitem__(self, index: int) -> NDArray[Any]:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
 
-    def __iter__(self) -> Iterator[NDArray[Any]]:
-        return (self[index] for index in range(len(self)))
-
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Elements per row, int64 [rows]."""

@@ -90,10 +90,9 @@ class UpdateStatistics:
         return self._products if self._exact else None
 
     @property
-    def pairwise_cosines(self) -> NDArray[np.float64] | None:
-        """The cosine of each pair of updates, 0 where one is zero or not finite, if pairs were asked for: float64 [N, N]."""
-        if self._products is None:
-            return None
+    def pairwise_cosines(self) -> NDArray[np.float64]:
+        """The cosine of each pair of updates (pairs were asked for), 0 where one is zero or not finite: float64 [N, N]."""
+        assert self._products is not None
         with np.errstate(all="ignore"):
             lengths = np.sqrt(np.diag(self._products))
             return np.nan_to_num(_ratio(self._products, np.outer(lengths, lengths)), nan=0.0, posinf=0.0, neginf=0.0)
@@ -158,7 +157,7 @@ def outliers(
     """
     norms, cosines = statistics.norms / discounts, statistics.pairwise_cosines
     count = len(norms)
-    if count < _LEAST_FOR_OUTLIERS or cosines is None:
+    if count < _LEAST_FOR_OUTLIERS:
         return {}
     middle = float(np.median(norms))
     with np.errstate(all="ignore"):

@@ -181,11 +181,10 @@ def _evaluation(folder: Location, digest: str) -> dict[str, Any]:
             "results": [entry for entry in found["results"] if entry["model"] == name],
             "averages": [entry for entry in found["averages"] if entry["model"] == name],
         }
-    if measured:
-        raise ManifestError(
-            f"{folder} evaluates {measured[-1][:19]}…, not this model's body {digest[:19]}…: give the evaluation of this model"
-        )
-    raise ManifestError(f"{folder} evaluates no model: give the evaluation of this model")
+    other = "".join(f"{item[:19]}…, " for item in measured[-1:])
+    raise ManifestError(
+        f"{folder} evaluates {other}not this model's body {digest[:19]}…: give the evaluation of this model"
+    )
 
 
 def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
