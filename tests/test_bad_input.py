@@ -374,6 +374,22 @@ def test_ctrl_c_says_how_to_go_on_and_the_next_call_does(tmp_path: Path, base: P
     assert (tmp_path / "c" / "green" / "coldctl.json").exists()
 
 
+def test_ctrl_c_before_a_stage_has_begun() -> None:
+    code = (
+        "import sys\n"
+        "class Pressed:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name == 'coldctl.console': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Pressed())\n"
+        "sys.argv = ['coldctl', 'status', 'run']\n"
+        "from coldctl.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "interrupted: run the same command again to go on; what was complete is not repeated\n"
+
+
 def test_no_output_ever_replaces_an_input(
     tmp_path: Path, base: Path, dataset: Path, contributions: Path, suite: Path, coldctl: Run
 ) -> None:

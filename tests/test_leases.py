@@ -119,6 +119,23 @@ def test_a_lease_is_renewed_lost_and_handed_over(tmp_path: Path, monkeypatch: py
         lost.check()
 
 
+def test_a_lease_outlives_a_moment_without_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLDCTL_LEASE_SECONDS", "0.1")
+    folder = tmp_path / "store"
+    folder.mkdir()
+    lease = Lease(folder / ".lease", "out")
+    folder.rename(tmp_path / "away")
+    with pytest.raises(OutputError, match=r"cannot write .*\.lease: No such file"):
+        lease.check()
+    beats, end = lease._beats, time.monotonic() + 30
+    while lease._beats < beats + 2 and time.monotonic() < end:  # the thread has tried, too
+        lease._thread.join(timeout=0.01)
+    (tmp_path / "away").rename(folder)
+    lease.check()
+    lease.release()
+    assert not list(folder.iterdir())
+
+
 def test_models_of_a_store_are_fetched_once_and_again_where_the_copy_is_not_whole(
     base: Path, contributions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
