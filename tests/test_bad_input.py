@@ -84,6 +84,8 @@ def test_files(tmp_path: Path, base: Path, coldctl: Run) -> None:
     attempt("short.tsv", b"text\tlabel\na\n", "line 2", "columns")
     attempt("data.txt", b"hello", "unknown format", ".parquet")
     attempt("bad.parquet", b"PAR1 no", "not a readable parquet")
+    ran = coldctl("finetune", "hf:org/nothing", "--base", base, "--output", tmp_path / "out", *FAST)
+    refused(ran, tmp_path / "out", "cannot load hf:org/nothing from the Hub", "check the name and the network")
     (tmp_path / "folder" / "train.csv").mkdir(parents=True)
     ran = coldctl("finetune", tmp_path / "folder", "--base", base, "--output", tmp_path / "out", *FAST)
     refused(ran, tmp_path / "out", "train.csv: Is a directory")

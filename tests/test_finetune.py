@@ -201,6 +201,10 @@ def test_low_rank_contributions_are_fused_as_products(tmp_path: Path, base: Path
         steps.append(adapter[f"{inside}.lora_B.weight"] @ adapter[f"{inside}.lora_A.weight"] * 2)
     assert float(steps[0].abs().max()) > 0
     torch.testing.assert_close(fused[name], start[name] + (steps[0] + steps[1]) / 2)
+    bare = tiny.make_base("distilbert", tmp_path / "distilbert")  # a body without a pooler
+    ran = coldctl("finetune", data, "--base", bare, "--output", tmp_path / "bare", "--lora-rank", 2, *FAST)
+    assert ran.code == 0, ran.stderr
+    assert coldctl("check", tmp_path / "bare", "--base", bare, "--deep").code == 0
     ran = coldctl("finetune", data, "--base", base, "--output", tmp_path / "x", "--lora-rank", 2, "--fisher", *FAST)
     assert ran.code == 2
     assert "--fisher" in ran.stderr

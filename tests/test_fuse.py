@@ -228,6 +228,18 @@ def test_changed_contribution_is_noticed(tmp_path: Path, base: Path, contributio
         assert ran.code == 2, victim
         assert "two: " in ran.stderr
         assert not (tmp_path / "fused").exists()
+    unproven = (
+        "fuse",
+        tmp_path / "model.safetensors",
+        "--base",
+        base,
+        "--no-verify",
+        "--output",
+        tmp_path / "unproven",
+    )
+    ran = coldctl(*unproven, "--json")
+    assert ran.code == 0, ran.stderr
+    assert not any(item["verified"] for item in ran.json["contributions"])
     for name, words in (("special_tokens_map.json", "is missing"), ("training.png", "is a link to outside")):
         folder = Path(shutil.copytree(contributions, tmp_path / f"without-{name}"))
         (folder / "two" / name).rename(tmp_path / name)

@@ -104,6 +104,11 @@ def test_the_arithmetic_is_the_documented_one(trail: Trail, tmp_path: Path, cold
     again = coldctl("fuse", new, old, middle, "--base", trail.bases[2], "--output", tmp_path / "again", "--stale",
                     "discount", "--old-base", trail.bases[0], "--old-base", trail.bases[1], "--json")  # fmt: skip
     assert again.json["body_digest"] == ran.json["body_digest"], again.stderr
+    flip(trail.bases[1] / "model.safetensors")
+    ran = coldctl("fuse", middle, "--base", trail.bases[2], "--output", tmp_path / "no", "--stale", "discount",
+                  "--old-base", trail.bases[1])  # fmt: skip
+    assert ran.code == 2
+    assert "its base, is not what its manifest says: fetch it again" in ran.stderr
 
 
 def test_what_is_refused_says_what_to_give(trail: Trail, tmp_path: Path, coldctl: Run) -> None:
@@ -132,7 +137,7 @@ def test_what_is_refused_says_what_to_give(trail: Trail, tmp_path: Path, coldctl
     assert "was finetuned from another base" in ran.stderr
     assert str(old) not in ran.stderr
     shutil.rmtree(stranger)
-    assert coldctl(*flags, "--old-base", trail.bases[0]).code == 0
+    assert coldctl(*flags, "--old-base", tmp_path / "nowhere", "--old-base", trail.bases[0]).code == 0
     flip(old / "model.safetensors")
     shutil.rmtree(tmp_path / "out")
     ran = coldctl(*flags, "--old-base", trail.bases[0])

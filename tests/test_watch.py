@@ -88,15 +88,16 @@ def test_bad_contributions_stop_nobody(trail: Trail, tmp_path: Path) -> None:
     offer(stranger, trail.iteration(1) / "contributions" / "stranger", seed=2)
     poisoned = poison(trail.bases[0], tmp_path / "poisoned", np.nan)
     offer(poisoned, trail.iteration(1) / "contributions" / "poisoned", seed=3)
+    (trail.give(1, "torn", seed=6) / "model.safetensors").write_bytes(b"half")
     trail.give(1, "good", seed=4)
-    assert "only 1 of 4 contributions can be fused, 2 are needed" in look(trail, 2).stderr
+    assert "only 1 of 5 contributions can be fused, 2 are needed" in look(trail, 2).stderr
     assert decided(trail) == []
     trail.give(1, "better", seed=5)
     ran = look(trail, 2, "--json")
     assert ran.code == 0, ran.stderr
     records = {item["name"]: item for item in ran.json["looks"][0]["fused"]["contributions"]}
     assert {name for name, item in records.items() if item["status"] == "fused"} == {"good", "better"}
-    assert all(records[name]["reason"] for name in ("changed", "stranger", "poisoned"))
+    assert all(records[name]["reason"] for name in ("changed", "stranger", "poisoned", "torn"))
 
 
 def test_a_file_may_ask_for_a_stop_at_bad_contributions(trail: Trail, tmp_path: Path) -> None:

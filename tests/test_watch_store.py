@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 import tiny
+from coldctl.core.lease import Lease
 from conftest import FAST, suite_text
 from offers import offer
 from s3_server import S3
@@ -136,3 +138,27 @@ def test_two_watchers_of_a_bucket_make_each_iteration_once(bucket: Bucket) -> No
         counted += [record["name"] for record in document["contributions"]]
     assert sorted(counted) == ["a", "a", "guest-1", "guest-2-iteration-001"]
     assert not [name for name in bucket.s3.names("run/") if ".partial/" in name]
+
+
+def test_what_another_fuses_meanwhile_is_not_replaced(
+    suite: Path, contributions: Path, coldctl: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at an iteration in a store and the hold on it, another command may complete it."""
+    store, run = fsspec.filesystem("memory"), "memory://once/run"
+    assert coldctl("plan", run, "--config", suite).code == 0
+    folder = "once/run/iteration-001"
+    store.put(str(contributions), f"/{folder}/contributions", recursive=True)
+
+    def meanwhile(*arguments: Any) -> Any:
+        store.pipe(f"/{folder}/fused/coldctl.json", b"{}")
+        return Lease(*arguments)
+
+    monkeypatch.setattr("coldctl.core.output.Lease", meanwhile)
+    fuse = ("fuse", f"memory://{folder}/contributions", "--base", run, "--output", f"memory://{folder}/fused")
+    watch = ("watch", run, "--once", "--min-contributions", 2)
+    for command, code in ((fuse, 2), (watch, 0)):
+        ran = coldctl(*command)
+        assert ran.code == code, ran.stderr
+        assert "completed by another command" in ran.stderr
+        assert store.cat(f"/{folder}/fused/coldctl.json") == b"{}"
+        store.rm(f"/{folder}/fused", recursive=True)
