@@ -451,6 +451,26 @@ def test_a_disk_that_does_not_read(
         folder.read(layout.MODEL_CONFIG) if call == "preadv" else folder.names()
 
 
+def test_one_that_cannot_be_read_hides_no_other(
+    contributions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, real = Path(shutil.copytree(contributions, tmp_path / "c")), os.preadv
+    weights = folder / "two" / layout.WEIGHTS
+    data = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+
+    def torn(descriptor: int, buffers: Any, offset: int) -> int:
+        if offset >= data and Path(f"/proc/self/fd/{descriptor}").samefile(weights):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", torn)
+    ran = run_coldctl("check", folder, "--deep", "--json")
+    assert ran.code == 3
+    assert ran.stdout.count("Input/output error") == 1
+    for name in ("one", "three"):
+        assert run_coldctl("check", folder / name, "--deep").code == 0
+
+
 def test_unfinished_work_of_another_config_is_dropped_only_if_told_to(
     work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

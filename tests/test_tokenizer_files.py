@@ -125,9 +125,10 @@ def test_files_that_are_there_are_kept(tmp_path: Path) -> None:
 def test_what_is_no_tokenizer_is_told(tmp_path: Path, coldctl: Any) -> None:
     base = tiny.make_base("bert", tmp_path / "base")
     publish = ("publish", base, "--to", tmp_path / "p", "--license", "mit")
-    (base / "tokenizer_config.json").write_text("[]")
-    ran = coldctl(*publish)
-    assert (ran.code, "tokenizer_config.json is not a JSON object" in ran.stderr) == (2, True), ran.stderr
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_text("[]")
+        ran = coldctl(*publish)
+        assert (ran.code, f"{name} is not a JSON object" in ran.stderr) == (2, True), ran.stderr
     for path in base.glob("*token*"):
         path.unlink()
     ran = coldctl(*publish)

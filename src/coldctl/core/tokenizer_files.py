@@ -42,10 +42,8 @@ _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5's 
 def copy(source: Folder, folder: Path) -> list[str]:
     """Copy the tokenizer's files into `folder`, and write those that older readers miss. Returns what they still miss.
 
-    Raises CheckpointError if there is no vocabulary or a file is not readable.
+    Raises CheckpointError if a file is not readable.
     """
-    if not any(source.has(name) for name in layout.VOCABULARY_FILES):
-        raise CheckpointError(f"{source.label} has no tokenizer: copy the base model's tokenizer files there")
     for name in layout.TOKENIZER_FILES:
         if source.has(name):
             (folder / name).write_bytes(source.read(name))
