@@ -277,6 +277,20 @@ def test_two_promotions_are_one(place: Path, coldctl: Run, monkeypatch: pytest.M
     assert "the disk is full" in ran.stderr
 
 
+def test_a_gate_without_results_keeps_the_decision_open(place: Path, coldctl: Run) -> None:
+    run = place / "run"
+    assert coldctl("plan", run, "--config", place / "suite.toml", "--gate").code == 0
+    for name in ("fused", "gate"):
+        folder = Path(shutil.copytree(place / "base", run / "iteration-001" / name))
+        config = {"evaluate": {"regression_margin": 1.0}}
+        digest = "sha256:" + "0" * 64
+        manifest.write(folder, {"kind": "evaluation", "name": "m", "body_digest": digest, "config": config})
+    ran = coldctl("promote", run)
+    assert ran.code == 2
+    assert "results.json: No such file or directory: make the evaluation again" in ran.stderr
+    assert coldctl("status", run, "--json").json["iterations"][0]["promoted"] is None
+
+
 def test_a_run_in_a_store_has_one_pretrained_model(place: Path, coldctl: Run) -> None:
     config, text = place / "suite.toml", (place / "suite.toml").read_text()
     plan = ("plan", "memory://one-pretrained/run", "--config", config)

@@ -58,10 +58,9 @@ class Spool:
         self._file: IO[bytes] | None = None
 
     def extend(self, rows: Iterable[Any]) -> None:
-        """Append rows: arrays or lists of numbers."""
+        """Append rows, at least one: arrays or lists of numbers."""
         arrays = [np.asarray(row, self._dtype) for row in rows]
-        if arrays:
-            self._append(np.concatenate(arrays), [len(array) for array in arrays])
+        self._append(np.concatenate(arrays), [len(array) for array in arrays])
 
     def extend_bytes(self, rows: Sequence[bytes]) -> None:
         """Append rows of bytes, where the dtype is uint8."""
