@@ -228,7 +228,7 @@ def _try_out(model: nn.Module) -> None:
     """Compute something small, so that a config that nothing can be computed with is found out here."""
     training = model.training
     tokens = torch.ones((1, _TRIED), dtype=torch.int64)
-    with torch.inference_mode():
+    with torch.no_grad():  # what a model keeps from it must bear training
         model.eval()(input_ids=tokens, attention_mask=tokens)
     model.train(training)
 
