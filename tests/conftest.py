@@ -50,9 +50,22 @@ def run_coldctl(*arguments: object) -> Ran:
     return Ran(result.exit_code, result.stdout, result.stderr)
 
 
-def untraced() -> dict[str, str]:
-    """The environment of commands whose lines other tests reach, too: without coverage they start sooner."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+_TRACED: dict[str, str] = {}  # what makes the processes that tests start count their lines, too
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untraced_children() -> Iterator[None]:
+    """Most commands in processes of their own run lines that others run in this one, and start sooner without coverage."""
+    _TRACED.update({name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_")})
+    yield
+    os.environ.update(_TRACED)
+
+
+@pytest.fixture
+def traced_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test whose other processes reach what no test reaches in this one."""
+    for name, value in _TRACED.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -90,7 +103,12 @@ def cluster(s3_server: S3) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     environment = pytest.MonkeyPatch()
-    for name, value in {**s3_server.environment, "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}.items():
+    for name, value in {
+        **_TRACED,
+        **s3_server.environment,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }.items():
         environment.setenv(name, value)
     node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
     started = Cluster(initialize_head=True, head_node_args=node)

@@ -273,12 +273,10 @@ Vanish = Callable[[tuple[object, ...], Path, int, bool], tuple[Ran, bool]]
 @pytest.fixture(scope="module")
 def vanish() -> Iterator[Vanish]:
     """A process of its own: an audit hook cannot be taken away again, and disturbs what traces threads (coverage)."""
-    traced = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("COVERAGE_")}
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=Vanishing.serve, args=(there,), daemon=True)
     process.start()
-    os.environ.update(traced)
 
     def run(command: tuple[object, ...], path: Path, number: int, cut: bool) -> tuple[Ran, bool]:
         here.send((command, str(path), number, cut))

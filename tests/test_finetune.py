@@ -340,6 +340,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", ["torchrun"])  # accelerate: tests/scale
+@pytest.mark.usefixtures("traced_children")
 def test_several_processes_take_the_steps_of_one(launcher: str, tmp_path: Path, coldctl: Run) -> None:
     """The same losses step by step, the same weights, at the same size of the whole batch."""
     base = without_dropout(tiny.make_base("bert", tmp_path / "base"))

@@ -467,7 +467,6 @@ def test_settings_that_others_stumble_over(
     evil = Path(shutil.copytree(base, tmp_path / "evil"))
     edit(evil / "config.json", **change)
     small = (*FAST, "--max-train-examples", 4, "--jobs", 1)
-    assert coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "sound", *small).code == 0
     with bounded():
         ran = coldctl("finetune", dataset, "--base", evil, "--output", tmp_path / "out", *small)
     for command in (

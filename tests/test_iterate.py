@@ -22,7 +22,7 @@ from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, resolve
 from coldctl.engines.processes import in_processes
 from coldctl.stages.finetune import jobs_of_suite, single_job
-from conftest import Ran, suite_text, untraced
+from conftest import Ran, suite_text
 
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., Ran]
@@ -40,7 +40,7 @@ def place(tmp_path: Path, base: Path) -> Path:
 def iterate(place: Path, iterations: int, **variables: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     settings = {"RUN": str(place / "run"), "CONFIG": str(place / "suite.toml"), "JOBS": "1", "SAMPLE": "", "GATE": ""}
-    environment = {**untraced(), "PATH": path, "ITERATIONS": str(iterations), **settings, **variables}
+    environment = {**os.environ, "PATH": path, "ITERATIONS": str(iterations), **settings, **variables}
     return subprocess.run(
         ["sh", ROOT / "scripts/iterate.sh"], env=environment, capture_output=True, text=True, check=False
     )
@@ -308,6 +308,7 @@ def test_a_run_in_a_store_has_one_pretrained_model(place: Path, coldctl: Run) ->
     assert status["pretrained"] == "memory://one-pretrained/run/pretrained"
 
 
+@pytest.mark.usefixtures("traced_children")
 def test_side_by_side_gives_what_one_after_the_other_gives(place: Path, coldctl: Run) -> None:
     """Jobs in worker processes; equal threads per job give equal bytes (one thread each here)."""
     config = place / "suite.toml"

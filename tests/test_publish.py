@@ -1,6 +1,7 @@
 """Publishing through the command line: what a stranger finds, loads, trusts, and what must never reach them."""
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -22,7 +23,7 @@ from coldctl.core.errors import CheckpointError
 from coldctl.core.manifest import digest_of, digest_of_file
 from coldctl.core.proof import prove_loading
 from coldctl.core.report import published as place_among_published
-from conftest import FAST, Ran, suite_text, untraced
+from conftest import FAST, Ran, suite_text
 
 Run = Callable[..., Ran]
 
@@ -97,7 +98,7 @@ def front_matter(folder: Path) -> dict[str, Any]:
 
 def test_every_block_of_the_card_runs(published: Path, tmp_path: Path) -> None:
     card = (published / "README.md").read_text()
-    environment = {**untraced(), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     runner = [sys.executable, "-c", _RUNNER, str(published / "README.md")]
     ran = subprocess.run(runner, cwd=published.parent, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
