@@ -100,7 +100,7 @@ def test_heads_are_apart_and_old_names_are_modern(place: Path) -> None:
 def test_what_is_no_encoder_is_refused(place: Path) -> None:
     (place / layout.WEIGHTS).write_bytes(weights({"a": A}))
     for config, words in (
-        ({"model_type": "gpt2"}, "is a gpt2 model .no architecture named., not a text encoder"),
+        ({"model_type": "gpt2"}, "is a gpt2 model .no architecture named., not a text encoder, says its config.json: "),
         ({"model_type": "bert", "is_decoder": True}, "not a text encoder"),
         ({"model_type": "bert", "is_encoder_decoder": True}, "not a text encoder"),
         ({"model_type": "bert", "architectures": ["BertLMHeadModel"]}, "not a text encoder"),

@@ -215,8 +215,8 @@ def read_model_config(folder: Folder) -> dict[str, Any]:
     generates = architectures[0].endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
     if kind not in BODY_PREFIXES or config.get("is_decoder") or config.get("is_encoder_decoder") or generates:
         raise ModelError(
-            f"{folder.label} is a {kind} model ({architectures[0] or 'no architecture named'}), not a text encoder: "
-            "take one such as BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa-v2 or ModernBERT"
+            f"{folder.label} is a {kind} model ({architectures[0] or 'no architecture named'}), not a text encoder, says "
+            f"its {layout.MODEL_CONFIG}: take one such as BERT, RoBERTa, DistilBERT, ELECTRA, DeBERTa-v2 or ModernBERT"
         )
     return config
 
