@@ -106,12 +106,12 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
     """Seconds and test accuracy of each way, by turns."""
     import torch
 
+    from coldctl.common.progress import SILENT
     from coldctl.core import data, scoring
     from coldctl.core import model as models
     from coldctl.core.config import DatasetConfig
     from coldctl.core.probe import features
     from coldctl.core.probe import probe as solve
-    from coldctl.core.progress import SILENT
     from coldctl.core.training import sorted_batches
 
     config = DatasetConfig(folder.name, str(folder), text_pair="text_pair" if has_pairs(folder) else None)

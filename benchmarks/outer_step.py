@@ -124,9 +124,9 @@ def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
         return target
     import torch
 
+    from coldctl.common.progress import SILENT
     from coldctl.core import config, data, scoring
     from coldctl.core import model as models
-    from coldctl.core.progress import SILENT
     from coldctl.core.training import Examples, Head, Place, train
 
     file = config.read(suite)

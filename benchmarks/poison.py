@@ -247,9 +247,9 @@ class Scorer:
         """What the probe of each dataset predicts on its test split; computed once per body."""
         import torch
 
+        from coldctl.common.progress import SILENT
         from coldctl.core import model as models
         from coldctl.core.probe import features, probe
-        from coldctl.core.progress import SILENT
 
         known = self.folder / f"{body_digest(opened(model)).removeprefix('sha256:')}.json"
         if not known.exists():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from coldctl.core.errors import ConfigError
+from coldctl.common.errors import ConfigError
 from conftest import FAST, Ran, suite_text
 
 Run = Callable[..., Ran]

@@ -165,8 +165,8 @@ def test_cells_and_training_states_are_believed_only_if_whole(
 def test_a_damaged_checkpoint_of_a_training(tmp_path: Path) -> None:
     import torch
 
+    from coldctl.common.errors import CheckpointError
     from coldctl.core import training_state
-    from coldctl.core.errors import CheckpointError
 
     path = tmp_path / "state.safetensors"
     tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.zeros(()), "c": torch.ones(3, dtype=torch.bfloat16)}

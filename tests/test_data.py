@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import tiny
+from coldctl.common.errors import DataError
 from coldctl.core import data, probe, scoring
 from coldctl.core.config import DatasetConfig
-from coldctl.core.errors import DataError
 from conftest import Ran
 
 Run = Callable[..., Ran]

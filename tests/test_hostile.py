@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import tiny
-from coldctl.core import documents, manifest
+from coldctl.common import parsing
+from coldctl.core import manifest
 from conftest import FAST, Ran
 
 Run = Callable[..., Ran]
@@ -62,10 +63,10 @@ JSON_BOMBS = {
     "very deep": b"[" * 5_000_000,
     "digits": b"[" + b"9" * 4000 + b"]",
     "more digits": b"[" + b"9" * 5_000_000 + b"]",
-    "one value too many": b"[" + b"0," * documents.MOST_VALUES + b"0]",
-    "as many values as allowed, wide text": b'["\xf0\x9f\x92\xa3",' + b"[]," * (documents.MOST_VALUES // 2 - 2) + b"0]",
-    "long text": b'["\xf0\x9f\x92\xa3' + b"a" * (documents.JSON_LIMIT - 9) + b'"]',
-    "too long": b'"' + b"a" * documents.JSON_LIMIT + b'"',
+    "one value too many": b"[" + b"0," * parsing.MOST_VALUES + b"0]",
+    "as many values as allowed, wide text": b'["\xf0\x9f\x92\xa3",' + b"[]," * (parsing.MOST_VALUES // 2 - 2) + b"0]",
+    "long text": b'["\xf0\x9f\x92\xa3' + b"a" * (parsing.JSON_LIMIT - 9) + b'"]',
+    "too long": b'"' + b"a" * parsing.JSON_LIMIT + b'"',
     "twice": b'{"a": 1, "a": 2}',
     "half a pair": b'{"\xed\xa0\x80": 1}',
 }
@@ -76,7 +77,7 @@ def test_json_costs_little_whatever_it_says(case: str) -> None:
     data = JSON_BOMBS[case]
     with bounded():
         try:
-            documents.json_value(data)
+            parsing.json_value(data)
         except ValueError as error:
             assert len(str(error)) < 200  # noqa: PT017
             return
@@ -101,7 +102,7 @@ TOML_BOMBS = {
     "time": b"x = 07:32:00",
     "not UTF-8": b"x = '\xff'",
     "quotes": b'"' * 250_000,
-    "too long": b"#" * (documents.TOML_LIMIT + 1),
+    "too long": b"#" * (parsing.TOML_LIMIT + 1),
 }
 
 
@@ -109,7 +110,7 @@ TOML_BOMBS = {
 def test_toml_costs_little_whatever_it_says(case: str) -> None:
     with bounded():
         try:
-            documents.toml_table(TOML_BOMBS[case])
+            parsing.toml_table(TOML_BOMBS[case])
         except ValueError as error:
             assert len(str(error)) < 200  # noqa: PT017
             return

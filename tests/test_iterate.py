@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 import tiny
+from coldctl.common.errors import OutputError
+from coldctl.common.progress import Progress
 from coldctl.core import manifest
 from coldctl.core import run as runs
 from coldctl.core.config import DatasetConfig, FinetuneConfig, read
 from coldctl.core.data import single
-from coldctl.core.errors import OutputError
-from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, resolve
 from coldctl.engines.processes import in_processes
 from coldctl.stages.finetune import jobs_of_suite, single_job

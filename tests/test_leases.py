@@ -12,9 +12,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
+from coldctl.common.errors import BusyError, OutputError
 from coldctl.core import conditional, model_cache
 from coldctl.core import lease as leases
-from coldctl.core.errors import BusyError, OutputError
 from coldctl.core.lease import Lease
 from coldctl.core.location import locate
 from s3_server import S3

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from coldctl.common.errors import ManifestError
 from coldctl.core import layout, manifest
-from coldctl.core.errors import ManifestError
 from coldctl.core.manifest import Manifest
 from coldctl.core.storage import LocalReader
 

@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from coldctl.common.errors import ConfigError
 from coldctl.core import merge
-from coldctl.core.errors import ConfigError
 
 
 def array(*values: Any, dtype: Any = np.float32) -> Any:

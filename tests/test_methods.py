@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import tiny
+from coldctl.common.errors import ConfigError
 from coldctl.core import merge
-from coldctl.core.errors import ConfigError
 from conftest import Ran
 from test_fuse import body, digest, poison
 

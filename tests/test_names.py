@@ -14,7 +14,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 import tiny
-from coldctl.core import text
+from coldctl.common import text
 from conftest import FAST, Ran
 from test_hostile import forge
 

@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import coldctl as coldctl_package
 import tiny
-from coldctl.core.errors import CheckpointError
+from coldctl.common.errors import CheckpointError
 from coldctl.core.manifest import digest_of, digest_of_file
 from coldctl.core.proof import prove_loading
 from coldctl.core.report import published as place_among_published

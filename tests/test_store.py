@@ -21,8 +21,8 @@ import safetensors.numpy
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
+from coldctl.common.errors import CheckpointError, OutputError
 from coldctl.core import conditional, layout, manifest, output, weights
-from coldctl.core.errors import CheckpointError, OutputError
 from coldctl.core.location import locate
 from coldctl.core.storage import open_folder
 from conftest import FAST, Ran

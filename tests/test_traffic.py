@@ -335,9 +335,9 @@ def test_rows_that_stand_still_and_empty_tensors(tmp_path: Path, coldctl: Run) -
 def test_differences_that_an_encoding_cannot_hold(tmp_path: Path) -> None:
     import torch
 
+    from coldctl.common.errors import CheckpointError
     from coldctl.core.checkpoint import open_checkpoint
     from coldctl.core.deltas import write_delta
-    from coldctl.core.errors import CheckpointError
     from coldctl.core.storage import LocalFolder
 
     folders = []
@@ -534,9 +534,9 @@ def test_residuals_that_cannot_be_kept_or_do_not_fit(
 ) -> None:
     import torch
 
+    from coldctl.common.errors import CheckpointError, OutputError
     from coldctl.core import residuals
     from coldctl.core.checkpoint import open_checkpoint
-    from coldctl.core.errors import CheckpointError, OutputError
     from coldctl.core.storage import LocalFolder
 
     monkeypatch.delenv("COLDCTL_STATE")

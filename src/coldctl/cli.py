@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from coldctl import __version__
+from coldctl.common.errors import ColdctlError, ConfigError, DeclinedError, OutputError
+from coldctl.common.text import printable
 from coldctl.core import layout
 from coldctl.core.config import (
     ConfigFile,
@@ -30,9 +32,7 @@ from coldctl.core.config import (
     resolve,
     seconds_in,
 )
-from coldctl.core.errors import ColdctlError, ConfigError, DeclinedError, OutputError
 from coldctl.core.location import locate, raised_by_store
-from coldctl.core.text import printable
 
 if TYPE_CHECKING:
     from coldctl.console import Screen

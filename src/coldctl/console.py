@@ -15,10 +15,10 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.tree import Tree
 
-from coldctl.core.errors import ColdctlError, TeamError
-from coldctl.core.progress import SILENT, Progress
+from coldctl.common.errors import ColdctlError, TeamError
+from coldctl.common.progress import SILENT, Progress
+from coldctl.common.text import json_document, printable
 from coldctl.core.report import group_name
-from coldctl.core.text import json_document, printable
 
 _VERDICT_STYLE = {"better": "green", "worse": "red"}
 _LOG_WIDTH = 120  # columns of tables in logs, where nothing says how wide the reader is

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.common.errors import CheckpointError
 from coldctl.core import foreign, layout, merge
 from coldctl.core.checkpoint import (
     CONFIG_LIMIT,
@@ -24,7 +25,6 @@ from coldctl.core.checkpoint import (
 from coldctl.core.config import HIGHEST_RANK
 from coldctl.core.decoded import DECODED, RelativeCheckpoint
 from coldctl.core.encoders import BODY_PREFIXES
-from coldctl.core.errors import CheckpointError
 from coldctl.core.storage import Folder, Reader
 
 _SIMPLE_PATTERN = re.compile(r"[\w.\\*|\[\]-]{1,200}")

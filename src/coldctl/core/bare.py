@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from coldctl.common.errors import CheckpointError
+from coldctl.common.progress import Progress
 from coldctl.core import layout
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, digest_prelude
 from coldctl.core.describe import bare_config
-from coldctl.core.errors import CheckpointError
 from coldctl.core.privacy import is_path
-from coldctl.core.progress import Progress
 from coldctl.core.sinks import DTYPE_NAMES
 from coldctl.core.weights import Layout, WeightsWriter, file_order
 

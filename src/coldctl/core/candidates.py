@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from coldctl.common.errors import CheckpointError, ColdctlError, ModelError
+from coldctl.common.progress import Progress
 from coldctl.core import layout, signatures
 from coldctl.core.checkpoint import Checkpoint, body_digest, read_manifest
 from coldctl.core.decoded import shared
 from coldctl.core.encodings import open_contribution
-from coldctl.core.errors import CheckpointError, ColdctlError, ModelError
 from coldctl.core.location import is_url
-from coldctl.core.progress import Progress
 from coldctl.core.reference import as_text, resolve
 from coldctl.core.signatures import Signed, TrustedKey
 from coldctl.core.staleness import Ancestry

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coldctl.common.text import code, markdown, printable
 from coldctl.core import handwritten, layout, licenses
 from coldctl.core.history import fused_generations, history, with_ancestors
 from coldctl.core.lineage import generations, mermaid
@@ -19,7 +20,6 @@ from coldctl.core.report import (
     score_table,
     verdict_in_words,
 )
-from coldctl.core.text import code, markdown, printable
 
 PAPER = "https://arxiv.org/abs/2212.01378"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")

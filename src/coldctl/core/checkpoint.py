@@ -15,10 +15,10 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.common.errors import CheckpointError, ModelError
+from coldctl.common.parsing import json_value
 from coldctl.core import layout
-from coldctl.core.documents import json_value
 from coldctl.core.encoders import BODY_PREFIXES
-from coldctl.core.errors import CheckpointError, ModelError
 from coldctl.core.manifest import Manifest, parse
 from coldctl.core.storage import Folder, Reader
 

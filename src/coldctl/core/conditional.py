@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldctl.core.errors import OutputError
+from coldctl.common.errors import OutputError
 from coldctl.core.location import Location
 
 _TAGS = ("ETag", "etag", "generation")  # what stores call an object's version

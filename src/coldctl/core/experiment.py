@@ -12,8 +12,8 @@ from typing import Any
 
 import tomli_w
 
+from coldctl.common.errors import ConfigError
 from coldctl.core import config
-from coldctl.core.errors import ConfigError
 
 _KEYS = ("config", "iterations", "datasets", "variant", *config.SECTIONS)
 _COMPARED = "evaluation"  # beside the variants' runs, where scripts/experiment.sh has them measured

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.common.disk_errors import as_os_errors
 from coldctl.core import caching, manifest
-from coldctl.core.saving import as_os_errors
 
 LIMIT = 4 << 30  # bytes
 _SCHEMA = 1

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from coldctl.common.errors import ModelError
 from coldctl.core import layout
 from coldctl.core.checkpoint import CONFIG_LIMIT, HEADER_LIMIT, json_object, read_model_config
-from coldctl.core.errors import ModelError
 from coldctl.core.location import Location
 from coldctl.core.storage import Folder, LocalFolder
 

@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
+from coldctl.common.parsing import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
+from coldctl.common.progress import Progress
 from coldctl.core import charts, foreign, layout, manifest, merge
 from coldctl.core.candidates import Candidate
 from coldctl.core.checkpoint import (
@@ -31,8 +34,6 @@ from coldctl.core.compatibility import compare, other_base
 from coldctl.core.config import FuseConfig, as_record, identity
 from coldctl.core.decoded import RelativeCheckpoint
 from coldctl.core.describe import bare_config
-from coldctl.core.documents import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
-from coldctl.core.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
 from coldctl.core.lineage import signers_within
 from coldctl.core.location import Location
 from coldctl.core.manifest import ContributionRecord, Manifest
@@ -47,7 +48,6 @@ from coldctl.core.passes import (
     tensor_weights,
     thresholds,
 )
-from coldctl.core.progress import Progress
 from coldctl.core.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
 from coldctl.core.reference import Model
 from coldctl.core.signatures import TrustedKey

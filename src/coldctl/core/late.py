@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from coldctl.common.errors import ManifestError
+from coldctl.common.progress import Progress
 from coldctl.core import layout, manifest
 from coldctl.core.candidates import Candidate
 from coldctl.core.checkpoint import body_digest
-from coldctl.core.errors import ManifestError
 from coldctl.core.location import Location, children
 from coldctl.core.manifest import ContributionRecord, Manifest
-from coldctl.core.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import time
 import uuid
 from contextlib import suppress
 
+from coldctl.common.errors import BusyError, OutputError
 from coldctl.core import conditional
 from coldctl.core.conditional import Version
-from coldctl.core.errors import BusyError, OutputError
 from coldctl.core.location import Location
 
 _SECONDS = 30.0

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, cast
 
-from coldctl.core.errors import ModelError
+from coldctl.common.errors import ModelError
 
 if TYPE_CHECKING:
     from upath import UPath

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.core.errors import ConfigError
+from coldctl.common.errors import ConfigError
 
 Array = NDArray[np.float64]
 Parts = Sequence[NDArray[Any]]

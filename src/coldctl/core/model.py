@@ -13,10 +13,10 @@ import transformers
 from numpy.typing import NDArray
 from torch import nn
 
+from coldctl.common.errors import ModelError
 from coldctl.core import foreign, layout
 from coldctl.core.checkpoint import Checkpoint, is_pooler, modern_name, open_checkpoint
 from coldctl.core.encoders import BODY_PREFIXES
-from coldctl.core.errors import ModelError
 from coldctl.core.ragged import Ragged, Spool
 from coldctl.core.storage import LocalFolder
 

@@ -9,8 +9,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from coldctl.common.errors import ManifestError
 from coldctl.core import caching, layout, manifest
-from coldctl.core.errors import ManifestError
 from coldctl.core.storage import RemoteFolder, download
 
 LIMIT = 16 << 30  # bytes

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from coldctl.common.errors import CheckpointError, ModelError
 from coldctl.core import model as models
-from coldctl.core.errors import CheckpointError, ModelError
 from coldctl.core.proof import SENTENCES
 
 _OPSET = 18

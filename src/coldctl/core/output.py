@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from coldctl.common.errors import BusyError, ManifestError, OutputError
+from coldctl.common.progress import SILENT, Progress
 from coldctl.core import caching, conditional, layout, manifest, placing
-from coldctl.core.errors import BusyError, ManifestError, OutputError
 from coldctl.core.lease import Lease
 from coldctl.core.location import Location, children, in_store, locate
-from coldctl.core.progress import SILENT, Progress
 
 IDENTITY = ".identity"  # in the partial directory: which config and inputs the unfinished work belongs to
 LEASE = ".lease"  # in a store, in place of a lock

@@ -14,11 +14,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
+from coldctl.common.text import printable
 from coldctl.core import charts, report
 from coldctl.core.curves import Panel
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.scoring import RESAMPLES
-from coldctl.core.text import printable
 
 _FOLDER = Path(__file__).parent
 _WORDS = ("name", "status", "reason", "dataset", "license", "body_digest")

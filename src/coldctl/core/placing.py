@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from coldctl.common.errors import BusyError, OutputError
+from coldctl.common.progress import Progress
 from coldctl.core import conditional, layout
 from coldctl.core.conditional import Version
-from coldctl.core.errors import BusyError, OutputError
 from coldctl.core.lease import Lease
 from coldctl.core.location import Location, raised_by_store
-from coldctl.core.progress import Progress
 
 
 def send(folder: Path, partial: Location, progress: Progress, belongs: Callable[[str], bool] = lambda _: True) -> None:

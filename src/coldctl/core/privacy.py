@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from coldctl.core.errors import OutputError
+from coldctl.common.errors import OutputError
 
 # An absolute path of this machine or another one: two parts at least, after a blank, quote, bracket or nothing.
 _PATH = re.compile(r"(?<![\w.:/\\~-])(?:file://)?(?:~[\w.-]*|[A-Za-z]:\\|/(?=[\w.@+~-]+/))[^\s\"'<>|,;:()\[\]{}]*")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import nn
 
+from coldctl.common.progress import Progress
 from coldctl.core.model import Encoded, collate
-from coldctl.core.progress import Progress
 from coldctl.core.training import sorted_batches
 
 GRID = (0.001, 0.01, 0.1, 1.0)  # C, the inverse strength of the L2 penalty per example sum

@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from coldctl.common.errors import ColdctlError, ModelError
 from coldctl.core import layout, model_cache, run
-from coldctl.core.errors import ColdctlError, ModelError
 from coldctl.core.location import Location, is_url, locate
 from coldctl.core.storage import Folder, open_folder
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from coldctl.common.text import code
+from coldctl.common.text import markdown as plain
 from coldctl.core import leaderboard
 from coldctl.core.curves import Panel
-from coldctl.core.text import code
-from coldctl.core.text import markdown as plain
 
 _WORDS = {
     "better": "better",

@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from coldctl.common.errors import CheckpointError, OutputError
 from coldctl.core.checkpoint import Checkpoint, read_header
-from coldctl.core.errors import CheckpointError, OutputError
 from coldctl.core.manifest import Manifest
 from coldctl.core.storage import LocalFolder
 

@@ -5,10 +5,10 @@ import typing
 from types import NoneType
 from typing import Any
 
+from coldctl.common.errors import ManifestError
+from coldctl.common.parsing import JSON_LIMIT, MAYBE_TEXT, Shape, json_value, misfit
 from coldctl.core import layout
 from coldctl.core.config import PROTOCOLS, Metric
-from coldctl.core.documents import JSON_LIMIT, MAYBE_TEXT, Shape, json_value, misfit
-from coldctl.core.errors import ManifestError
 from coldctl.core.location import Location
 
 _METRICS = typing.get_args(Metric)

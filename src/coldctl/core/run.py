@@ -9,10 +9,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from coldctl.common.errors import ConfigError, ManifestError, OutputError
+from coldctl.common.parsing import MAYBE_TEXT, json_value, misfit
 from coldctl.core import conditional, layout
 from coldctl.core.conditional import Version
-from coldctl.core.documents import MAYBE_TEXT, json_value, misfit
-from coldctl.core.errors import ConfigError, ManifestError, OutputError
 from coldctl.core.location import Location
 
 SCHEMA = 1

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coldctl.common.errors import CheckpointError, ConfigError, ModelError
 from coldctl.core import layout, manifest, output, signatures
-from coldctl.core.errors import CheckpointError, ConfigError, ModelError
 from coldctl.core.storage import LocalFolder
 
 _REMEDY = (

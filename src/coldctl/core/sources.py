@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from coldctl.common.errors import DataError
+from coldctl.common.parsing import json_row
 from coldctl.core.config import DatasetConfig
-from coldctl.core.documents import json_row
-from coldctl.core.errors import DataError
 from coldctl.core.parquet_pages import largest_repeated
 
 FORMATS = (".jsonl", ".csv", ".tsv", ".parquet")

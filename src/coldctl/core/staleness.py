@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.common.errors import CheckpointError, ColdctlError
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, open_checkpoint
 from coldctl.core.decoded import shared
-from coldctl.core.errors import CheckpointError, ColdctlError
 from coldctl.core.manifest import Manifest
 from coldctl.core.reference import resolve
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from coldctl.common.errors import CheckpointError, ManifestError, OutputError
+from coldctl.common.progress import Progress
 from coldctl.core import layout, output, placing, storage
-from coldctl.core.errors import CheckpointError, ManifestError, OutputError
 from coldctl.core.location import Location, locate
 from coldctl.core.manifest import Manifest, parse
-from coldctl.core.progress import Progress
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.core.errors import ConfigError
+from coldctl.common.errors import ConfigError
 
 T = TypeVar("T")
 

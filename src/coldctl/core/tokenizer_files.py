@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from coldctl.common.errors import CheckpointError
+from coldctl.common.parsing import json_value, misfit
 from coldctl.core import layout, privacy
-from coldctl.core.documents import json_value, misfit
-from coldctl.core.errors import CheckpointError
 from coldctl.core.storage import SMALL_FILE_LIMIT, Folder
 
 _TOKENIZER, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"

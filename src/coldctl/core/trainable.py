@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from coldctl.common.errors import ConfigError
 from coldctl.core import layout
 from coldctl.core.config import FinetuneConfig
-from coldctl.core.errors import ConfigError
 from coldctl.core.model import body_of
 
 _PEFT = "base_model.model."  # before all names of a file of PEFT's

@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from coldctl.common.errors import CheckpointError, DeclinedError
+from coldctl.common.progress import Progress
 from coldctl.core import training_state
 from coldctl.core.acceleration import Masks, UsedRows, fast_dropout, first_token_only
 from coldctl.core.config import FinetuneConfig, derived_seed
-from coldctl.core.errors import CheckpointError, DeclinedError
 from coldctl.core.model import Encoded, body_of, check_vocabulary, collate
-from coldctl.core.progress import Progress
 from coldctl.core.team import Team
 from coldctl.core.training_log import Log
 

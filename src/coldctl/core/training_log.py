@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from coldctl.core.errors import ConfigError
+from coldctl.common.errors import ConfigError
 
 KINDS = ("jsonl", "tensorboard", "wandb")
 

@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from coldctl.core.errors import CheckpointError
-from coldctl.core.saving import as_os_errors
+from coldctl.common.disk_errors import as_os_errors
+from coldctl.common.errors import CheckpointError
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -1,6 +1,6 @@
 """Where jobs run: each engine maps a function over jobs that are plain configs and paths."""
 
-from coldctl.core.errors import ConfigError
+from coldctl.common.errors import ConfigError
 from coldctl.engines.jobs import Engine
 from coldctl.engines.local import Local
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from coldctl.core.errors import ColdctlError
-from coldctl.core.progress import Progress
+from coldctl.common.errors import ColdctlError
+from coldctl.common.progress import Progress
 
 
 class Titled(Protocol):

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 
-from coldctl.core.progress import Progress
+from coldctl.common.progress import Progress
 from coldctl.engines.jobs import NOTHING_SPECIAL, Job, Needs, Outcome, Result, Work, attempt, side_by_side
 
 

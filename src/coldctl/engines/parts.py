@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
 
+from coldctl.common.progress import Progress
 from coldctl.core.checkpoint import Checkpoint
 from coldctl.core.passes import Spread
-from coldctl.core.progress import Progress
 from coldctl.engines.jobs import Engine, Needs
 
 Result = TypeVar("Result")

@@ -10,8 +10,8 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any
 
-from coldctl.core.errors import WorkerError
-from coldctl.core.progress import Progress
+from coldctl.common.errors import WorkerError
+from coldctl.common.progress import Progress
 from coldctl.engines.jobs import Job, Outcome, Result, Sender, Work, attempt, deliver, thread_environment
 
 

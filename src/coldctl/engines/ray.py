@@ -20,8 +20,8 @@ import ray
 from ray import exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from coldctl.core.errors import BusyError, ConfigError, WorkerError
-from coldctl.core.progress import Progress
+from coldctl.common.errors import BusyError, ConfigError, WorkerError
+from coldctl.common.progress import Progress
 from coldctl.engines.jobs import (
     NOTHING_SPECIAL,
     Event,

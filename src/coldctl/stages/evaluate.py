@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.common.errors import ConfigError, DataError, ModelError, OutputError
+from coldctl.common.progress import Progress
 from coldctl.core import cells as cell_files
 from coldctl.core import curves, data, feature_cache, foreign, layout, manifest, output, run, scoring
 from coldctl.core import results as results_file
@@ -31,11 +33,9 @@ from coldctl.core.config import (
     derived_seed,
     identity,
 )
-from coldctl.core.errors import ConfigError, DataError, ModelError, OutputError
 from coldctl.core.location import Location, locate
 from coldctl.core.page import page
 from coldctl.core.passes import prove
-from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, memory_needed, resolve
 from coldctl.core.report import markdown, overlap_sentences
 from coldctl.engines.jobs import Engine, Needs

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.common.disk_errors import as_os_errors
+from coldctl.common.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
+from coldctl.common.progress import Progress
 from coldctl.core import data, foreign, layout, manifest, output, residuals, run, scoring, team
 from coldctl.core.charts import training_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
@@ -26,13 +29,10 @@ from coldctl.core.config import (
     settled_finetuning,
 )
 from coldctl.core.deltas import ENCODINGS
-from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
 from coldctl.core.location import Location, is_url, locate
 from coldctl.core.manifest import Manifest
 from coldctl.core.passes import prove
-from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, memory_needed, resolve
-from coldctl.core.saving import as_os_errors
 from coldctl.core.storage import LocalFolder
 from coldctl.core.training_log import Log, open_log
 from coldctl.engines.jobs import Engine, Needs, Outcome

@@ -12,17 +12,17 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from coldctl.common.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
+from coldctl.common.progress import SILENT, Progress
 from coldctl.core import foreign, layout, manifest, output, run, signatures
 from coldctl.core.candidates import Candidate, gather
 from coldctl.core.checkpoint import CONFIG_LIMIT, DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import ConfigFile, FuseConfig, identity, resolve
-from coldctl.core.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
 from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
 from coldctl.core.late import as_listed, counted_once, listed, waiting
 from coldctl.core.location import Location, locate
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.passes import Inputs, Prover
-from coldctl.core.progress import SILENT, Progress
 from coldctl.core.recipe import Recipe
 from coldctl.core.reference import Model
 from coldctl.core.staleness import Ancestry

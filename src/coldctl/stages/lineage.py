@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from coldctl.common.errors import ConfigError, ManifestError
 from coldctl.core import layout, run, signatures
-from coldctl.core.errors import ConfigError, ManifestError
 from coldctl.core.lineage import Carried, Generation, carried, generations, known_keys, unsigned
 from coldctl.core.location import is_url, locate
 from coldctl.core.manifest import Manifest, parse

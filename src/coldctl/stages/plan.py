@@ -9,12 +9,12 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+from coldctl.common.errors import ConfigError, ManifestError, OutputError
+from coldctl.common.progress import Progress
 from coldctl.core import conditional, experiment, layout, manifest, output, placing, results, run, scoring
 from coldctl.core.config import ConfigFile, RunConfig, contributors_of
-from coldctl.core.errors import ConfigError, ManifestError, OutputError
 from coldctl.core.experiment import Variant
 from coldctl.core.location import Location, children
-from coldctl.core.progress import Progress
 from coldctl.core.reference import Model, resolve
 from coldctl.core.run import Iteration, Run
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from coldctl.common.errors import CheckpointError, ConfigError, ManifestError
+from coldctl.common.progress import Progress
 from coldctl.core import foreign, layout, manifest, output, privacy, results, tokenizer_files
 from coldctl.core.bare import WrittenBody, write_body, write_config
 from coldctl.core.card import Subject, card
 from coldctl.core.charts import gain_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
-from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.core.location import Location, is_url
 from coldctl.core.manifest import Manifest
 from coldctl.core.passes import prove
-from coldctl.core.progress import Progress
 from coldctl.core.reference import Model
 from coldctl.core.sinks import DTYPE_NAMES
 from coldctl.core.storage import open_folder

@@ -1,0 +1,1 @@
+"""Errors, progress, text, parsing and digests: what every room may use. It imports nothing of ours."""
