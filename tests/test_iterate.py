@@ -20,8 +20,8 @@ from coldctl.core import run as runs
 from coldctl.core.config import DatasetConfig, FinetuneConfig, read
 from coldctl.core.data import single
 from coldctl.core.reference import Model, resolve
-from coldctl.engines.processes import in_processes
 from coldctl.stages.finetune import jobs_of_suite, single_job
+from coldctl.workers.processes import in_processes
 from conftest import Ran, suite_text
 
 ROOT = Path(__file__).parents[1]

@@ -275,8 +275,8 @@ def finetune(
         from coldctl.core import data as datasets
         from coldctl.core import reference
         from coldctl.core.training_log import check_kind
-        from coldctl.engines import choose
         from coldctl.stages import finetune as stage
+        from coldctl.workers import choose
 
         alone = team.find().size == 1
         if not alone and engine != "local":
@@ -464,8 +464,8 @@ def fuse(
     """Average the bodies of contributions into a better base model."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.core import reference
-        from coldctl.engines import choose
         from coldctl.stages import fuse as stage
+        from coldctl.workers import choose
 
         where = choose(engine, jobs=jobs, threads=1, ray_address=ray_address)
         file = read(config)
@@ -572,8 +572,8 @@ def evaluate(
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.console import evaluation_tables
         from coldctl.core import reference, scoring
-        from coldctl.engines import choose
         from coldctl.stages import evaluate as stage
+        from coldctl.workers import choose
 
         where = choose(engine, jobs=jobs, threads=threads, ray_address=ray_address)
         datasets, file = _suite(suite, config)
@@ -917,7 +917,7 @@ def watch(
     """Fuse whenever enough contributions have come to a run, evaluate, promote, and wait for the next ones."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl import watch as watching
-        from coldctl.engines import choose
+        from coldctl.workers import choose
 
         datasets, file = _suite(suite, config)
         # Strangers may write to what is watched: unless the file says otherwise, what is bad is dropped and stops nobody.

@@ -17,8 +17,8 @@ from coldctl.core.config import DatasetConfig, EvaluateConfig, FinetuneConfig, F
 from coldctl.core.location import Location
 from coldctl.core.manifest import Manifest
 from coldctl.core.reference import Model, resolve
-from coldctl.engines.jobs import Engine
 from coldctl.stages import evaluate, fuse, plan
+from coldctl.workers.jobs import Engine
 
 
 @dataclass(frozen=True)

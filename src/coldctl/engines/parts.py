@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 from coldctl.common.progress import Progress
 from coldctl.core.checkpoint import Checkpoint
 from coldctl.core.passes import Spread
-from coldctl.engines.jobs import Engine, Needs
+from coldctl.workers.jobs import Engine, Needs
 
 Result = TypeVar("Result")
 

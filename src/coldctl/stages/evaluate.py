@@ -38,7 +38,7 @@ from coldctl.core.page import page
 from coldctl.core.passes import prove
 from coldctl.core.reference import Model, memory_needed, resolve
 from coldctl.core.report import markdown, overlap_sentences
-from coldctl.engines.jobs import Engine, Needs
+from coldctl.workers.jobs import Engine, Needs
 
 SCHEMA = 1  # of results.json
 CELL_SCHEMA = 4

@@ -35,7 +35,7 @@ from coldctl.core.passes import prove
 from coldctl.core.reference import Model, memory_needed, resolve
 from coldctl.core.storage import LocalFolder
 from coldctl.core.training_log import Log, open_log
-from coldctl.engines.jobs import Engine, Needs, Outcome
+from coldctl.workers.jobs import Engine, Needs, Outcome
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
 

@@ -28,7 +28,7 @@ from coldctl.core.reference import Model
 from coldctl.core.staleness import Ancestry
 from coldctl.core.storage import open_folder
 from coldctl.core.writing import write
-from coldctl.engines.jobs import Engine
+from coldctl.workers.jobs import Engine
 from coldctl.engines.parts import spread_over
 
 

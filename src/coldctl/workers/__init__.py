@@ -1,8 +1,8 @@
 """Where jobs run: each engine maps a function over jobs that are plain configs and paths."""
 
 from coldctl.common.errors import ConfigError
-from coldctl.engines.jobs import Engine
-from coldctl.engines.local import Local
+from coldctl.workers.jobs import Engine
+from coldctl.workers.local import Local
 
 
 def choose(name: str, *, jobs: int, threads: int | None, ray_address: str | None) -> Engine:
@@ -17,7 +17,7 @@ def choose(name: str, *, jobs: int, threads: int | None, ray_address: str | None
     if name != "ray":
         raise ConfigError(f"--engine {name} is not known: use --engine local or --engine ray")
     try:
-        from coldctl.engines.ray import Ray
+        from coldctl.workers.ray import Ray
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise

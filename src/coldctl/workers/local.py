@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from coldctl.common.progress import Progress
-from coldctl.engines.jobs import NOTHING_SPECIAL, Job, Needs, Outcome, Result, Work, attempt, side_by_side
+from coldctl.workers.jobs import NOTHING_SPECIAL, Job, Needs, Outcome, Result, Work, attempt, side_by_side
 
 
 def cores() -> int:
@@ -37,7 +37,7 @@ class Local:
             for index, job in enumerate(jobs):
                 yield attempt(index, work, job, threads, progress)
             return
-        from coldctl.engines.processes import in_processes  # other jobs start sooner without it
+        from coldctl.workers.processes import in_processes  # other jobs start sooner without it
 
         yield from in_processes(work, jobs, count, threads, progress)
 

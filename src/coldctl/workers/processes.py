@@ -12,7 +12,7 @@ from typing import Any
 
 from coldctl.common.errors import WorkerError
 from coldctl.common.progress import Progress
-from coldctl.engines.jobs import Job, Outcome, Result, Sender, Work, attempt, deliver, thread_environment
+from coldctl.workers.jobs import Job, Outcome, Result, Sender, Work, attempt, deliver, thread_environment
 
 
 def in_processes(

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from coldctl.common.errors import BusyError, ConfigError, WorkerError
 from coldctl.common.progress import Progress
-from coldctl.engines.jobs import (
+from coldctl.workers.jobs import (
     NOTHING_SPECIAL,
     Event,
     Job,
@@ -36,7 +36,7 @@ from coldctl.engines.jobs import (
     side_by_side,
     thread_environment,
 )
-from coldctl.engines.local import cores
+from coldctl.workers.local import cores
 
 _LOST = (
     exceptions.WorkerCrashedError,
