@@ -37,7 +37,7 @@ from safetensors.numpy import load_file, save_file
 
 from coldctl.core import config, data, layout, manifest, scoring
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 
 DEMO = ("amazon", "movies", "tweets", "nyt")
 METHODS: dict[str, str] = {

@@ -140,7 +140,7 @@ def _derive(whole: Path, folder: Path, send: str) -> None:
     from coldctl.core import manifest
     from coldctl.core.checkpoint import body_digest, open_checkpoint
     from coldctl.core.deltas import open_delta, write_delta
-    from coldctl.core.storage import LocalFolder
+    from coldctl.storage.files import LocalFolder
 
     base = open_checkpoint(LocalFolder(BASE), "base")
     for contribution in _contributions(whole):

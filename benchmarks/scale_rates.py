@@ -65,7 +65,7 @@ def _make(scratch: Path, count: int) -> int:
     from coldctl.core.checkpoint import body_digest, open_checkpoint
     from coldctl.core.deltas import open_delta, write_delta
     from coldctl.core.encodings import open_contribution
-    from coldctl.core.storage import LocalFolder
+    from coldctl.storage.files import LocalFolder
 
     base = open_checkpoint(LocalFolder(BASE), "base")
     digest = body_digest(base)

@@ -5,7 +5,7 @@ from pathlib import Path
 import tiny
 from coldctl.core import layout, manifest
 from coldctl.core.checkpoint import body_digest, open_checkpoint, outside_body
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 
 
 def offer(base: Path, folder: Path, *, seed: int, scale: float = 0.01, iteration: int | None = None) -> Path:

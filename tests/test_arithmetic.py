@@ -16,7 +16,7 @@ from coldctl.core import merge, scoring
 from coldctl.core.blocks import Digester, block_length, cut, read_blocks
 from coldctl.core.checkpoint import body_digest, open_checkpoint
 from coldctl.core.data import stratified
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
 

@@ -27,7 +27,7 @@ import pytest
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import BusyError, CheckpointError, OutputError
 from coldctl.core import layout, manifest, output
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 from conftest import FAST, Ran, run_coldctl
 
 Run = Callable[..., Ran]

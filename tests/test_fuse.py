@@ -11,7 +11,7 @@ import pytest
 
 import tiny
 from coldctl.core.checkpoint import body_digest, open_checkpoint
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 from conftest import Ran
 
 Run = Callable[..., Ran]

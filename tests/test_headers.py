@@ -14,7 +14,7 @@ from coldctl.common.errors import CheckpointError, ModelError
 from coldctl.core import checkpoint as checkpoints
 from coldctl.core import layout
 from coldctl.core.checkpoint import Checkpoint, Tensor
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 
 CODES = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64", np.dtype(ml_dtypes.bfloat16): "BF16"}
 Arrays = dict[str, Any]

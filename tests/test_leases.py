@@ -13,10 +13,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
 from coldctl.common.errors import BusyError, OutputError
-from coldctl.core import conditional, model_cache
-from coldctl.core import lease as leases
-from coldctl.core.lease import Lease
-from coldctl.core.location import locate
+from coldctl.storage import conditional_write, model_cache
+from coldctl.storage import lease as leases
+from coldctl.storage.lease import Lease
+from coldctl.storage.location import locate
 from s3_server import S3
 from unreliable import Faults, unreliable
 
@@ -50,13 +50,13 @@ class Crowded(MemoryFileSystem):  # type: ignore[misc]
 def test_a_file_that_changes_all_the_time_is_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("crowded", Crowded, clobber=True)
     path = locate("crowded://store/run.json")
-    assert conditional.read(path) is None
-    assert conditional.create(path, b"one")
+    assert conditional_write.read(path) is None
+    assert conditional_write.create(path, b"one")
     with pytest.raises(OutputError, match="changes faster than it can be read: run the same command again"):
-        conditional.read(path)
+        conditional_write.read(path)
     monkeypatch.setattr(Crowded, "behaviour", "refuses")
     with pytest.raises(OutputError, match=r"run\.json.*not yours"):
-        conditional.read(path)
+        conditional_write.read(path)
     monkeypatch.setattr(Crowded, "behaviour", "overwrites")
     with pytest.raises(BusyError, match="out was taken by another command at the same moment: wait for it"):
         Lease(locate("crowded://store/.lease"), "out")
@@ -66,19 +66,19 @@ def test_a_store_that_refuses_a_change_is_told_from_one_that_was_quicker(
     s3: S3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = locate(f"{s3.url}/run.json")
-    assert conditional.create(path, b"one")
+    assert conditional_write.create(path, b"one")
     with unreliable(s3.endpoint, Faults(refuse_writes=1.0)) as (endpoint, _):
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         S3FileSystem.clear_instance_cache()
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         path = locate(f"{s3.url}/run.json")
-        version = conditional.read(path)
+        version = conditional_write.read(path)
         assert version is not None
         with pytest.raises(OutputError, match=r"run\.json"):
-            conditional.replace(path, b"two", version)
+            conditional_write.replace(path, b"two", version)
         with pytest.raises(OutputError, match=r"other\.json"):
-            conditional.create(locate(f"{s3.url}/other.json"), b"two")
-        assert conditional.read(path) == version
+            conditional_write.create(locate(f"{s3.url}/other.json"), b"two")
+        assert conditional_write.read(path) == version
 
 
 def test_a_lease_is_renewed_lost_and_handed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from coldctl.common.errors import ManifestError
 from coldctl.core import layout, manifest
 from coldctl.core.manifest import Manifest
-from coldctl.core.storage import LocalReader
+from coldctl.storage.files import LocalReader
 
 LEAST: Manifest = {"kind": "fused", "name": "m", "body_digest": "sha256:0"}
 

@@ -22,9 +22,10 @@ from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
 from coldctl.common.errors import CheckpointError, OutputError
-from coldctl.core import conditional, layout, manifest, output, weights
-from coldctl.core.location import locate
-from coldctl.core.storage import open_folder
+from coldctl.core import layout, manifest, output, weights
+from coldctl.storage import conditional_write
+from coldctl.storage.files import open_folder
+from coldctl.storage.location import locate
 from conftest import FAST, Ran
 from s3_server import S3
 from unreliable import Faults, unreliable
@@ -135,7 +136,7 @@ def test_two_writers_cannot_both_win(store: S3, coldctl: Run, monkeypatch: pytes
     monkeypatch.setenv("COLDCTL_LEASE_SECONDS", "1.5")
     output = f"{store.url}/fused"
     fuse = ("fuse", f"{store.url}/contributions", "--base", f"{store.url}/base", "--output", output)
-    from coldctl.core.lease import Lease
+    from coldctl.storage.lease import Lease
 
     lease = Lease(locate(f"{store.url}/.fused.partial/.lease"), output)
     ran = coldctl(*fuse)
@@ -170,18 +171,18 @@ def test_a_version_that_is_not_the_newest_is_noticed(s3: S3, tmp_path: Path) -> 
     """If-None-Match and If-Match, by the store itself and on a disk alike."""
     for folder in (locate(s3.url), tmp_path, locate("memory://conditional")):
         path = folder / "run.json"
-        assert conditional.read(path) is None
-        assert conditional.create(path, b"one")
-        assert not conditional.create(path, b"two")
-        first = conditional.read(path)
+        assert conditional_write.read(path) is None
+        assert conditional_write.create(path, b"one")
+        assert not conditional_write.create(path, b"two")
+        first = conditional_write.read(path)
         assert first is not None
-        assert conditional.replace(path, b"two", first)
-        assert not conditional.replace(path, b"three", first)
-        second = conditional.read(path)
+        assert conditional_write.replace(path, b"two", first)
+        assert not conditional_write.replace(path, b"three", first)
+        second = conditional_write.read(path)
         assert second is not None
         assert second.data == b"two"
         path.unlink()
-        assert not conditional.replace(path, b"four", second)
+        assert not conditional_write.replace(path, b"four", second)
 
 
 def test_decisions_are_not_written_over(s3: S3, suite: Path, coldctl: Run) -> None:
@@ -201,7 +202,7 @@ def test_decisions_are_not_written_over(s3: S3, suite: Path, coldctl: Run) -> No
 def test_requests_that_fail_are_tried_again(
     store: S3, coldctl: Run, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coldctl.core.storage._PAUSES", (0.05,) * 6)
+    monkeypatch.setattr("coldctl.storage.files._PAUSES", (0.05,) * 6)
     monkeypatch.setenv("AWS_RETRY_MODE", "standard")  # the store's library would wait long before we try again
     fuse = ("fuse", f"{store.url}/contributions", "--base", f"{store.url}/base", "--output")
     assert coldctl(*fuse, f"{store.url}/reliable").code == 0
@@ -216,7 +217,7 @@ def test_requests_that_fail_are_tried_again(
 def test_a_store_that_does_not_answer_is_an_error_in_words(
     store: S3, coldctl: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coldctl.core.storage._PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("coldctl.storage.files._PAUSES", (0.01, 0.01))
     with unreliable(store.endpoint, Faults(refuse=1.0)) as (endpoint, _):
         connect(endpoint, monkeypatch)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -374,7 +375,7 @@ def test_answers_of_a_store_in_words(
             return answer
         raise answer
 
-    monkeypatch.setattr("coldctl.core.storage._PAUSES", (0.0,))
+    monkeypatch.setattr("coldctl.storage.files._PAUSES", (0.0,))
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
     ran = coldctl("check", "memory://answers/base", "--json")
     assert ran.code == 3

@@ -122,7 +122,7 @@ def test_any_range_is_decoded_as_the_whole_is(send: str, base: Path, sent: Path)
     from coldctl.core.checkpoint import open_checkpoint
     from coldctl.core.deltas import elements
     from coldctl.core.encodings import open_contribution
-    from coldctl.core.storage import LocalFolder
+    from coldctl.storage.files import LocalFolder
 
     found = open_contribution(LocalFolder(sent / send), send, open_checkpoint(LocalFolder(base), "base"))
     for name, tensor in found.body.items():
@@ -296,7 +296,7 @@ def test_rows_that_stand_still_and_empty_tensors(tmp_path: Path, coldctl: Run) -
 
     from coldctl.core.checkpoint import open_checkpoint
     from coldctl.core.deltas import open_delta, write_delta
-    from coldctl.core.storage import LocalFolder
+    from coldctl.storage.files import LocalFolder
 
     names = {"a": (3, 4), "a-b": (3,), "none": (0, 4), "hollow": (4, 0), "one": (), "cube": (2, 3, 2), "tiny": (2, 2)}
     folders = []
@@ -338,7 +338,7 @@ def test_differences_that_an_encoding_cannot_hold(tmp_path: Path) -> None:
     from coldctl.common.errors import CheckpointError
     from coldctl.core.checkpoint import open_checkpoint
     from coldctl.core.deltas import write_delta
-    from coldctl.core.storage import LocalFolder
+    from coldctl.storage.files import LocalFolder
 
     folders = []
     for sign, name in ((-1, "base"), (1, "new")):
@@ -537,7 +537,7 @@ def test_residuals_that_cannot_be_kept_or_do_not_fit(
     from coldctl.common.errors import CheckpointError, OutputError
     from coldctl.core import residuals
     from coldctl.core.checkpoint import open_checkpoint
-    from coldctl.core.storage import LocalFolder
+    from coldctl.storage.files import LocalFolder
 
     monkeypatch.delenv("COLDCTL_STATE")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 
 import tiny
-from coldctl.core.lease import Lease
+from coldctl.storage.lease import Lease
 from conftest import FAST, suite_text
 from offers import offer
 from s3_server import S3

@@ -32,7 +32,7 @@ from coldctl.core.config import (
     resolve,
     seconds_in,
 )
-from coldctl.core.location import locate, raised_by_store
+from coldctl.storage.location import locate, raised_by_store
 
 if TYPE_CHECKING:
     from coldctl.console import Screen

@@ -14,10 +14,10 @@ from coldctl.common.errors import BusyError, CheckpointError, ConfigError, Decli
 from coldctl.common.progress import Progress
 from coldctl.core import layout, manifest, run
 from coldctl.core.config import DatasetConfig, EvaluateConfig, FinetuneConfig, FuseConfig
-from coldctl.core.location import Location
 from coldctl.core.manifest import Manifest
 from coldctl.core.reference import Model, resolve
 from coldctl.stages import evaluate, fuse, plan
+from coldctl.storage.location import Location
 from coldctl.workers.jobs import Engine
 
 

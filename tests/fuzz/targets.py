@@ -39,7 +39,7 @@ from coldctl.core.compatibility import compare
 from coldctl.core.config import DatasetConfig
 from coldctl.core.encodings import open_contribution
 from coldctl.core.sources import FORMATS
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 
 
 @dataclass(frozen=True)

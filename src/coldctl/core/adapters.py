@@ -25,7 +25,7 @@ from coldctl.core.checkpoint import (
 from coldctl.core.config import HIGHEST_RANK
 from coldctl.core.decoded import DECODED, RelativeCheckpoint
 from coldctl.core.encoders import BODY_PREFIXES
-from coldctl.core.storage import Folder, Reader
+from coldctl.storage.files import Folder, Reader
 
 _SIMPLE_PATTERN = re.compile(r"[\w.\\*|\[\]-]{1,200}")
 _MOST_PATTERNS, _MOST_STARRED, _MOST_STARS = 1000, 16, 2  # what is matched in no time, whatever the names

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, digest_prelude
-from coldctl.core.storage import RemoteFolder, look_ahead
+from coldctl.storage.files import RemoteFolder, look_ahead
 
 MEMORY = 48 << 20  # bytes of buffers, over both sets
 _LARGEST = 1 << 18  # elements per block: what still fits the processor's shared cache

@@ -13,11 +13,11 @@ from coldctl.core import layout, signatures
 from coldctl.core.checkpoint import Checkpoint, body_digest, read_manifest
 from coldctl.core.decoded import shared
 from coldctl.core.encodings import open_contribution
-from coldctl.core.location import is_url
 from coldctl.core.reference import as_text, resolve
 from coldctl.core.signatures import Signed, TrustedKey
 from coldctl.core.staleness import Ancestry
-from coldctl.core.storage import Folder, LocalFolder, RemoteFolder, look_ahead, open_folder, remote_folders
+from coldctl.storage.files import Folder, LocalFolder, RemoteFolder, look_ahead, open_folder, remote_folders
+from coldctl.storage.location import is_url
 
 _OTHER_FILES = 256  # that a process has open beside its inputs: libraries, sockets, the output
 _AT_ONCE = 16  # checkpoints in a store that are opened side by side

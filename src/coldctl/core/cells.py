@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from coldctl.core import manifest, output
-from coldctl.core.location import Location
+from coldctl.storage.location import Location
 
 
 def write(path: Location, document: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 
 from coldctl.common.text import chart as plain
 from coldctl.core.curves import Panel
-from coldctl.core.location import Location
 from coldctl.core.report import rows_of
+from coldctl.storage.location import Location
 
 _GAIN, _LOSS, _NOISE, _INK, _GRID = "#2f7d4f", "#b5483a", "#8a8f98", "#333333", "#dddddd"
 _CURVES = ("#2f7d4f", "#3a6ea5", "#c07f1f", "#8a4f9e", "#b5483a", "#4a9a9a")

@@ -20,7 +20,7 @@ from coldctl.common.parsing import json_value
 from coldctl.core import layout
 from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.core.manifest import Manifest, parse
-from coldctl.core.storage import Folder, Reader
+from coldctl.storage.files import Folder, Reader
 
 HEADER_LIMIT = 4 << 20  # bytes; the largest encoders need a tenth of it
 TENSOR_LIMIT = 20_000  # tensors in one checkpoint, and shards of one

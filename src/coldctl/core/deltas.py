@@ -21,8 +21,8 @@ from coldctl.common.errors import CheckpointError
 from coldctl.core import layout, merge
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, is_pooler, read_header, read_manifest
 from coldctl.core.decoded import DECODED, RelativeCheckpoint
-from coldctl.core.storage import Folder
 from coldctl.core.weights import Layout, WeightsWriter, file_order
+from coldctl.storage.files import Folder
 
 ENCODINGS: Mapping[str, str] = {"delta-bf16": "BF16", "delta-int8": "I8"}  # and the dtype of their tensors
 _SCALE = ".scale"

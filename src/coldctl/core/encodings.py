@@ -11,7 +11,7 @@ from coldctl.core.adapters import open_adapter
 from coldctl.core.checkpoint import Checkpoint, open_checkpoint
 from coldctl.core.deltas import open_delta
 from coldctl.core.pickles import open_pickled
-from coldctl.core.storage import Folder
+from coldctl.storage.files import Folder
 
 
 def open_contribution(folder: Folder, name: str, base: Checkpoint | None, *, allow_pickle: bool = False) -> Checkpoint:

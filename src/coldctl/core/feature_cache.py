@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.common.disk_errors import as_os_errors
-from coldctl.core import caching, manifest
+from coldctl.core import manifest
+from coldctl.storage import user_cache
 
 LIMIT = 4 << 30  # bytes
 _SCHEMA = 1
@@ -33,7 +34,7 @@ def cached(
     A cache that cannot be written costs nothing but a word to `complain`.
     """
     path = (
-        caching.folder("features")
+        user_cache.folder("features")
         / f"{manifest.digest_of({'schema': _SCHEMA, **key}).removeprefix('sha256:')}.safetensors"
     )
     if (found := _read(path)) is not None:

@@ -15,8 +15,8 @@ from typing import Any
 from coldctl.common.errors import ModelError
 from coldctl.core import layout
 from coldctl.core.checkpoint import CONFIG_LIMIT, HEADER_LIMIT, json_object, read_model_config
-from coldctl.core.location import Location
-from coldctl.core.storage import Folder, LocalFolder
+from coldctl.storage.files import Folder, LocalFolder
+from coldctl.storage.location import Location
 
 CODE = (
     "auto_map", "auto_mapping", "custom_pipelines", "attn_implementation", "_attn_implementation",

@@ -35,7 +35,6 @@ from coldctl.core.config import FuseConfig, as_record, identity
 from coldctl.core.decoded import RelativeCheckpoint
 from coldctl.core.describe import bare_config
 from coldctl.core.lineage import signers_within
-from coldctl.core.location import Location
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.merge import Array
 from coldctl.core.passes import (
@@ -54,8 +53,9 @@ from coldctl.core.signatures import TrustedKey
 from coldctl.core.sinks import DTYPE_NAMES, Written, output_dtype
 from coldctl.core.staleness import discount, moved
 from coldctl.core.statistics import UpdateStatistics, names_of, outliers
-from coldctl.core.storage import open_folder
 from coldctl.core.writing import Without, write
+from coldctl.storage.files import open_folder
+from coldctl.storage.location import Location
 
 _SCALE = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\*)?auto|(?P<fixed>[0-9.eE+-]+)")
 # What a fused model tells of its contributions' training.

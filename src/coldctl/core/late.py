@@ -13,8 +13,8 @@ from coldctl.common.progress import Progress
 from coldctl.core import layout, manifest
 from coldctl.core.candidates import Candidate
 from coldctl.core.checkpoint import body_digest
-from coldctl.core.location import Location, children
 from coldctl.core.manifest import ContributionRecord, Manifest
+from coldctl.storage.location import Location, children
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from coldctl.core.location import Location, children
+from coldctl.storage.location import Location, children
 
 MANIFEST = "coldctl.json"
 RUN = "run.json"

@@ -19,8 +19,8 @@ from coldctl import __version__
 from coldctl.common.errors import ManifestError
 from coldctl.common.parsing import MAYBE_NUMBER, MAYBE_TEXT, NUMBER, SCALAR, Shape, json_value, misfit
 from coldctl.core import layout
-from coldctl.core.location import Location
-from coldctl.core.storage import Reader
+from coldctl.storage.files import Reader
+from coldctl.storage.location import Location
 
 SCHEMA = 1
 MANIFEST_LIMIT = 16 << 20  # bytes; some twenty thousand contributions over all iterations

@@ -18,7 +18,7 @@ from coldctl.core import foreign, layout
 from coldctl.core.checkpoint import Checkpoint, is_pooler, modern_name, open_checkpoint
 from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.core.ragged import Ragged, Spool
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 
 _CHUNK = 4096  # texts tokenised at a time, over all cores
 _LENGTH_LIMIT = 100_000  # tokenizers that know no limit state an absurd one

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from coldctl.common.errors import BusyError, ManifestError, OutputError
 from coldctl.common.progress import SILENT, Progress
-from coldctl.core import caching, conditional, layout, manifest, placing
-from coldctl.core.lease import Lease
-from coldctl.core.location import Location, children, in_store, locate
+from coldctl.core import layout, manifest, placing
+from coldctl.storage import conditional_write, user_cache
+from coldctl.storage.lease import Lease
+from coldctl.storage.location import Location, children, in_store, locate
 
 IDENTITY = ".identity"  # in the partial directory: which config and inputs the unfinished work belongs to
 LEASE = ".lease"  # in a store, in place of a lock
@@ -80,7 +81,7 @@ def _workplace(path: Location) -> Path:
         assert isinstance(partial, Path)
         return partial
     key = manifest.digest_of({"output": str(path)}).removeprefix("sha256:")[:16]
-    return caching.folder("unfinished") / f"{path.name}-{key}"
+    return user_cache.folder("unfinished") / f"{path.name}-{key}"
 
 
 def refuse_overlap(path: Location, inputs: Iterable[str | Location], *, flag: str = "--output") -> None:
@@ -111,7 +112,7 @@ def writing(path: Location, identity: str | None, *, overwrite: bool) -> Iterato
     lease = Lease(partial / LEASE, str(path))
     try:
         _claim(partial, path, identity or "", overwrite=overwrite or identity is None)
-        replaced = conditional.read(path / layout.MANIFEST)
+        replaced = conditional_write.read(path / layout.MANIFEST)
         try:
             yield partial
             placing.place(partial, path, lease, replaced)

@@ -15,7 +15,7 @@ from coldctl.common.errors import CheckpointError
 from coldctl.core import layout
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_prefix, modern_name, read_model_config
 from coldctl.core.decoded import DECODED
-from coldctl.core.storage import Folder
+from coldctl.storage.files import Folder
 
 _PLAIN_DTYPES = (
     "torch.float64",

@@ -12,10 +12,11 @@ from typing import Any
 
 from coldctl.common.errors import BusyError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import conditional, layout
-from coldctl.core.conditional import Version
-from coldctl.core.lease import Lease
-from coldctl.core.location import Location, raised_by_store
+from coldctl.core import layout
+from coldctl.storage import conditional_write
+from coldctl.storage.conditional_write import Version
+from coldctl.storage.lease import Lease
+from coldctl.storage.location import Location, raised_by_store
 
 
 def send(folder: Path, partial: Location, progress: Progress, belongs: Callable[[str], bool] = lambda _: True) -> None:
@@ -42,12 +43,12 @@ def place(partial: Location, path: Location, lease: Lease, replaced: Version | N
     staged: Any = partial
     target: Any = path
     with _storing(path):
-        if (document := conditional.read(partial / layout.MANIFEST)) is None:
+        if (document := conditional_write.read(partial / layout.MANIFEST)) is None:
             return
         lease.check()
         files = _files(staged)
         before = _files(target) if path.exists() else []
-        if conditional.read(path / layout.MANIFEST) != replaced:
+        if conditional_write.read(path / layout.MANIFEST) != replaced:
             raise _outrun(path)
         if replaced is not None:  # unfinished from here on, rather than half the old and half the new
             target.fs.rm_file((target / layout.MANIFEST).path)
@@ -59,7 +60,7 @@ def place(partial: Location, path: Location, lease: Lease, replaced: Version | N
         lease.check()
         for name in sorted({*before} - {*files} - {layout.MANIFEST}):
             target.fs.rm_file((target / name).path)
-        if not conditional.create(path / layout.MANIFEST, document.data):
+        if not conditional_write.create(path / layout.MANIFEST, document.data):
             raise _outrun(path)
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coldctl.common.errors import ColdctlError, ModelError
-from coldctl.core import layout, model_cache, run
-from coldctl.core.location import Location, is_url, locate
-from coldctl.core.storage import Folder, open_folder
+from coldctl.core import layout, run
+from coldctl.storage import model_cache
+from coldctl.storage.files import Folder, open_folder
+from coldctl.storage.location import Location, is_url, locate
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

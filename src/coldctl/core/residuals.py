@@ -24,7 +24,7 @@ from pathlib import Path
 from coldctl.common.errors import CheckpointError, OutputError
 from coldctl.core.checkpoint import Checkpoint, read_header
 from coldctl.core.manifest import Manifest
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 
 _KEPT = 4  # residuals of one contributor on one base: repeated trainings leave one each
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")

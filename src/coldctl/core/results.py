@@ -9,7 +9,7 @@ from coldctl.common.errors import ManifestError
 from coldctl.common.parsing import JSON_LIMIT, MAYBE_TEXT, Shape, json_value, misfit
 from coldctl.core import layout
 from coldctl.core.config import PROTOCOLS, Metric
-from coldctl.core.location import Location
+from coldctl.storage.location import Location
 
 _METRICS = typing.get_args(Metric)
 _DIGEST_LENGTH = 71  # of sha256:…

@@ -11,9 +11,10 @@ from typing import Any
 
 from coldctl.common.errors import ConfigError, ManifestError, OutputError
 from coldctl.common.parsing import MAYBE_TEXT, json_value, misfit
-from coldctl.core import conditional, layout
-from coldctl.core.conditional import Version
-from coldctl.core.location import Location
+from coldctl.core import layout
+from coldctl.storage import conditional_write
+from coldctl.storage.conditional_write import Version
+from coldctl.storage.location import Location
 
 SCHEMA = 1
 _ITERATION = {"number!": int, "promoted!": bool, "body_digest!": str, "reason": MAYBE_TEXT}
@@ -100,7 +101,7 @@ def _begun(folder: Location, number: int, own: Collection[str]) -> list[Location
 def read(folder: Location) -> Run:
     """Read `folder/run.json`. Raises ManifestError."""
     path = folder / layout.RUN
-    version = conditional.read(path)
+    version = conditional_write.read(path)
     if version is None:
         raise ManifestError(f"{folder} is not a run (it has no {layout.RUN}): start one with `coldctl plan`")
     try:
@@ -140,7 +141,9 @@ def write(run: Run) -> None:
     }
     path, data = run.folder / layout.RUN, (json.dumps(document, indent=2) + "\n").encode()
     version = run.version
-    if not (conditional.create(path, data) if version is None else conditional.replace(path, data, version)):
+    if not (
+        conditional_write.create(path, data) if version is None else conditional_write.replace(path, data, version)
+    ):
         raise OutputError(f"{path} was changed by another command at the same time: run the same command again")
 
 

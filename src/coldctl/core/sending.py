@@ -13,7 +13,7 @@ from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.config import FinetuneConfig, size_in_bytes
 from coldctl.core.deltas import ENCODINGS, open_delta, write_delta
 from coldctl.core.residuals import account
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 
 _SHARD = "5GB"  # larger bodies are written in several files
 _WHOLE = "whole"  # below the training's own folder: the trained model as it is, until what is sent of it is written

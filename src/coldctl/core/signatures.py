@@ -19,7 +19,7 @@ from coldctl.core import layout
 from coldctl.core.config import check_name
 from coldctl.core.manifest import Manifest, digest_of_reader, parse
 from coldctl.core.output import IDENTITY
-from coldctl.core.storage import Folder
+from coldctl.storage.files import Folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey

@@ -7,7 +7,7 @@ from typing import Any
 
 from coldctl.common.errors import CheckpointError, ConfigError, ModelError
 from coldctl.core import layout, manifest, output, signatures
-from coldctl.core.storage import LocalFolder
+from coldctl.storage.files import LocalFolder
 
 _REMEDY = (
     "give a PEM file with an elliptic-curve private key without a password, "

@@ -17,10 +17,10 @@ from coldctl.core import layout, merge
 from coldctl.core.blocks import Block
 from coldctl.core.checkpoint import DTYPES, FLOATING, Checkpoint, Tensor, digest_prelude
 from coldctl.core.config import FuseConfig, size_in_bytes
-from coldctl.core.location import Location
 from coldctl.core.merge import Array
-from coldctl.core.storage import open_folder
 from coldctl.core.weights import Layout, Shard, WeightsWriter, file_order, header, shards, write_index
+from coldctl.storage.files import open_folder
+from coldctl.storage.location import Location
 
 DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PENDING = 4  # pieces that wait for the writing thread

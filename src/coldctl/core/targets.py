@@ -9,9 +9,10 @@ from typing import Protocol
 
 from coldctl.common.errors import CheckpointError, ManifestError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import layout, output, placing, storage
-from coldctl.core.location import Location, locate
+from coldctl.core import layout, output, placing
 from coldctl.core.manifest import Manifest, parse
+from coldctl.storage import files
+from coldctl.storage.location import Location, locate
 
 
 @dataclass
@@ -63,7 +64,7 @@ class LocalTarget:
 
     def standing(self) -> tuple[str | None, Manifest | None]:
         """As the protocol says."""
-        return standing_in(storage.LocalFolder(self.path)) if self.path.is_dir() else (None, None)
+        return standing_in(files.LocalFolder(self.path)) if self.path.is_dir() else (None, None)
 
     def settle(self, tag: str | None) -> None:
         """Nothing: it is complete or not there."""
@@ -113,7 +114,7 @@ class StoreTarget:
 
     def standing(self) -> tuple[str | None, Manifest | None]:
         """As the protocol says."""
-        return standing_in(storage.RemoteFolder(self.url)) if _exists(locate(self.url)) else (None, None)
+        return standing_in(files.RemoteFolder(self.url)) if _exists(locate(self.url)) else (None, None)
 
     def settle(self, tag: str | None) -> None:
         """Nothing: it is complete or not there."""
@@ -165,7 +166,7 @@ def _exists(place: Location) -> bool:
         raise OutputError(f"cannot look into {place}: {error}: check the URL and your credentials") from None
 
 
-def standing_in(folder: storage.Folder) -> tuple[str | None, Manifest | None]:
+def standing_in(folder: files.Folder) -> tuple[str | None, Manifest | None]:
     """The card and the manifest of a directory, as far as it has them. Raises ManifestError for one that was changed."""
     card, document = None, None
     with suppress(CheckpointError, UnicodeDecodeError):

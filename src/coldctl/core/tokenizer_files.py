@@ -11,7 +11,7 @@ from typing import Any
 from coldctl.common.errors import CheckpointError
 from coldctl.common.parsing import json_value, misfit
 from coldctl.core import layout, privacy
-from coldctl.core.storage import SMALL_FILE_LIMIT, Folder
+from coldctl.storage.files import SMALL_FILE_LIMIT, Folder
 
 _TOKENIZER, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _ADDED = "added_tokens.json"

@@ -16,7 +16,7 @@ from typing import Any
 
 from coldctl.core import layout
 from coldctl.core.checkpoint import DTYPES
-from coldctl.core.location import Location
+from coldctl.storage.location import Location
 
 _ALIGNMENT = 8
 _PART = 16 << 20  # bytes that are sent to a store at a time

@@ -17,7 +17,7 @@ from coldctl.core.decoded import RelativeCheckpoint
 from coldctl.core.passes import differences
 from coldctl.core.reference import Model
 from coldctl.core.signatures import TrustedKey
-from coldctl.core.storage import open_folder
+from coldctl.storage.files import open_folder
 
 NOT_EXAMINED = ("values (not-a-number, infinity)", "digests of files and body")
 NOT_EXAMINED_DEEP = ("whether its data or training were what its manifest says",)

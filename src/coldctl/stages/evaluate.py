@@ -33,11 +33,11 @@ from coldctl.core.config import (
     derived_seed,
     identity,
 )
-from coldctl.core.location import Location, locate
 from coldctl.core.page import page
 from coldctl.core.passes import prove
 from coldctl.core.reference import Model, memory_needed, resolve
 from coldctl.core.report import markdown, overlap_sentences
+from coldctl.storage.location import Location, locate
 from coldctl.workers.jobs import Engine, Needs
 
 SCHEMA = 1  # of results.json

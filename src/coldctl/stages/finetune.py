@@ -29,12 +29,12 @@ from coldctl.core.config import (
     settled_finetuning,
 )
 from coldctl.core.deltas import ENCODINGS
-from coldctl.core.location import Location, is_url, locate
 from coldctl.core.manifest import Manifest
 from coldctl.core.passes import prove
 from coldctl.core.reference import Model, memory_needed, resolve
-from coldctl.core.storage import LocalFolder
 from coldctl.core.training_log import Log, open_log
+from coldctl.storage.files import LocalFolder
+from coldctl.storage.location import Location, is_url, locate
 from coldctl.workers.jobs import Engine, Needs, Outcome
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")

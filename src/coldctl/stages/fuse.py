@@ -20,14 +20,14 @@ from coldctl.core.checkpoint import CONFIG_LIMIT, DTYPES, Checkpoint, body_diges
 from coldctl.core.config import ConfigFile, FuseConfig, identity, resolve
 from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
 from coldctl.core.late import as_listed, counted_once, listed, waiting
-from coldctl.core.location import Location, locate
 from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.passes import Inputs, Prover
 from coldctl.core.recipe import Recipe
 from coldctl.core.reference import Model
 from coldctl.core.staleness import Ancestry
-from coldctl.core.storage import open_folder
 from coldctl.core.writing import write
+from coldctl.storage.files import open_folder
+from coldctl.storage.location import Location, locate
 from coldctl.workers.jobs import Engine
 from coldctl.engines.parts import spread_over
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from coldctl.common.errors import ConfigError, ManifestError
 from coldctl.core import layout, run, signatures
 from coldctl.core.lineage import Carried, Generation, carried, generations, known_keys, unsigned
-from coldctl.core.location import is_url, locate
 from coldctl.core.manifest import Manifest, parse
 from coldctl.core.reference import Model, resolve
+from coldctl.storage.location import is_url, locate
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from coldctl.common.errors import ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import conditional, experiment, layout, manifest, output, placing, results, run, scoring
+from coldctl.core import experiment, layout, manifest, output, placing, results, run, scoring
 from coldctl.core.config import ConfigFile, RunConfig, contributors_of
 from coldctl.core.experiment import Variant
-from coldctl.core.location import Location, children
 from coldctl.core.reference import Model, resolve
 from coldctl.core.run import Iteration, Run
+from coldctl.storage import conditional_write
+from coldctl.storage.location import Location, children
 
 
 def variants(file: Path, folder: Path) -> list[Variant]:
@@ -80,13 +81,13 @@ def _share(model: Model, place: Location, progress: Progress) -> None:
         {name: manifest.digest_of_reader(model.folder.open(name)) for name in model.folder.names() if _belongs(name)}
     )
     marker = place.parent / f".{place.name}.digest"
-    if (known := conditional.read(marker)) is not None:
+    if (known := conditional_write.read(marker)) is not None:
         if known.data.decode() != digest:
             raise ConfigError(f"{place} holds another model than {model.place}: restore the base, or give a new RUN")
         return
     progress.note(f"{model.name} is stored in {place}: whoever works on the run starts from there")
     placing.send(Path(model.place), place, progress, _belongs)
-    conditional.create(marker, digest.encode())
+    conditional_write.create(marker, digest.encode())
 
 
 def _is_anothers(name: str) -> bool:

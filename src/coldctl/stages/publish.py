@@ -15,13 +15,13 @@ from coldctl.core.card import Subject, card
 from coldctl.core.charts import gain_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
-from coldctl.core.location import Location, is_url
 from coldctl.core.manifest import Manifest
 from coldctl.core.passes import prove
 from coldctl.core.reference import Model
 from coldctl.core.sinks import DTYPE_NAMES
-from coldctl.core.storage import open_folder
 from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
+from coldctl.storage.files import open_folder
+from coldctl.storage.location import Location, is_url
 
 # What an evaluation's directory gives to the published one.
 _EVALUATION_FILES = (layout.RESULTS, layout.REPORT, layout.PAGE)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from coldctl.core import late, layout, manifest, output, run
-from coldctl.core.location import Location, children
+from coldctl.storage.location import Location, children
 
 
 @dataclass(frozen=True)

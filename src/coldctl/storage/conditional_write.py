@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from coldctl.common.errors import OutputError
-from coldctl.core.location import Location
+from coldctl.storage.location import Location
 
 _TAGS = ("ETag", "etag", "generation")  # what stores call an object's version
 _ATTEMPTS = 3

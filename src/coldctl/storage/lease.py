@@ -13,9 +13,9 @@ import uuid
 from contextlib import suppress
 
 from coldctl.common.errors import BusyError, OutputError
-from coldctl.core import conditional
-from coldctl.core.conditional import Version
-from coldctl.core.location import Location
+from coldctl.storage import conditional_write
+from coldctl.storage.conditional_write import Version
+from coldctl.storage.location import Location
 
 _SECONDS = 30.0
 
@@ -65,21 +65,21 @@ class Lease:
         self._stopped.set()
         self._thread.join()
         with suppress(Exception):  # at worst the next one waits for a lease
-            if conditional.read(self._path) == self._version:
+            if conditional_write.read(self._path) == self._version:
                 self._path.unlink()
 
     def _taken(self) -> Version:
         while True:
-            if conditional.create(self._path, self._beat()):
+            if conditional_write.create(self._path, self._beat()):
                 return self._now()
-            found = conditional.read(self._path)
+            found = conditional_write.read(self._path)
             if found is None:
                 continue  # released just now
             if self._lives(found):
                 raise BusyError(
                     f"{self._subject} is being written by another command: wait for it, or write to another place"
                 )
-            if conditional.replace(self._path, self._beat(), found):
+            if conditional_write.replace(self._path, self._beat(), found):
                 return self._now()
 
     def _lives(self, found: Version) -> bool:
@@ -87,7 +87,7 @@ class Lease:
         end = time.monotonic() + seconds()
         while time.monotonic() < end:
             time.sleep(min(1.0, seconds() / 6))
-            now = conditional.read(self._path)
+            now = conditional_write.read(self._path)
             if now is None:
                 return False
             if now != found:
@@ -99,14 +99,14 @@ class Lease:
         return json.dumps({"holder": self._holder, "beat": self._beats}).encode()
 
     def _now(self) -> Version:
-        found = conditional.read(self._path)
+        found = conditional_write.read(self._path)
         if found is None or json.loads(found.data)["holder"] != self._holder:
             raise BusyError(f"{self._subject} was taken by another command at the same moment: wait for it")
         return found
 
     def _renewed(self) -> bool:
         with self._guard:
-            if not conditional.replace(self._path, self._beat(), self._version):
+            if not conditional_write.replace(self._path, self._beat(), self._version):
                 return False
             self._version, self._renewed_at = self._now(), time.monotonic()
             return True

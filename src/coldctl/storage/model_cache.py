@@ -1,6 +1,6 @@
 """Models of a store as files of this machine, for libraries that need paths: fetched once, found again by their versions.
 
-They lie in the user's cache (`core/caching.py`). The least recently used go when all of them exceed `LIMIT`.
+They lie in the user's cache (`storage/user_cache.py`). The least recently used go when all of them exceed `LIMIT`.
 """
 
 import os
@@ -10,8 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from coldctl.common.errors import ManifestError
-from coldctl.core import caching, layout, manifest
-from coldctl.core.storage import RemoteFolder, download
+from coldctl.core import layout, manifest
+from coldctl.storage import user_cache
+from coldctl.storage.files import RemoteFolder, download
 
 LIMIT = 16 << 30  # bytes
 
@@ -19,7 +20,7 @@ LIMIT = 16 << 30  # bytes
 def fetched(url: str) -> Path:
     """A local directory with the files of the model at `url` as they are now. Raises ModelError or CheckpointError."""
     key = manifest.digest_of({"url": url, "versions": RemoteFolder(url).versions()}).removeprefix("sha256:")[:32]
-    place = caching.folder("models") / key
+    place = user_cache.folder("models") / key
     if place.is_dir() and not _sound(place):
         shutil.rmtree(place)
     if not place.is_dir():

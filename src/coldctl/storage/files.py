@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 from coldctl.common.errors import CheckpointError, ModelError
 from coldctl.core import layout
-from coldctl.core.location import Location, is_url, locate
+from coldctl.storage.location import Location, is_url, locate
 
 SMALL_FILE_LIMIT = 64 << 20  # bytes; the largest vocabularies need half of it
 _KEPT_FILE = 1 << 20  # bytes; what is read of a store and is no larger is kept for whoever asks next
