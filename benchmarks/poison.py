@@ -35,7 +35,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from coldctl.core import config, data, layout, manifest, scoring
+from coldctl.artifacts import layout, manifest
+from coldctl.core import config, data, scoring
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.storage.files import LocalFolder
 

@@ -137,7 +137,7 @@ def _contributions(folder: Path) -> list[Path]:
 
 def _derive(whole: Path, folder: Path, send: str) -> None:
     """The contributions of `whole` as differences: what `finetune --send` writes of the same training."""
-    from coldctl.core import manifest
+    from coldctl.artifacts import manifest
     from coldctl.core.checkpoint import body_digest, open_checkpoint
     from coldctl.core.deltas import open_delta, write_delta
     from coldctl.storage.files import LocalFolder

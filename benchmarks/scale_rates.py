@@ -108,7 +108,7 @@ def _adapter(scratch: Path) -> Path:
 
 
 def _manifest(folder: Path, encoding: str, body: str, base: str) -> None:
-    from coldctl.core import manifest
+    from coldctl.artifacts import manifest
 
     manifest.write(
         folder,

@@ -491,7 +491,7 @@ def test_a_diverged_training_is_no_contribution(tmp_path: Path, base: Path, data
 
 
 def test_strangers_manifests(tmp_path: Path, base: Path, contributions: Path, coldctl: Run) -> None:
-    from coldctl.core import manifest
+    from coldctl.artifacts import manifest
 
     fused = tmp_path / "fused"
     assert coldctl("fuse", contributions, "--base", base, "--output", fused).code == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from coldctl.core import layout, manifest
+from coldctl.artifacts import layout, manifest
 from conftest import FAST, Ran, run_coldctl
 
 Run = Callable[..., Ran]

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import tiny
+from coldctl.artifacts.output import write_text
 from coldctl.core import charts, curves, data, feature_cache, leaderboard
 from coldctl.core.config import DatasetConfig
-from coldctl.core.output import write_text
 from coldctl.stages.evaluate import candidates_of
 from conftest import Ran, suite_text
 
@@ -518,7 +518,7 @@ def test_what_changes_while_it_is_measured_is_noticed(
     tmp_path: Path, base: Path, coldctl: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the data a part that vanishes, of the measurements one that was made; what else was measured is kept."""
-    from coldctl.core.reference import memory_needed
+    from coldctl.artifacts.model_ref import memory_needed
     from coldctl.stages.evaluate import measure
 
     for seed, name in enumerate(("red", "green")):

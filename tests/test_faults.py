@@ -24,9 +24,9 @@ from typing import Any
 
 import pytest
 
+from coldctl.artifacts import layout, manifest, output
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import BusyError, CheckpointError, OutputError
-from coldctl.core import layout, manifest, output
 from coldctl.storage.files import LocalFolder
 from conftest import FAST, Ran, run_coldctl
 

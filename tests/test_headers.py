@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import CheckpointError, ModelError
 from coldctl.core import checkpoint as checkpoints
-from coldctl.core import layout
 from coldctl.core.checkpoint import Checkpoint, Tensor
 from coldctl.storage.files import LocalFolder
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 import tiny
+from coldctl.artifacts import manifest
 from coldctl.common import parsing
-from coldctl.core import manifest
 from conftest import FAST, Ran
 
 Run = Callable[..., Ran]

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 
 import tiny
+from coldctl.artifacts import manifest
+from coldctl.artifacts import run as runs
+from coldctl.artifacts.model_ref import Model, resolve
 from coldctl.common.errors import OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import manifest
-from coldctl.core import run as runs
 from coldctl.core.config import DatasetConfig, FinetuneConfig, read
 from coldctl.core.data import single
-from coldctl.core.reference import Model, resolve
 from coldctl.stages.finetune import jobs_of_suite, single_job
 from coldctl.workers.processes import in_processes
 from conftest import Ran, suite_text

@@ -1,4 +1,4 @@
-"""`core/manifest.py` by itself: what is written, what proves it, and what is refused."""
+"""`artifacts/manifest.py` by itself: what is written, what proves it, and what is refused."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from coldctl.artifacts import layout, manifest
+from coldctl.artifacts.manifest import Manifest
 from coldctl.common.errors import ManifestError
-from coldctl.core import layout, manifest
-from coldctl.core.manifest import Manifest
 from coldctl.storage.files import LocalReader
 
 LEAST: Manifest = {"kind": "fused", "name": "m", "body_digest": "sha256:0"}

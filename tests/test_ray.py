@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from coldctl.core import blocks, layout
+from coldctl.artifacts import layout
+from coldctl.core import blocks
 from conftest import Ran
 from made import contents
 from s3_server import S3

@@ -196,7 +196,7 @@ def move(late: Path, then: Path, now: Path, folder: Path) -> None:
 def spread_fisher(folder: Path, base: Path) -> None:
     import torch
 
-    from coldctl.core import manifest
+    from coldctl.artifacts import manifest
 
     tensors = [(name, torch.rand(array.shape)) for name, array in wide(base).items()]
     tiny.write_tensors(folder / "fisher.safetensors", tensors, {"format": "pt"})

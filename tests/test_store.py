@@ -21,8 +21,9 @@ import safetensors.numpy
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
+from coldctl.artifacts import layout, manifest, output
 from coldctl.common.errors import CheckpointError, OutputError
-from coldctl.core import layout, manifest, output, weights
+from coldctl.core import weights
 from coldctl.storage import conditional_write
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import locate
@@ -152,7 +153,7 @@ def test_two_writers_cannot_both_win(store: S3, coldctl: Run, monkeypatch: pytes
 
 def test_the_manifest_is_created_only_once(store: S3, coldctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that comes to its end after another one has completed the output changes nothing."""
-    from coldctl.core import placing
+    from coldctl.artifacts import placing
 
     place, output = placing.place, f"{store.url}/fused"
 
@@ -187,7 +188,7 @@ def test_a_version_that_is_not_the_newest_is_noticed(s3: S3, tmp_path: Path) -> 
 
 def test_decisions_are_not_written_over(s3: S3, suite: Path, coldctl: Run) -> None:
     """Two commands that change `run.json` at once: the slower one is told to come again."""
-    from coldctl.core import run as runs
+    from coldctl.artifacts import run as runs
 
     run = f"{s3.url}/run"
     assert coldctl("plan", run, "--config", suite, "--iterations", 1).code == 0

@@ -178,7 +178,7 @@ def test_a_difference_from_another_base_is_refused(tmp_path: Path, base: Path, s
 
 def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """A copy of a difference with other tensors and a manifest that is whole, as a stranger could make it."""
-    from coldctl.core import manifest as manifests
+    from coldctl.artifacts import manifest as manifests
 
     shutil.copytree(source, target)
     tensors, metadata = tiny.read_tensors(target / "delta.safetensors")
@@ -234,7 +234,7 @@ def test_a_bad_difference_is_named(case: str, tmp_path: Path, base: Path, sent: 
 
 
 def test_a_difference_needs_its_manifest(tmp_path: Path, base: Path, sent: Path, coldctl: Run) -> None:
-    from coldctl.core import manifest as manifests
+    from coldctl.artifacts import manifest as manifests
 
     bad = Path(shutil.copytree(sent / "delta-bf16", tmp_path / "bad"))
     document = {**manifest(bad), "encoding": "delta-int4"}

@@ -72,7 +72,7 @@ def fuse(coldctl: Run, parts: Path, base: Path, output: Path, trusted: Path, *fl
 
 def forge(folder: Path) -> None:
     """Another body, and a manifest that says so: all its digests hold."""
-    from coldctl.core import manifest
+    from coldctl.artifacts import manifest
     from coldctl.core.checkpoint import body_digest, open_checkpoint, outside_body
     from coldctl.storage.files import LocalFolder
 
@@ -120,7 +120,7 @@ def test_signed_contributions_are_accepted_and_named(
 def test_what_no_trusted_key_signed_is_refused_with_its_reason(
     signed: Path, base: Path, trusted: Path, keys: dict[str, Path], tmp_path: Path, coldctl: Run
 ) -> None:
-    from coldctl.core import signing
+    from coldctl.artifacts import signing
 
     parts = Path(shutil.copytree(signed, tmp_path / "parts"))
     for name in ("unsigned", "stranger", "forged", "added", "flipped", "less"):
@@ -189,7 +189,7 @@ def test_a_flipped_bit_is_found_while_the_weights_are_fused(
 def test_what_is_no_part_of_the_model_is_signed_as_well(
     signed: Path, base: Path, trusted: Path, keys: dict[str, Path], tmp_path: Path, coldctl: Run
 ) -> None:
-    from coldctl.core import signing
+    from coldctl.artifacts import signing
 
     model, published = tmp_path / "model", tmp_path / "published"
     assert coldctl("fuse", signed, "--base", base, "--output", model, "--leave-one-out").code == 0
@@ -298,7 +298,7 @@ def test_what_a_signer_left_out_of_the_signature_is_not_trusted(
 def test_checkpoints_without_a_manifest_are_proven_by_the_signature_alone(
     signed: Path, base: Path, trusted: Path, keys: dict[str, Path], tmp_path: Path, coldctl: Run
 ) -> None:
-    from coldctl.core import signing
+    from coldctl.artifacts import signing
 
     parts = Path(shutil.copytree(signed, tmp_path / "parts"))
     for name in ("one", "two"):

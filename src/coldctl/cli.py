@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from coldctl import __version__
+from coldctl.artifacts import layout
 from coldctl.common.errors import ColdctlError, ConfigError, DeclinedError, OutputError
 from coldctl.common.text import printable
-from coldctl.core import layout
 from coldctl.core.config import (
     ConfigFile,
     DatasetConfig,
@@ -272,8 +272,8 @@ def finetune(
     rank = os.environ.get("RANK", "0")
     follows = rank.isdecimal() and rank != "0" and "WORLD_SIZE" in os.environ
     with _boundary(as_json=as_json and not follows, quiet=quiet or follows, mute=follows) as screen:
+        from coldctl.artifacts import model_ref
         from coldctl.core import data as datasets
-        from coldctl.core import reference
         from coldctl.core.training_log import check_kind
         from coldctl.stages import finetune as stage
         from coldctl.workers import choose
@@ -297,7 +297,7 @@ def finetune(
         if log is not None:
             check_kind(log)
         watching = stage.Watching(log, str(log_folder), checkpoint_seconds)
-        model = reference.resolve(base, revision)
+        model = model_ref.resolve(base, revision)
         if data is None and any((name, license_, text, text_pair, label)):
             raise ConfigError(
                 "--name, --license, --text, --text-pair and --label go with DATA: a suite's file has its own"
@@ -463,7 +463,7 @@ def fuse(
 ) -> None:
     """Average the bodies of contributions into a better base model."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
-        from coldctl.core import reference
+        from coldctl.artifacts import model_ref
         from coldctl.stages import fuse as stage
         from coldctl.workers import choose
 
@@ -480,10 +480,10 @@ def fuse(
             "leave_one_out": leave_one_out, "dtype": dtype, "max_shard_size": max_shard_size,
         }  # fmt: skip
         settings = resolve(FuseConfig, file, flags)
-        model = reference.resolve(base, revision)
+        model = model_ref.resolve(base, revision)
         with screen.progress() as progress, closing(where):
             if without is not None:
-                fused = reference.resolve(contributions[0])
+                fused = model_ref.resolve(contributions[0])
                 done = stage.withdraw(
                     fused,
                     without,
@@ -570,8 +570,9 @@ def evaluate(
 ) -> None:
     """Measure whether models are better base models than a baseline, with intervals, on a suite of datasets."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.artifacts import model_ref
         from coldctl.console import evaluation_tables
-        from coldctl.core import reference, scoring
+        from coldctl.core import scoring
         from coldctl.stages import evaluate as stage
         from coldctl.workers import choose
 
@@ -586,7 +587,7 @@ def evaluate(
         settings = resolve(EvaluateConfig, file, flags)
         finetuning = resolve(FinetuneConfig, file, {"seed": seed})
         found = stage.candidates_of(models, revision)
-        against = reference.resolve(baseline, revision) if baseline else stage.default_baseline(found[0].model)
+        against = model_ref.resolve(baseline, revision) if baseline else stage.default_baseline(found[0].model)
         with screen.progress() as progress, closing(where):
             done = stage.evaluate(
                 found,
@@ -640,8 +641,8 @@ def publish(
 ) -> None:
     """Turn a fused model into a repository that anyone can load, with a model card: here, in a store or on the Hub."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.artifacts import model_ref
         from coldctl.console import files_table
-        from coldctl.core import reference
         from coldctl.stages import publish as stage
 
         given = {
@@ -654,7 +655,7 @@ def publish(
             "max_shard_size": max_shard_size,
         }
         settings = resolve(PublishConfig, read(config), given)
-        source = reference.resolve(model, revision)
+        source = model_ref.resolve(model, revision)
         with screen.progress() as progress:
             target = stage.target_of(to, progress, private=private, create_pr=create_pr, dry_run=dry_run)
             done = stage.publish(
@@ -702,11 +703,11 @@ def check(
 ) -> None:
     """Say whether checkpoints would fuse, from their headers alone, in milliseconds."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.artifacts import model_ref
         from coldctl.console import check_table
-        from coldctl.core import reference
         from coldctl.stages import check as stage
 
-        model = reference.resolve(base, revision) if base else None
+        model = model_ref.resolve(base, revision) if base else None
         with screen.progress() as progress:
             report = stage.check(
                 checkpoints, model, deep=deep, verify_key=verify_key, trusted_keys=trusted_keys, progress=progress
@@ -740,8 +741,8 @@ def lineage(
 ) -> None:
     """Show where a model came from: pretrained model, iterations, contributions accepted and refused."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.artifacts import model_ref
         from coldctl.console import carriers_table, lineage_tree
-        from coldctl.core import reference
         from coldctl.stages import lineage as stage
 
         if signer is not None:
@@ -759,7 +760,7 @@ def lineage(
             return
         if len(models) > 1:
             raise ConfigError("the lineage of one MODEL is shown at a time: give one, or --signer to search several")
-        generations = stage.lineage(reference.resolve(models[0]))
+        generations = stage.lineage(model_ref.resolve(models[0]))
         screen.show(lineage_tree(generations))
         screen.result({"lineage": generations})
 

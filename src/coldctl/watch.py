@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from coldctl.artifacts import layout, manifest, run
+from coldctl.artifacts.manifest import Manifest
+from coldctl.artifacts.model_ref import Model, resolve
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, DeclinedError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import layout, manifest, run
 from coldctl.core.config import DatasetConfig, EvaluateConfig, FinetuneConfig, FuseConfig
-from coldctl.core.manifest import Manifest
-from coldctl.core.reference import Model, resolve
 from coldctl.stages import evaluate, fuse, plan
 from coldctl.storage.location import Location
 from coldctl.workers.jobs import Engine

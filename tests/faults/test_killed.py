@@ -28,7 +28,7 @@ import pytest
 from mortal import KINDS, Kind, Moment, Script
 
 import tiny
-from coldctl.core import layout, manifest
+from coldctl.artifacts import layout, manifest
 from conftest import suite_text
 
 ROOT = Path(__file__).parents[2]

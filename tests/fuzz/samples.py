@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from coldctl.core import manifest, signatures, weights
+from coldctl.artifacts import manifest, signatures
+from coldctl.core import weights
 
 BODY: dict[str, tuple[int, ...]] = {
     "embeddings.word_embeddings.weight": (6, 4),

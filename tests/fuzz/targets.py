@@ -17,23 +17,8 @@ from pathlib import Path
 import mutations
 import samples
 
-from coldctl.core import (
-    config,
-    data,
-    experiment,
-    foreign,
-    fusing,
-    history,
-    layout,
-    licenses,
-    lineage,
-    manifest,
-    report,
-    results,
-    run,
-    signatures,
-    tokenizer_files,
-)
+from coldctl.artifacts import layout, lineage, manifest, run, signatures
+from coldctl.core import config, data, experiment, foreign, fusing, history, licenses, report, results, tokenizer_files
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
 from coldctl.core.compatibility import compare
 from coldctl.core.config import DatasetConfig

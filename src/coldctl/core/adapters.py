@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import CheckpointError
-from coldctl.core import foreign, layout, merge
+from coldctl.core import foreign, merge
 from coldctl.core.checkpoint import (
     CONFIG_LIMIT,
     DTYPES,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
-from coldctl.core import layout
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, digest_prelude
 from coldctl.core.describe import bare_config
 from coldctl.core.privacy import is_path

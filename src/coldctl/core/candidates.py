@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from coldctl.artifacts import layout, signatures
+from coldctl.artifacts.model_ref import as_text, resolve
+from coldctl.artifacts.signatures import Signed, TrustedKey
 from coldctl.common.errors import CheckpointError, ColdctlError, ModelError
 from coldctl.common.progress import Progress
-from coldctl.core import layout, signatures
 from coldctl.core.checkpoint import Checkpoint, body_digest, read_manifest
 from coldctl.core.decoded import shared
 from coldctl.core.encodings import open_contribution
-from coldctl.core.reference import as_text, resolve
-from coldctl.core.signatures import Signed, TrustedKey
 from coldctl.core.staleness import Ancestry
 from coldctl.storage.files import Folder, LocalFolder, RemoteFolder, look_ahead, open_folder, remote_folders
 from coldctl.storage.location import is_url

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coldctl.artifacts import layout
+from coldctl.artifacts.lineage import generations, mermaid
+from coldctl.artifacts.manifest import Manifest
 from coldctl.common.text import code, markdown, printable
-from coldctl.core import handwritten, layout, licenses
+from coldctl.core import handwritten, licenses
 from coldctl.core.history import fused_generations, history, with_ancestors
-from coldctl.core.lineage import generations, mermaid
-from coldctl.core.manifest import Manifest
 from coldctl.core.report import (
     overlap_sentences,
     protocols_of,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from coldctl.core import manifest, output
+from coldctl.artifacts import manifest, output
 from coldctl.storage.location import Location
 
 

@@ -15,11 +15,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.artifacts import layout
+from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import CheckpointError, ModelError
 from coldctl.common.parsing import json_value
-from coldctl.core import layout
 from coldctl.core.encoders import BODY_PREFIXES
-from coldctl.core.manifest import Manifest, parse
 from coldctl.storage.files import Folder, Reader
 
 HEADER_LIMIT = 4 << 20  # bytes; the largest encoders need a tenth of it

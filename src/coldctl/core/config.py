@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from coldctl.artifacts import manifest
 from coldctl.common.errors import ConfigError
 from coldctl.common.parsing import TOML_LIMIT, toml_table
-from coldctl.core import manifest
 
 HIGHEST_RANK = 4096  # of a low-rank adapter
 DEFAULT_RANK = 8  # where an adapter is asked for, and no rank is given

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import CheckpointError
-from coldctl.core import layout, merge
+from coldctl.core import merge
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, is_pooler, read_header, read_manifest
 from coldctl.core.decoded import DECODED, RelativeCheckpoint
 from coldctl.core.weights import Layout, WeightsWriter, file_order

@@ -5,8 +5,8 @@ differences from the base (`core/deltas.py`); `adapter` is a low-rank one (`core
 where they are asked for (`core/pickles.py`).
 """
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import ModelError
-from coldctl.core import layout
 from coldctl.core.adapters import open_adapter
 from coldctl.core.checkpoint import Checkpoint, open_checkpoint
 from coldctl.core.deltas import open_delta

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.artifacts import manifest
 from coldctl.common.disk_errors import as_os_errors
-from coldctl.core import manifest
 from coldctl.storage import user_cache
 
 LIMIT = 4 << 30  # bytes

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import ModelError
-from coldctl.core import layout
 from coldctl.core.checkpoint import CONFIG_LIMIT, HEADER_LIMIT, json_object, read_model_config
 from coldctl.storage.files import Folder, LocalFolder
 from coldctl.storage.location import Location

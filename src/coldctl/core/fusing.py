@@ -17,10 +17,15 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.artifacts import layout, manifest
+from coldctl.artifacts.lineage import signers_within
+from coldctl.artifacts.manifest import ContributionRecord, Manifest
+from coldctl.artifacts.model_ref import Model
+from coldctl.artifacts.signatures import TrustedKey
 from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
 from coldctl.common.parsing import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
 from coldctl.common.progress import Progress
-from coldctl.core import charts, foreign, layout, manifest, merge
+from coldctl.core import charts, foreign, merge
 from coldctl.core.candidates import Candidate
 from coldctl.core.checkpoint import (
     Checkpoint,
@@ -34,8 +39,6 @@ from coldctl.core.compatibility import compare, other_base
 from coldctl.core.config import FuseConfig, as_record, identity
 from coldctl.core.decoded import RelativeCheckpoint
 from coldctl.core.describe import bare_config
-from coldctl.core.lineage import signers_within
-from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.merge import Array
 from coldctl.core.passes import (
     Inputs,
@@ -48,8 +51,6 @@ from coldctl.core.passes import (
     thresholds,
 )
 from coldctl.core.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
-from coldctl.core.reference import Model
-from coldctl.core.signatures import TrustedKey
 from coldctl.core.sinks import DTYPE_NAMES, Written, output_dtype
 from coldctl.core.staleness import discount, moved
 from coldctl.core.statistics import UpdateStatistics, names_of, outliers

@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from coldctl.artifacts.manifest import Manifest
 from coldctl.common.text import code, markdown
 from coldctl.core.config import FuseConfig
-from coldctl.core.manifest import Manifest
 
 # Settings of a fuse that its card tells: of an outer step, and where they are not the defaults.
 _OUTER = ("outer_optimizer", "outer_lr", "outer_momentum")

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from coldctl.artifacts import layout
+from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import ColdctlError, ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Drawing, Progress
-from coldctl.core import layout
-from coldctl.core.manifest import Manifest, parse
 from coldctl.core.targets import Sending
 
 _REFERENCE = re.compile(r"hf://(?P<name>[^@]+?)/?(?:@(?P<revision>.+))?")

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from coldctl.artifacts import layout, manifest
+from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.common.errors import ManifestError
 from coldctl.common.progress import Progress
-from coldctl.core import layout, manifest
 from coldctl.core.candidates import Candidate
 from coldctl.core.checkpoint import body_digest
-from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.storage.location import Location, children
 
 

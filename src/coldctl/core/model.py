@@ -13,8 +13,9 @@ import transformers
 from numpy.typing import NDArray
 from torch import nn
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import ModelError
-from coldctl.core import foreign, layout
+from coldctl.core import foreign
 from coldctl.core.checkpoint import Checkpoint, is_pooler, modern_name, open_checkpoint
 from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.core.ragged import Ragged, Spool

@@ -14,10 +14,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
+from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.common.text import printable
 from coldctl.core import charts, report
 from coldctl.core.curves import Panel
-from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.scoring import RESAMPLES
 
 _FOLDER = Path(__file__).parent

@@ -17,13 +17,14 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from coldctl.artifacts import layout, manifest
+from coldctl.artifacts.manifest import Manifest
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
-from coldctl.core import layout, manifest, merge
+from coldctl.core import merge
 from coldctl.core.blocks import Block, Digester, Stretch, cut, read_blocks, stretches
 from coldctl.core.checkpoint import Checkpoint, body_digest, outside_body_digest
 from coldctl.core.config import FuseConfig
-from coldctl.core.manifest import Manifest
 from coldctl.core.merge import Array
 from coldctl.core.recipe import Recipe, TensorWeights
 from coldctl.core.statistics import NotFinite, UpdateStatistics, not_finite

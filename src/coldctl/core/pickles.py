@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import CheckpointError
-from coldctl.core import layout
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_prefix, modern_name, read_model_config
 from coldctl.core.decoded import DECODED
 from coldctl.storage.files import Folder

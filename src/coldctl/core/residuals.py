@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from coldctl.artifacts.manifest import Manifest
 from coldctl.common.errors import CheckpointError, OutputError
 from coldctl.core.checkpoint import Checkpoint, read_header
-from coldctl.core.manifest import Manifest
 from coldctl.storage.files import LocalFolder
 
 _KEPT = 4  # residuals of one contributor on one base: repeated trainings leave one each

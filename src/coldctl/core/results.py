@@ -5,9 +5,9 @@ import typing
 from types import NoneType
 from typing import Any
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import ManifestError
 from coldctl.common.parsing import JSON_LIMIT, MAYBE_TEXT, Shape, json_value, misfit
-from coldctl.core import layout
 from coldctl.core.config import PROTOCOLS, Metric
 from coldctl.storage.location import Location
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from coldctl.artifacts import layout
 from coldctl.common.progress import Progress
-from coldctl.core import layout, trainable
+from coldctl.core import trainable
 from coldctl.core.adapters import open_adapter
 from coldctl.core.bare import write_body, write_config
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint

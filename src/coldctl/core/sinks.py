@@ -13,7 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from coldctl.core import layout, merge
+from coldctl.artifacts import layout
+from coldctl.core import merge
 from coldctl.core.blocks import Block
 from coldctl.core.checkpoint import DTYPES, FLOATING, Checkpoint, Tensor, digest_prelude
 from coldctl.core.config import FuseConfig, size_in_bytes

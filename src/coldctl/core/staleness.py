@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.artifacts.manifest import Manifest
+from coldctl.artifacts.model_ref import resolve
 from coldctl.common.errors import CheckpointError, ColdctlError
 from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, open_checkpoint
 from coldctl.core.decoded import shared
-from coldctl.core.manifest import Manifest
-from coldctl.core.reference import resolve
 
 _DOUBLE = "F64"
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from coldctl.artifacts import layout, output, placing
+from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import CheckpointError, ManifestError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import layout, output, placing
-from coldctl.core.manifest import Manifest, parse
 from coldctl.storage import files
 from coldctl.storage.location import Location, locate
 

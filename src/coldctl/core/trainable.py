@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import ConfigError
-from coldctl.core import layout
 from coldctl.core.config import FinetuneConfig
 from coldctl.core.model import body_of
 

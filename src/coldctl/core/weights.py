@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldctl.core import layout
+from coldctl.artifacts import layout
 from coldctl.core.checkpoint import DTYPES
 from coldctl.storage.location import Location
 

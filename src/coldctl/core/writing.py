@@ -13,8 +13,9 @@ from itertools import groupby, islice
 
 import numpy as np
 
+from coldctl.artifacts import manifest
 from coldctl.common.progress import Progress
-from coldctl.core import manifest, merge
+from coldctl.core import merge
 from coldctl.core.blocks import Block, Digester, Stretch, read_blocks, stretches
 from coldctl.core.checkpoint import FLOATING, Checkpoint, body_digest
 from coldctl.core.merge import Array

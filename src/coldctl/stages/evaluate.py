@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.artifacts import layout, manifest, output, run
+from coldctl.artifacts.model_ref import Model, memory_needed, resolve
 from coldctl.common.errors import ConfigError, DataError, ModelError, OutputError
 from coldctl.common.progress import Progress
 from coldctl.core import cells as cell_files
-from coldctl.core import curves, data, feature_cache, foreign, layout, manifest, output, run, scoring
+from coldctl.core import curves, data, feature_cache, foreign, scoring
 from coldctl.core import results as results_file
 from coldctl.core.candidates import free_names
 from coldctl.core.charts import curve_chart, gain_chart
@@ -35,7 +37,6 @@ from coldctl.core.config import (
 )
 from coldctl.core.page import page
 from coldctl.core.passes import prove
-from coldctl.core.reference import Model, memory_needed, resolve
 from coldctl.core.report import markdown, overlap_sentences
 from coldctl.storage.location import Location, locate
 from coldctl.workers.jobs import Engine, Needs

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.artifacts import layout, manifest, output, run
+from coldctl.artifacts.manifest import Manifest
+from coldctl.artifacts.model_ref import Model, memory_needed, resolve
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
 from coldctl.common.progress import Progress
-from coldctl.core import data, foreign, layout, manifest, output, residuals, run, scoring, team
+from coldctl.core import data, foreign, residuals, scoring, team
 from coldctl.core.charts import training_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import (
@@ -29,9 +32,7 @@ from coldctl.core.config import (
     settled_finetuning,
 )
 from coldctl.core.deltas import ENCODINGS
-from coldctl.core.manifest import Manifest
 from coldctl.core.passes import prove
-from coldctl.core.reference import Model, memory_needed, resolve
 from coldctl.core.training_log import Log, open_log
 from coldctl.storage.files import LocalFolder
 from coldctl.storage.location import Location, is_url, locate
@@ -351,7 +352,7 @@ def _identified(job: Job, dataset: data.Dataset, source: Checkpoint) -> _Prepare
 
 def _signing() -> ModuleType:
     """The signing library takes its time, so it is imported where somebody signs."""
-    from coldctl.core import signing
+    from coldctl.artifacts import signing
 
     return signing
 

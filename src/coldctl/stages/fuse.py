@@ -12,18 +12,19 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from coldctl.artifacts import layout, manifest, output, run, signatures
+from coldctl.artifacts.manifest import ContributionRecord, Manifest
+from coldctl.artifacts.model_ref import Model
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
 from coldctl.common.progress import SILENT, Progress
-from coldctl.core import foreign, layout, manifest, output, run, signatures
+from coldctl.core import foreign
 from coldctl.core.candidates import Candidate, gather
 from coldctl.core.checkpoint import CONFIG_LIMIT, DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import ConfigFile, FuseConfig, identity, resolve
 from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
 from coldctl.core.late import as_listed, counted_once, listed, waiting
-from coldctl.core.manifest import ContributionRecord, Manifest
 from coldctl.core.passes import Inputs, Prover
 from coldctl.core.recipe import Recipe
-from coldctl.core.reference import Model
 from coldctl.core.staleness import Ancestry
 from coldctl.core.writing import write
 from coldctl.storage.files import open_folder

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from coldctl.artifacts import layout, run, signatures
+from coldctl.artifacts.lineage import Carried, Generation, carried, generations, known_keys, unsigned
+from coldctl.artifacts.manifest import Manifest, parse
+from coldctl.artifacts.model_ref import Model, resolve
 from coldctl.common.errors import ConfigError, ManifestError
-from coldctl.core import layout, run, signatures
-from coldctl.core.lineage import Carried, Generation, carried, generations, known_keys, unsigned
-from coldctl.core.manifest import Manifest, parse
-from coldctl.core.reference import Model, resolve
 from coldctl.storage.location import is_url, locate
 
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+from coldctl.artifacts import layout, manifest, output, placing, run
+from coldctl.artifacts.model_ref import Model, resolve
+from coldctl.artifacts.run import Iteration, Run
 from coldctl.common.errors import ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import experiment, layout, manifest, output, placing, results, run, scoring
+from coldctl.core import experiment, results, scoring
 from coldctl.core.config import ConfigFile, RunConfig, contributors_of
 from coldctl.core.experiment import Variant
-from coldctl.core.reference import Model, resolve
-from coldctl.core.run import Iteration, Run
 from coldctl.storage import conditional_write
 from coldctl.storage.location import Location, children
 

@@ -7,17 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from coldctl.artifacts import layout, manifest, output
+from coldctl.artifacts.manifest import Manifest
+from coldctl.artifacts.model_ref import Model
 from coldctl.common.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.common.progress import Progress
-from coldctl.core import foreign, layout, manifest, output, privacy, results, tokenizer_files
+from coldctl.core import foreign, privacy, results, tokenizer_files
 from coldctl.core.bare import WrittenBody, write_body, write_config
 from coldctl.core.card import Subject, card
 from coldctl.core.charts import gain_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
-from coldctl.core.manifest import Manifest
 from coldctl.core.passes import prove
-from coldctl.core.reference import Model
 from coldctl.core.sinks import DTYPE_NAMES
 from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
 from coldctl.storage.files import open_folder
@@ -128,7 +129,7 @@ def _prepared(
 ) -> _Work:
     """Everything that can be refused before a byte is written."""
     if sign_key is not None:
-        from coldctl.core import signing
+        from coldctl.artifacts import signing
 
         signing.check_key(sign_key)
     if config.name is not None:
@@ -226,7 +227,7 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     document = manifest.write(folder, document, body.files)
     privacy.search(folder, [work.model.place, *([str(work.evaluation)] if work.evaluation else [])])
     if work.sign_key is not None:
-        from coldctl.core import signing
+        from coldctl.artifacts import signing
 
         signing.sign(folder, work.sign_key)
     number = document.get("iteration")

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from coldctl.core import late, layout, manifest, output, run
+from coldctl.artifacts import layout, manifest, output, run
+from coldctl.core import late
 from coldctl.storage.location import Location, children
 
 

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import CheckpointError, ModelError
-from coldctl.core import layout
 from coldctl.storage.location import Location, is_url, locate
 
 SMALL_FILE_LIMIT = 64 << 20  # bytes; the largest vocabularies need half of it

@@ -9,8 +9,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from coldctl.artifacts import layout, manifest
 from coldctl.common.errors import ManifestError
-from coldctl.core import layout, manifest
 from coldctl.storage import user_cache
 from coldctl.storage.files import RemoteFolder, download
 

@@ -9,9 +9,9 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import ConfigError, ManifestError, OutputError
 from coldctl.common.parsing import MAYBE_TEXT, json_value, misfit
-from coldctl.core import layout
 from coldctl.storage import conditional_write
 from coldctl.storage.conditional_write import Version
 from coldctl.storage.location import Location

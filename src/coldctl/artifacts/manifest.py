@@ -16,9 +16,9 @@ from types import NoneType
 from typing import Any, Literal, TypedDict
 
 from coldctl import __version__
+from coldctl.artifacts import layout
 from coldctl.common.errors import ManifestError
 from coldctl.common.parsing import MAYBE_NUMBER, MAYBE_TEXT, NUMBER, SCALAR, Shape, json_value, misfit
-from coldctl.core import layout
 from coldctl.storage.files import Reader
 from coldctl.storage.location import Location
 

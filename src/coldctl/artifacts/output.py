@@ -2,7 +2,7 @@
 
 Work happens in the hidden sibling `.NAME.partial/`; when it is done, the manifest is the last file of it. On this machine
 every file is then fsynced and one rename makes the directory visible. Stores know no rename: there the files are
-copied by the store itself, the manifest last and only if nobody else has completed the output (`core/placing.py`).
+copied by the store itself, the manifest last and only if nobody else has completed the output (`artifacts/placing.py`).
 A complete output with the same identity is left alone.
 """
 
@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from coldctl.artifacts import layout, manifest, placing
 from coldctl.common.errors import BusyError, ManifestError, OutputError
 from coldctl.common.progress import SILENT, Progress
-from coldctl.core import layout, manifest, placing
 from coldctl.storage import conditional_write, user_cache
 from coldctl.storage.lease import Lease
 from coldctl.storage.location import Location, children, in_store, locate

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coldctl.artifacts import layout
+from coldctl.artifacts.manifest import Manifest, digest_of_reader, parse
+from coldctl.artifacts.output import IDENTITY
 from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, ManifestError, ModelError
 from coldctl.common.parsing import json_value
-from coldctl.core import layout
 from coldctl.core.config import check_name
-from coldctl.core.manifest import Manifest, digest_of_reader, parse
-from coldctl.core.output import IDENTITY
 from coldctl.storage.files import Folder
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from coldctl.artifacts import layout, run
 from coldctl.common.errors import ColdctlError, ModelError
-from coldctl.core import layout, run
 from coldctl.storage import model_cache
 from coldctl.storage.files import Folder, open_folder
 from coldctl.storage.location import Location, is_url, locate

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from coldctl.artifacts import layout
 from coldctl.common.errors import BusyError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import layout
 from coldctl.storage import conditional_write
 from coldctl.storage.conditional_write import Version
 from coldctl.storage.lease import Lease

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coldctl.artifacts import layout, manifest, output, signatures
 from coldctl.common.errors import CheckpointError, ConfigError, ModelError
-from coldctl.core import layout, manifest, output, signatures
 from coldctl.storage.files import LocalFolder
 
 _REMEDY = (

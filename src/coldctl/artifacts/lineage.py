@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coldctl.artifacts.manifest import Manifest
 from coldctl.common.text import printable
-from coldctl.core.manifest import Manifest
 
 _MOST_NODES = 150  # a larger graph is one that nobody reads, and Mermaid itself ends at 500 edges
 _LONGEST = 80  # characters of a name or a reason in a node
