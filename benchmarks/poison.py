@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from coldctl.artifacts import layout, manifest
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core import config, data, scoring
-from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.storage.files import LocalFolder
 
 DEMO = ("amazon", "movies", "tweets", "nyt")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tiny
 from coldctl.artifacts import layout, manifest
-from coldctl.core.checkpoint import body_digest, open_checkpoint, outside_body
+from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint, outside_body
 from coldctl.storage.files import LocalFolder
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
 from coldctl.core import merge, scoring
 from coldctl.core.blocks import Digester, block_length, cut, read_blocks
-from coldctl.core.checkpoint import body_digest, open_checkpoint
 from coldctl.core.data import stratified
 from coldctl.storage.files import LocalFolder
 

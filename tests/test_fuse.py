@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tiny
-from coldctl.core.checkpoint import body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
 from coldctl.storage.files import LocalFolder
 from conftest import Ran
 

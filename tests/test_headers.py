@@ -1,4 +1,4 @@
-"""`core/checkpoint.py` on safetensors files written by hand: what is read where, digests by the contract's own words."""
+"""`checkpoints/checkpoint.py` on safetensors files written by hand: what is read where, digests by the contract's own words."""
 
 import hashlib
 import json
@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from coldctl.artifacts import layout
+from coldctl.checkpoints import checkpoint as checkpoints
+from coldctl.checkpoints.checkpoint import Checkpoint, Tensor
 from coldctl.common.errors import CheckpointError, ModelError
-from coldctl.core import checkpoint as checkpoints
-from coldctl.core.checkpoint import Checkpoint, Tensor
 from coldctl.storage.files import LocalFolder
 
 CODES = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64", np.dtype(ml_dtypes.bfloat16): "BF16"}

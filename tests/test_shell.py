@@ -12,8 +12,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.core import config
-from coldctl.core.encoders import BODY_PREFIXES
 from conftest import Ran
 
 ROOT = Path(__file__).parents[1]

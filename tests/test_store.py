@@ -22,8 +22,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
 from coldctl.artifacts import layout, manifest, output
+from coldctl.checkpoints import writer as weights
 from coldctl.common.errors import CheckpointError, OutputError
-from coldctl.core import weights
 from coldctl.storage import conditional_write
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import locate

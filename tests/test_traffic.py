@@ -119,9 +119,9 @@ def test_a_mixed_fuse_is_that_of_what_the_encodings_stand_for(
 
 @pytest.mark.parametrize("send", [*DELTAS, "lora"])
 def test_any_range_is_decoded_as_the_whole_is(send: str, base: Path, sent: Path) -> None:
-    from coldctl.core.checkpoint import open_checkpoint
-    from coldctl.core.deltas import elements
-    from coldctl.core.encodings import open_contribution
+    from coldctl.checkpoints.checkpoint import open_checkpoint
+    from coldctl.checkpoints.deltas import elements
+    from coldctl.checkpoints.formats import open_contribution
     from coldctl.storage.files import LocalFolder
 
     found = open_contribution(LocalFolder(sent / send), send, open_checkpoint(LocalFolder(base), "base"))
@@ -294,8 +294,8 @@ def test_rows_that_stand_still_and_empty_tensors(tmp_path: Path, coldctl: Run) -
     """Through the library, for no base of ours has such tensors."""
     import torch
 
-    from coldctl.core.checkpoint import open_checkpoint
-    from coldctl.core.deltas import open_delta, write_delta
+    from coldctl.checkpoints.checkpoint import open_checkpoint
+    from coldctl.checkpoints.deltas import open_delta, write_delta
     from coldctl.storage.files import LocalFolder
 
     names = {"a": (3, 4), "a-b": (3,), "none": (0, 4), "hollow": (4, 0), "one": (), "cube": (2, 3, 2), "tiny": (2, 2)}
@@ -335,9 +335,9 @@ def test_rows_that_stand_still_and_empty_tensors(tmp_path: Path, coldctl: Run) -
 def test_differences_that_an_encoding_cannot_hold(tmp_path: Path) -> None:
     import torch
 
+    from coldctl.checkpoints.checkpoint import open_checkpoint
+    from coldctl.checkpoints.deltas import write_delta
     from coldctl.common.errors import CheckpointError
-    from coldctl.core.checkpoint import open_checkpoint
-    from coldctl.core.deltas import write_delta
     from coldctl.storage.files import LocalFolder
 
     folders = []
@@ -534,9 +534,9 @@ def test_residuals_that_cannot_be_kept_or_do_not_fit(
 ) -> None:
     import torch
 
+    from coldctl.checkpoints.checkpoint import open_checkpoint
     from coldctl.common.errors import CheckpointError, OutputError
     from coldctl.core import residuals
-    from coldctl.core.checkpoint import open_checkpoint
     from coldctl.storage.files import LocalFolder
 
     monkeypatch.delenv("COLDCTL_STATE")

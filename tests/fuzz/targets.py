@@ -18,11 +18,12 @@ import mutations
 import samples
 
 from coldctl.artifacts import layout, lineage, manifest, run, signatures
-from coldctl.core import config, data, experiment, foreign, fusing, history, licenses, report, results, tokenizer_files
-from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
+from coldctl.checkpoints.formats import open_contribution
+from coldctl.core import config, data, experiment, fusing, history, licenses, report, results, tokenizer_files
 from coldctl.core.compatibility import compare
 from coldctl.core.config import DatasetConfig
-from coldctl.core.encodings import open_contribution
 from coldctl.core.sources import FORMATS
 from coldctl.storage.files import LocalFolder
 
@@ -52,7 +53,7 @@ def examine(folder: Path) -> None:
     """Open a contribution, hold it against the base, and read all of it, as fuse and check do."""
     found = open_contribution(LocalFolder(folder), "it", base(), allow_pickle=True)
     compare(base(), found, None, allow_other_base=False)
-    foreign.note(found.config)
+    sanitize.note(found.config)
     try:
         body_digest(found)
     finally:
@@ -132,7 +133,7 @@ def read_weights(folder: Path) -> None:
 def copy_tokenizer(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="coldctl-fuzz-", dir=folder.parent) as target:
         tokenizer_files.copy(LocalFolder(folder), Path(target))
-    with foreign.tokenizer_of(LocalFolder(folder)):
+    with sanitize.tokenizer_of(LocalFolder(folder)):
         pass
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, digest_prelude
+from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, Tensor, digest_prelude
 from coldctl.storage.files import RemoteFolder, look_ahead
 
 MEMORY = 48 << 20  # bytes of buffers, over both sets

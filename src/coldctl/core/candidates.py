@@ -10,11 +10,11 @@ from pathlib import Path
 from coldctl.artifacts import layout, signatures
 from coldctl.artifacts.model_ref import as_text, resolve
 from coldctl.artifacts.signatures import Signed, TrustedKey
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, read_manifest
+from coldctl.checkpoints.decoded import shared
+from coldctl.checkpoints.formats import open_contribution
 from coldctl.common.errors import CheckpointError, ColdctlError, ModelError
 from coldctl.common.progress import Progress
-from coldctl.core.checkpoint import Checkpoint, body_digest, read_manifest
-from coldctl.core.decoded import shared
-from coldctl.core.encodings import open_contribution
 from coldctl.core.staleness import Ancestry
 from coldctl.storage.files import Folder, LocalFolder, RemoteFolder, look_ahead, open_folder, remote_folders
 from coldctl.storage.location import is_url

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from coldctl.core import foreign
-from coldctl.core.checkpoint import Checkpoint, is_pooler, is_vocabulary
-from coldctl.core.decoded import RelativeCheckpoint
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, is_vocabulary
+from coldctl.checkpoints.decoded import RelativeCheckpoint
 from coldctl.core.staleness import generations
 
 _LISTED = 3  # names that one finding spells out
@@ -46,7 +46,7 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
         verdict.notes.append("has another vocabulary: only the common rows are taken")
     if other.manifest is None:
         verdict.notes.append("has no manifest: unverified")
-    if words := foreign.note(other.config):
+    if words := sanitize.note(other.config):
         verdict.notes.append(words)
     return verdict
 

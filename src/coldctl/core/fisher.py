@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from coldctl.artifacts import layout
+from coldctl.checkpoints.checkpoint import modern_name
 from coldctl.common.disk_errors import as_os_errors
-from coldctl.core.checkpoint import modern_name
 from coldctl.core.model import body_of, collate
 from coldctl.core.training import Examples, Place, negative_log_likelihoods, problem_of
 

@@ -22,12 +22,8 @@ from coldctl.artifacts.lineage import signers_within
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.artifacts.signatures import TrustedKey
-from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
-from coldctl.common.parsing import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
-from coldctl.common.progress import Progress
-from coldctl.core import charts, foreign, merge
-from coldctl.core.candidates import Candidate
-from coldctl.core.checkpoint import (
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.checkpoint import (
     Checkpoint,
     body_digest,
     open_checkpoint,
@@ -35,10 +31,15 @@ from coldctl.core.checkpoint import (
     outside_body,
     with_common_rows,
 )
+from coldctl.checkpoints.decoded import RelativeCheckpoint
+from coldctl.checkpoints.describe import bare_config
+from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
+from coldctl.common.parsing import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
+from coldctl.common.progress import Progress
+from coldctl.core import charts, merge
+from coldctl.core.candidates import Candidate
 from coldctl.core.compatibility import compare, other_base
 from coldctl.core.config import FuseConfig, as_record, identity
-from coldctl.core.decoded import RelativeCheckpoint
-from coldctl.core.describe import bare_config
 from coldctl.core.merge import Array
 from coldctl.core.passes import (
     Inputs,
@@ -464,7 +465,7 @@ class Fusion:
         shares = {id(item): float(weight) for item, weight in zip(fused, weights, strict=True)}
         offered = self.candidates if main else fused
         records = [_record(item, shares.get(id(item))) for item in offered]
-        foreign.copy_tokenizer(self.base_checkpoint.folder, folder)
+        sanitize.copy_tokenizer(self.base_checkpoint.folder, folder)
         if main and self.config.screen != "off":
             charts.fuse_chart(records, folder / layout.FUSE_CHART)
         before = self.base_checkpoint.manifest

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
+from coldctl.checkpoints.checkpoint import body_digest
 from coldctl.common.errors import ManifestError
 from coldctl.common.progress import Progress
 from coldctl.core.candidates import Candidate
-from coldctl.core.checkpoint import body_digest
 from coldctl.storage.location import Location, children
 
 

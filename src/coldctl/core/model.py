@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from coldctl.artifacts import layout
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.architectures import BODY_PREFIXES
+from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, modern_name, open_checkpoint
 from coldctl.common.errors import ModelError
-from coldctl.core import foreign
-from coldctl.core.checkpoint import Checkpoint, is_pooler, modern_name, open_checkpoint
-from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.core.ragged import Ragged, Spool
 from coldctl.storage.files import LocalFolder
 
@@ -61,7 +61,7 @@ def load_tokenizer(folder: Path) -> Any:
         (folder / name).is_file() for name in layout.VOCABULARY_FILES
     ):  # transformers 5 would make up an empty one
         raise ModelError(f"{folder} has no tokenizer: {remedy}")
-    with foreign.tokenizer_of(LocalFolder(folder)) as place:
+    with sanitize.tokenizer_of(LocalFolder(folder)) as place:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 place, local_files_only=True, trust_remote_code=False
@@ -192,13 +192,13 @@ def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
         )
     state = torch.get_rng_state()
     try:
-        with foreign.config_of(source) as place:
+        with sanitize.config_of(source) as place:
             config = transformers.AutoConfig.from_pretrained(
                 place, local_files_only=True, trust_remote_code=False, **options
             )
         config.name_or_path = ""
         _check_sizes(config, checkpoint)
-        with foreign.weights_of(source, checkpoint.files) as place:
+        with sanitize.weights_of(source, checkpoint.files) as place:
             model, report = kind.from_pretrained(
                 place,
                 config=config,
@@ -284,7 +284,7 @@ def _reset_head(model: nn.Module, folder: Path, seed: int) -> None:
 
 def _seed_missing_pooler(body: nn.Module, folder: Path, deviation: float) -> None:
     """A pooler that the checkpoint lacks is part of what is fresh, so it is drawn by the same seed."""
-    from coldctl.core.checkpoint import open_checkpoint
+    from coldctl.checkpoints.checkpoint import open_checkpoint
 
     pooler = getattr(body, "pooler", None)
     if pooler is None or any(is_pooler(name) for name in open_checkpoint(LocalFolder(folder), folder.name).body):

@@ -19,11 +19,11 @@ import numpy as np
 
 from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import Manifest
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, outside_body_digest
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
 from coldctl.core import merge
 from coldctl.core.blocks import Block, Digester, Stretch, cut, read_blocks, stretches
-from coldctl.core.checkpoint import Checkpoint, body_digest, outside_body_digest
 from coldctl.core.config import FuseConfig
 from coldctl.core.merge import Array
 from coldctl.core.recipe import Recipe, TensorWeights

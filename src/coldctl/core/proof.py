@@ -6,10 +6,10 @@ import torch
 import transformers
 from torch import nn
 
+from coldctl.checkpoints.architectures import BODY_PREFIXES
+from coldctl.checkpoints.checkpoint import is_pooler, modern_name
 from coldctl.common.errors import CheckpointError
 from coldctl.core import model as models
-from coldctl.core.checkpoint import is_pooler, modern_name
-from coldctl.core.encoders import BODY_PREFIXES
 
 SENTENCES = (
     "A short sentence.",

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coldctl.artifacts.manifest import Manifest
+from coldctl.checkpoints.checkpoint import Checkpoint, read_header
 from coldctl.common.errors import CheckpointError, OutputError
-from coldctl.core.checkpoint import Checkpoint, read_header
 from coldctl.storage.files import LocalFolder
 
 _KEPT = 4  # residuals of one contributor on one base: repeated trainings leave one each

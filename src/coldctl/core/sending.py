@@ -6,13 +6,13 @@ from typing import Any
 from torch import nn
 
 from coldctl.artifacts import layout
+from coldctl.checkpoints.body_export import write_body, write_config
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.deltas import ENCODINGS, open_delta, write_delta
+from coldctl.checkpoints.lora import open_adapter
 from coldctl.common.progress import Progress
 from coldctl.core import trainable
-from coldctl.core.adapters import open_adapter
-from coldctl.core.bare import write_body, write_config
-from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.config import FinetuneConfig, size_in_bytes
-from coldctl.core.deltas import ENCODINGS, open_delta, write_delta
 from coldctl.core.residuals import account
 from coldctl.storage.files import LocalFolder
 

@@ -14,12 +14,12 @@ from typing import Protocol
 import numpy as np
 
 from coldctl.artifacts import layout
+from coldctl.checkpoints.checkpoint import DTYPES, FLOATING, Checkpoint, Tensor, digest_prelude
+from coldctl.checkpoints.writer import Layout, Shard, WeightsWriter, file_order, header, shards, write_index
 from coldctl.core import merge
 from coldctl.core.blocks import Block
-from coldctl.core.checkpoint import DTYPES, FLOATING, Checkpoint, Tensor, digest_prelude
 from coldctl.core.config import FuseConfig, size_in_bytes
 from coldctl.core.merge import Array
-from coldctl.core.weights import Layout, Shard, WeightsWriter, file_order, header, shards, write_index
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
 

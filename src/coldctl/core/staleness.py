@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import resolve
+from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, open_checkpoint
+from coldctl.checkpoints.decoded import shared
 from coldctl.common.errors import CheckpointError, ColdctlError
-from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, open_checkpoint
-from coldctl.core.decoded import shared
 
 _DOUBLE = "F64"
 

@@ -14,16 +14,16 @@ from itertools import groupby, islice
 import numpy as np
 
 from coldctl.artifacts import manifest
+from coldctl.checkpoints.checkpoint import FLOATING, Checkpoint, body_digest
+from coldctl.checkpoints.writer import write_index
 from coldctl.common.progress import Progress
 from coldctl.core import merge
 from coldctl.core.blocks import Block, Digester, Stretch, read_blocks, stretches
-from coldctl.core.checkpoint import FLOATING, Checkpoint, body_digest
 from coldctl.core.merge import Array
 from coldctl.core.passes import Found, Inputs, Prover, Spread, along, joined
 from coldctl.core.recipe import OUTER_STATES, Recipe
 from coldctl.core.sinks import RangeSink, Sink, StreamSink, Target, Written, prepare, target_in
 from coldctl.core.statistics import UpdateStatistics
-from coldctl.core.weights import write_index
 from coldctl.storage.location import Location, in_store
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
 
+from coldctl.checkpoints.checkpoint import Checkpoint
 from coldctl.common.progress import Progress
-from coldctl.core.checkpoint import Checkpoint
 from coldctl.core.passes import Spread
 from coldctl.workers.jobs import Engine, Needs
 

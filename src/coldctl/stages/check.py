@@ -9,13 +9,13 @@ import numpy as np
 from coldctl.artifacts import layout, signatures
 from coldctl.artifacts.model_ref import Model
 from coldctl.artifacts.signatures import TrustedKey
+from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.decoded import RelativeCheckpoint
 from coldctl.common.errors import ColdctlError
 from coldctl.common.progress import Progress
 from coldctl.core.blocks import block_length
 from coldctl.core.candidates import Candidate, gather
-from coldctl.core.checkpoint import DTYPES, Checkpoint, body_digest, open_checkpoint
 from coldctl.core.compatibility import compare
-from coldctl.core.decoded import RelativeCheckpoint
 from coldctl.core.passes import differences
 from coldctl.storage.files import open_folder
 

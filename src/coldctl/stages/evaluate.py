@@ -18,14 +18,15 @@ import numpy as np
 
 from coldctl.artifacts import layout, manifest, output, run
 from coldctl.artifacts.model_ref import Model, memory_needed, resolve
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
 from coldctl.common.errors import ConfigError, DataError, ModelError, OutputError
 from coldctl.common.progress import Progress
 from coldctl.core import cells as cell_files
-from coldctl.core import curves, data, feature_cache, foreign, scoring
+from coldctl.core import curves, data, feature_cache, scoring
 from coldctl.core import results as results_file
 from coldctl.core.candidates import free_names
 from coldctl.core.charts import curve_chart, gain_chart
-from coldctl.core.checkpoint import body_digest, open_checkpoint
 from coldctl.core.config import (
     PROTOCOLS,
     DatasetConfig,
@@ -137,7 +138,7 @@ def evaluate(
         return Evaluated(destination, results_file.read(destination), unchanged=True)
     _prove(contenders)
     for item in contenders:
-        if words := foreign.note_on(item.model.folder):
+        if words := sanitize.note_on(item.model.folder):
             progress.note(f"{item.name} {words}")
     overlaps = _overlaps(loaded)
     for dataset in datasets:

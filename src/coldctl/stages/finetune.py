@@ -15,12 +15,14 @@ import numpy as np
 from coldctl.artifacts import layout, manifest, output, run
 from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import Model, memory_needed, resolve
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
+from coldctl.checkpoints.deltas import ENCODINGS
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
 from coldctl.common.progress import Progress
-from coldctl.core import data, foreign, residuals, scoring, team
+from coldctl.core import data, residuals, scoring, team
 from coldctl.core.charts import training_chart
-from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import (
     DatasetConfig,
     FinetuneConfig,
@@ -31,7 +33,6 @@ from coldctl.core.config import (
     identity,
     settled_finetuning,
 )
-from coldctl.core.deltas import ENCODINGS
 from coldctl.core.passes import prove
 from coldctl.core.training_log import Log, open_log
 from coldctl.storage.files import LocalFolder
@@ -132,7 +133,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
         if folder is None:  # a process that computes its share and writes nothing
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldctl-")))
         try:
-            if words := foreign.note_on(job.base.folder):
+            if words := sanitize.note_on(job.base.folder):
                 progress.note(f"{job.base.name} {words}")
             _tell(job, work.dataset, progress)
             base = job.base.local()
@@ -408,7 +409,7 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
     config = job.config
     encoding = encoding_of(config)
     if encoding not in ENCODINGS:  # a difference is never used but with its base
-        foreign.copy_tokenizer(work.source.folder, folder)
+        sanitize.copy_tokenizer(work.source.folder, folder)
     written = open_written(folder, job.name, work.source, config)
     before = work.source.manifest
     ancestor: dict[str, Any] = (

@@ -15,11 +15,11 @@ import numpy as np
 from coldctl.artifacts import layout, manifest, output, run, signatures
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.artifacts.model_ref import Model
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.checkpoint import CONFIG_LIMIT, DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
 from coldctl.common.progress import SILENT, Progress
-from coldctl.core import foreign
 from coldctl.core.candidates import Candidate, gather
-from coldctl.core.checkpoint import CONFIG_LIMIT, DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.core.config import ConfigFile, FuseConfig, identity, resolve
 from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
 from coldctl.core.late import as_listed, counted_once, listed, waiting
@@ -79,10 +79,10 @@ def fuse(
         candidates = as_listed(candidates, manifest.read(destination), progress)
     output.refuse_overlap(destination, [item.place for item in candidates])
     _judge(candidates, base_checkpoint, config)
-    if words := foreign.note(base_checkpoint.config):
+    if words := sanitize.note(base_checkpoint.config):
         progress.note(f"{base.name} {words}")
     for item in candidates:
-        if item.checkpoint is not None and (words := foreign.note(item.checkpoint.config)):
+        if item.checkpoint is not None and (words := sanitize.note(item.checkpoint.config)):
             progress.note(f"{item.name} {words}")
     cheap = all(item.stated_digest for item in candidates)  # without manifests an identity costs reading everything
     if layout.is_complete(destination) and (cheap or not overwrite):
@@ -323,7 +323,7 @@ def _subtract(
         if problems := [*proof.base_problems, *proof.problems[0]]:
             raise CheckpointError(f"{source.label} or {withdrawn.label}: {problems[0]}: make or fetch it again")
         (partial / layout.MODEL_CONFIG).write_bytes(source.folder.read(layout.MODEL_CONFIG, CONFIG_LIMIT))
-        foreign.copy_tokenizer(source.folder, partial)
+        sanitize.copy_tokenizer(source.folder, partial)
         records = [item for item in source.manifest["contributions"] if item["name"] != record["name"]]
         for item in records:
             item["weight"] = item["weight"] / (1 - weight)

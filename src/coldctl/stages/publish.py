@@ -10,13 +10,14 @@ from typing import Any
 from coldctl.artifacts import layout, manifest, output
 from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import Model
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.body_export import WrittenBody, write_body, write_config
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.common.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.common.progress import Progress
-from coldctl.core import foreign, privacy, results, tokenizer_files
-from coldctl.core.bare import WrittenBody, write_body, write_config
+from coldctl.core import privacy, results, tokenizer_files
 from coldctl.core.card import Subject, card
 from coldctl.core.charts import gain_chart
-from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
 from coldctl.core.passes import prove
 from coldctl.core.sinks import DTYPE_NAMES
@@ -195,7 +196,7 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     body = write_body(work.source, folder, config.dtype, size_in_bytes(config.max_shard_size), progress)
     prove(work.source, body.source_digest)
     write_config(work.source, folder, config.dtype)
-    if words := foreign.note_on(work.source.folder):
+    if words := sanitize.note_on(work.source.folder):
         progress.note(f"{work.name} {words}")
     for lack in tokenizer_files.copy(work.source.folder, folder):
         progress.note(f"the tokenizer is complete but for {lack}")

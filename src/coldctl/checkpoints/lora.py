@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
-from coldctl.common.errors import CheckpointError
-from coldctl.core import foreign, merge
-from coldctl.core.checkpoint import (
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.architectures import BODY_PREFIXES
+from coldctl.checkpoints.checkpoint import (
     CONFIG_LIMIT,
     DTYPES,
     Checkpoint,
@@ -23,9 +23,10 @@ from coldctl.core.checkpoint import (
     read_header,
     read_manifest,
 )
+from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
+from coldctl.common.errors import CheckpointError
+from coldctl.core import merge
 from coldctl.core.config import HIGHEST_RANK
-from coldctl.core.decoded import DECODED, RelativeCheckpoint
-from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.storage.files import Folder, Reader
 
 _SIMPLE_PATTERN = re.compile(r"[\w.\\*|\[\]-]{1,200}")
@@ -113,7 +114,7 @@ def open_adapter(folder: Folder, name: str, base: Checkpoint) -> AdapterCheckpoi
     return AdapterCheckpoint(
         folder,
         name,
-        {**base.config, **{key: settings[key] for key in foreign.code_named_in(settings)}},
+        {**base.config, **{key: settings[key] for key in sanitize.code_named_in(settings)}},
         body,
         (),
         "",

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
+from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, Tensor, body_prefix, modern_name, read_model_config
+from coldctl.checkpoints.decoded import DECODED
 from coldctl.common.errors import CheckpointError
-from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_prefix, modern_name, read_model_config
-from coldctl.core.decoded import DECODED
 from coldctl.storage.files import Folder
 
 _PLAIN_DTYPES = (

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
 from coldctl.artifacts.manifest import Manifest, parse
+from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.common.errors import CheckpointError, ModelError
 from coldctl.common.parsing import json_value
-from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.storage.files import Folder, Reader
 
 HEADER_LIMIT = 4 << 20  # bytes; the largest encoders need a tenth of it

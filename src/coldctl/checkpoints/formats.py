@@ -1,16 +1,16 @@
 """The ways a contribution may be written down, each opened as a checkpoint with a full body.
 
 `full` and `body` are plain safetensors checkpoints, with and without a head; `delta-bf16` and `delta-int8` are
-differences from the base (`core/deltas.py`); `adapter` is a low-rank one (`core/adapters.py`). Pickles are read
-where they are asked for (`core/pickles.py`).
+differences from the base (`checkpoints/deltas.py`); `adapter` is a low-rank one (`checkpoints/lora.py`). Pickles are read
+where they are asked for (`checkpoints/pickles.py`).
 """
 
 from coldctl.artifacts import layout
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.deltas import open_delta
+from coldctl.checkpoints.lora import open_adapter
+from coldctl.checkpoints.pickles import open_pickled
 from coldctl.common.errors import ModelError
-from coldctl.core.adapters import open_adapter
-from coldctl.core.checkpoint import Checkpoint, open_checkpoint
-from coldctl.core.deltas import open_delta
-from coldctl.core.pickles import open_pickled
 from coldctl.storage.files import Folder
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from coldctl.core.foreign import CODE, UNUSED
+from coldctl.checkpoints.sanitize import CODE, UNUSED
 
 # About a head, about custom code or other files, or about the machine that the model came from.
 _DROPPED = (

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
+from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, Tensor, is_pooler, read_header, read_manifest
+from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
+from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.core import merge
-from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, is_pooler, read_header, read_manifest
-from coldctl.core.decoded import DECODED, RelativeCheckpoint
-from coldctl.core.weights import Layout, WeightsWriter, file_order
 from coldctl.storage.files import Folder
 
 ENCODINGS: Mapping[str, str] = {"delta-bf16": "BF16", "delta-int8": "I8"}  # and the dtype of their tensors

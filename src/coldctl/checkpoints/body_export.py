@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from coldctl.artifacts import layout
+from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, digest_prelude
+from coldctl.checkpoints.describe import bare_config
+from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
-from coldctl.core.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, digest_prelude
-from coldctl.core.describe import bare_config
 from coldctl.core.privacy import is_path
 from coldctl.core.sinks import DTYPE_NAMES
-from coldctl.core.weights import Layout, WeightsWriter, file_order
 
 _CHUNK = 8 << 20  # bytes of the source read at a time
 
