@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import tiny
 from coldctl.common.errors import ConfigError
-from coldctl.core import merge
+from coldctl.fusing import methods
 from conftest import Ran
 from test_fuse import body, digest, poison
 
@@ -106,7 +106,7 @@ def test_weights(tmp_path: Path, base: Path, models: list[Path], contributions: 
 @given(st.lists(st.just(0.0) | st.floats(1e-3, 1e6), min_size=1, max_size=12), st.floats(0.05, 1))
 def test_normalised_weights(shares: list[float], largest: float) -> None:
     try:
-        weights = merge.normalised(shares, largest)
+        weights = methods.normalised(shares, largest)
     except ConfigError:
         assert sum(shares) <= 0 or largest * np.count_nonzero(shares) < 1
         return
@@ -159,9 +159,9 @@ def test_dares_draws_do_not_depend_on_blocks() -> None:
     generator = np.random.default_rng(0)
     base, part = generator.normal(size=100), generator.normal(size=100)
     weights = np.ones(1)
-    whole = merge.dare([part], base, weights, 0.5, ["k"], "t", 0, 3)
+    whole = methods.dare([part], base, weights, 0.5, ["k"], "t", 0, 3)
     pieces = [
-        merge.dare([part[a:b]], base[a:b], weights, 0.5, ["k"], "t", a, 3)
+        methods.dare([part[a:b]], base[a:b], weights, 0.5, ["k"], "t", a, 3)
         for a, b in ((0, 1), (1, 7), (7, 50), (50, 100))
     ]
     np.testing.assert_array_equal(np.concatenate(pieces), whole)

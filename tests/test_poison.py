@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from coldctl.core.blocks import Block
-from coldctl.core.statistics import UpdateStatistics, outliers
+from coldctl.fusing.blocks import Block
+from coldctl.fusing.statistics import UpdateStatistics, outliers
 from conftest import Ran
 from test_fuse import body, digest
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import tiny
-from coldctl.core import blocks
+from coldctl.fusing import blocks
 from conftest import run_coldctl
 
 Tensors = Mapping[str, torch.Tensor]

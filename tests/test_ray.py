@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coldctl.artifacts import layout
-from coldctl.core import blocks
+from coldctl.fusing import blocks
 from conftest import Ran
 from made import contents
 from s3_server import S3

@@ -233,7 +233,7 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(
     store: S3, coldctl: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A plain checkpoint has no digest that would tell: its version in the store does."""
-    from coldctl.core import writing
+    from coldctl.fusing import writer as writing
 
     store.client().delete_object(Bucket=store.bucket, Key="contributions/one/coldctl.json")
     write = writing.write
@@ -243,7 +243,7 @@ def test_an_input_that_changes_while_it_is_read_is_noticed(
         store.client().put_object(Bucket=store.bucket, Key=key, Body=get(store, key) + b"\n")
         return write(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("coldctl.core.fusing.write", meddle)
+    monkeypatch.setattr("coldctl.fusing.fusion.write", meddle)
     ran = coldctl("fuse", f"{store.url}/contributions", "--base", f"{store.url}/base", "--output", tmp_path / "fused")
     assert ran.code == 2
     assert "contributions/one: config.json changed while it was read" in ran.stderr

@@ -21,10 +21,11 @@ from coldctl.artifacts import layout, lineage, manifest, run, signatures
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
 from coldctl.checkpoints.formats import open_contribution
-from coldctl.core import config, data, experiment, fusing, history, licenses, report, results, tokenizer_files
-from coldctl.core.compatibility import compare
+from coldctl.core import config, data, experiment, history, licenses, report, results, tokenizer_files
 from coldctl.core.config import DatasetConfig
 from coldctl.core.sources import FORMATS
+from coldctl.fusing import fusion
+from coldctl.fusing.compatibility import compare
 from coldctl.storage.files import LocalFolder
 
 
@@ -127,7 +128,7 @@ def read_experiment(folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> None:
-    fusing._weights_file(next(path for path in folder.iterdir() if path.stem == "weights"))
+    fusion._weights_file(next(path for path in folder.iterdir() if path.stem == "weights"))
 
 
 def copy_tokenizer(folder: Path) -> None:

@@ -16,7 +16,7 @@ from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
 from coldctl.core.privacy import is_path
-from coldctl.core.sinks import DTYPE_NAMES
+from coldctl.fusing.sinks import DTYPE_NAMES
 
 _CHUNK = 8 << 20  # bytes of the source read at a time
 

@@ -25,8 +25,8 @@ from coldctl.checkpoints.checkpoint import (
 )
 from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
 from coldctl.common.errors import CheckpointError
-from coldctl.core import merge
 from coldctl.core.config import HIGHEST_RANK
+from coldctl.fusing import methods
 from coldctl.storage.files import Folder, Reader
 
 _SIMPLE_PATTERN = re.compile(r"[\w.\\*|\[\]-]{1,200}")
@@ -78,7 +78,7 @@ class AdapterCheckpoint(RelativeCheckpoint):
             columns = delta.right.shape[1]
             first, last = start // columns, -(-(start + values.size) // columns)
             step = delta.rows(first, last)[start - first * columns :][: values.size]
-            buffer[:] = merge.rounded(values.astype(np.float64) + step, dtype).view(np.uint8).data
+            buffer[:] = methods.rounded(values.astype(np.float64) + step, dtype).view(np.uint8).data
 
 
 def open_adapter(folder: Folder, name: str, base: Checkpoint) -> AdapterCheckpoint:
@@ -100,7 +100,7 @@ def open_adapter(folder: Folder, name: str, base: Checkpoint) -> AdapterCheckpoi
             left, right = (a.T.copy(), b.T.copy()) if pair.embedding else (b, a)
             deltas[target] = LowRank(left, right, pair.scale)
         replaced = {
-            path: merge.rounded(_array(reader, tensors[raw]).astype(np.float64), DTYPES[base.body[path].dtype])
+            path: methods.rounded(_array(reader, tensors[raw]).astype(np.float64), DTYPES[base.body[path].dtype])
             for path, raw in whole.items()
         }
     finally:

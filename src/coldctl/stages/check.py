@@ -13,10 +13,10 @@ from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, body_digest, open
 from coldctl.checkpoints.decoded import RelativeCheckpoint
 from coldctl.common.errors import ColdctlError
 from coldctl.common.progress import Progress
-from coldctl.core.blocks import block_length
-from coldctl.core.candidates import Candidate, gather
-from coldctl.core.compatibility import compare
-from coldctl.core.passes import differences
+from coldctl.fusing.blocks import block_length
+from coldctl.fusing.compatibility import compare
+from coldctl.fusing.contributions import Candidate, gather
+from coldctl.fusing.passes import differences
 from coldctl.storage.files import open_folder
 
 NOT_EXAMINED = ("values (not-a-number, infinity)", "digests of files and body")

@@ -25,7 +25,6 @@ from coldctl.common.progress import Progress
 from coldctl.core import cells as cell_files
 from coldctl.core import curves, data, feature_cache, scoring
 from coldctl.core import results as results_file
-from coldctl.core.candidates import free_names
 from coldctl.core.charts import curve_chart, gain_chart
 from coldctl.core.config import (
     PROTOCOLS,
@@ -37,8 +36,9 @@ from coldctl.core.config import (
     identity,
 )
 from coldctl.core.page import page
-from coldctl.core.passes import prove
 from coldctl.core.report import markdown, overlap_sentences
+from coldctl.fusing.contributions import free_names
+from coldctl.fusing.passes import prove
 from coldctl.storage.location import Location, locate
 from coldctl.workers.jobs import Engine, Needs
 

@@ -33,8 +33,8 @@ from coldctl.core.config import (
     identity,
     settled_finetuning,
 )
-from coldctl.core.passes import prove
 from coldctl.core.training_log import Log, open_log
+from coldctl.fusing.passes import prove
 from coldctl.storage.files import LocalFolder
 from coldctl.storage.location import Location, is_url, locate
 from coldctl.workers.jobs import Engine, Needs, Outcome

@@ -19,18 +19,18 @@ from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import CONFIG_LIMIT, DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
 from coldctl.common.progress import SILENT, Progress
-from coldctl.core.candidates import Candidate, gather
 from coldctl.core.config import ConfigFile, FuseConfig, identity, resolve
-from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
-from coldctl.core.late import as_listed, counted_once, listed, waiting
-from coldctl.core.passes import Inputs, Prover
-from coldctl.core.recipe import Recipe
-from coldctl.core.staleness import Ancestry
-from coldctl.core.writing import write
+from coldctl.fusing.contributions import Candidate, gather
+from coldctl.fusing.fusion import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
+from coldctl.fusing.late import as_listed, counted_once, listed, waiting
+from coldctl.fusing.passes import Inputs, Prover
+from coldctl.fusing.recipe import Recipe
+from coldctl.fusing.staleness import Ancestry
+from coldctl.fusing.writer import write
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, locate
 from coldctl.workers.jobs import Engine
-from coldctl.engines.parts import spread_over
+from coldctl.fusing.distributed import spread_over
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from coldctl.core import privacy, results, tokenizer_files
 from coldctl.core.card import Subject, card
 from coldctl.core.charts import gain_chart
 from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
-from coldctl.core.passes import prove
-from coldctl.core.sinks import DTYPE_NAMES
 from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
+from coldctl.fusing.passes import prove
+from coldctl.fusing.sinks import DTYPE_NAMES
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, is_url
 

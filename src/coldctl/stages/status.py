@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from coldctl.artifacts import layout, manifest, output, run
-from coldctl.core import late
+from coldctl.fusing import late
 from coldctl.storage.location import Location, children
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 from coldctl.checkpoints.checkpoint import Checkpoint
 from coldctl.common.progress import Progress
-from coldctl.core.passes import Spread
+from coldctl.fusing.passes import Spread
 from coldctl.workers.jobs import Engine, Needs
 
 Result = TypeVar("Result")

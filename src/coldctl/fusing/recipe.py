@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coldctl.core import merge
-from coldctl.core.blocks import Block
 from coldctl.core.config import FuseConfig
-from coldctl.core.merge import Array
+from coldctl.fusing import methods
+from coldctl.fusing.blocks import Block
+from coldctl.fusing.methods import Array
 
 WEIGHTED = ("mean", "task-arithmetic", "multi-krum", "geometric-median")  # one weight per contribution
 PER_TENSOR = ("model-stock", "slerp")
@@ -42,25 +42,27 @@ class Recipe:
         config, parts = self.config, block.contributions
         method = config.method
         if method in WEIGHTED:
-            return merge.mean(parts, self.weights if self.shares is None else self.shares)
+            return methods.mean(parts, self.weights if self.shares is None else self.shares)
         if method in PER_TENSOR:
             shares = self.tensor_weights[block.name]
-            total = merge.stacked(parts).T @ shares.contributions
+            total = methods.stacked(parts).T @ shares.contributions
             return np.asarray(total + shares.base * block.base.astype(np.float64) if shares.base else total)
         if method == "median":
-            return merge.median(parts)
+            return methods.median(parts)
         if method == "trimmed-mean":
-            return merge.trimmed_mean(parts, config.trim)
+            return methods.trimmed_mean(parts, config.trim)
         if method == "ties":
-            return merge.ties(parts, block.base, self.thresholds[block.name], self.weights)
+            return methods.ties(parts, block.base, self.thresholds[block.name], self.weights)
         if method == "dare":
             density = self.density
-            return merge.dare(parts, block.base, self.weights, density, self.keys, block.name, block.start, config.seed)
-        return merge.fisher(parts, block.companions[: len(parts)], self.weights)
+            return methods.dare(
+                parts, block.base, self.weights, density, self.keys, block.name, block.start, config.seed
+            )
+        return methods.fisher(parts, block.companions[: len(parts)], self.weights)
 
     def apply(self, block: Block) -> Array:
         """The fused block: the method's result, scaled: float64 [L]."""
-        return merge.scaled(block.base, self.merged(block), self.scale)
+        return methods.scaled(block.base, self.merged(block), self.scale)
 
     @property
     def density(self) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.core.blocks import Block
+from coldctl.fusing.blocks import Block
 
 _PIECE = 1 << 15  # elements looked at together: what stays in the core's own cache
 _TOGETHER = 1 << 18  # the same over all contributions, where their inner products are taken

@@ -16,10 +16,10 @@ import numpy as np
 from coldctl.artifacts import layout
 from coldctl.checkpoints.checkpoint import DTYPES, FLOATING, Checkpoint, Tensor, digest_prelude
 from coldctl.checkpoints.writer import Layout, Shard, WeightsWriter, file_order, header, shards, write_index
-from coldctl.core import merge
-from coldctl.core.blocks import Block
 from coldctl.core.config import FuseConfig, size_in_bytes
-from coldctl.core.merge import Array
+from coldctl.fusing import methods
+from coldctl.fusing.blocks import Block
+from coldctl.fusing.methods import Array
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
 
@@ -131,7 +131,7 @@ class StreamSink:
         if start == 0:
             self._copy_integers()
             self._ahead.pop(0)
-        data = merge.rounded(values, DTYPES[item.dtype]).view(np.uint8).data
+        data = methods.rounded(values, DTYPES[item.dtype]).view(np.uint8).data
         if self._hashes_body:
             if start == 0:
                 self._body.update(digest_prelude(name, Tensor("", 0, item.dtype, item.shape)))
@@ -163,7 +163,7 @@ class RangeSink:
         name, offset, dtype = self._places[block.name]
         if name not in self._open:
             self._open[name] = os.open(self._folder / name, os.O_WRONLY)
-        data = merge.rounded(values, dtype).view(np.uint8).data
+        data = methods.rounded(values, dtype).view(np.uint8).data
         at = offset + block.start * dtype.itemsize
         while len(data):
             count = os.pwrite(self._open[name], data, at)

@@ -13,7 +13,7 @@ from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.checkpoints.checkpoint import body_digest
 from coldctl.common.errors import ManifestError
 from coldctl.common.progress import Progress
-from coldctl.core.candidates import Candidate
+from coldctl.fusing.contributions import Candidate
 from coldctl.storage.location import Location, children
 
 

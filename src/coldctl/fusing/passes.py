@@ -22,12 +22,12 @@ from coldctl.artifacts.manifest import Manifest
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, outside_body_digest
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
-from coldctl.core import merge
-from coldctl.core.blocks import Block, Digester, Stretch, cut, read_blocks, stretches
 from coldctl.core.config import FuseConfig
-from coldctl.core.merge import Array
-from coldctl.core.recipe import Recipe, TensorWeights
-from coldctl.core.statistics import NotFinite, UpdateStatistics, not_finite
+from coldctl.fusing import methods
+from coldctl.fusing.blocks import Block, Digester, Stretch, cut, read_blocks, stretches
+from coldctl.fusing.methods import Array
+from coldctl.fusing.recipe import Recipe, TensorWeights
+from coldctl.fusing.statistics import NotFinite, UpdateStatistics, not_finite
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -179,7 +179,7 @@ class Found:
     def look(self, block: Block, averaged: Array, weights: Array, *, values: bool) -> None:
         """Take in a block and its mean by `weights`: the updates, and where asked values that are not finite."""
         if values:
-            self.findings += not_finite(block, averaged if np.all(weights) else merge.mean(block.contributions))
+            self.findings += not_finite(block, averaged if np.all(weights) else methods.mean(block.contributions))
         if self.statistics is not None:
             self.statistics.add(block, averaged)
 
@@ -216,7 +216,7 @@ def _surveyed(
         for piece in pieces:
             found = Found(deepcopy(empty))
             for block in islice(blocks, len(piece)):
-                found.look(block, merge.mean(block.contributions, weights), weights, values=True)
+                found.look(block, methods.mean(block.contributions, weights), weights, values=True)
             yield found
 
 
@@ -267,7 +267,7 @@ def _products(inputs: Inputs, config: FuseConfig, pieces: Sequence[Stretch]) -> 
         for piece in pieces:
             gram = np.zeros((count, count))
             for block in islice(blocks, len(piece)):
-                rows = merge.stacked(block.contributions)
+                rows = methods.stacked(block.contributions)
                 if config.method == "model-stock":
                     rows -= block.base
                 gram += rows @ rows.T
@@ -276,8 +276,8 @@ def _products(inputs: Inputs, config: FuseConfig, pieces: Sequence[Stretch]) -> 
 
 def _weights_within(gram: Array, config: FuseConfig) -> TensorWeights:
     if config.method == "slerp":
-        return TensorWeights(merge.slerp_weights(gram, config.position), 0.0)
-    share = merge.model_stock_share(gram)
+        return TensorWeights(methods.slerp_weights(gram, config.position), 0.0)
+    share = methods.model_stock_share(gram)
     return TensorWeights(np.full(len(gram), share / len(gram)), 1 - share)
 
 

@@ -36,12 +36,13 @@ from coldctl.checkpoints.describe import bare_config
 from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
 from coldctl.common.parsing import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
 from coldctl.common.progress import Progress
-from coldctl.core import charts, merge
-from coldctl.core.candidates import Candidate
-from coldctl.core.compatibility import compare, other_base
+from coldctl.core import charts
 from coldctl.core.config import FuseConfig, as_record, identity
-from coldctl.core.merge import Array
-from coldctl.core.passes import (
+from coldctl.fusing import methods
+from coldctl.fusing.compatibility import compare, other_base
+from coldctl.fusing.contributions import Candidate
+from coldctl.fusing.methods import Array
+from coldctl.fusing.passes import (
     Inputs,
     Proof,
     Prover,
@@ -51,11 +52,11 @@ from coldctl.core.passes import (
     tensor_weights,
     thresholds,
 )
-from coldctl.core.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
-from coldctl.core.sinks import DTYPE_NAMES, Written, output_dtype
-from coldctl.core.staleness import discount, moved
-from coldctl.core.statistics import UpdateStatistics, names_of, outliers
-from coldctl.core.writing import Without, write
+from coldctl.fusing.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
+from coldctl.fusing.sinks import DTYPE_NAMES, Written, output_dtype
+from coldctl.fusing.staleness import discount, moved
+from coldctl.fusing.statistics import UpdateStatistics, names_of, outliers
+from coldctl.fusing.writer import Without, write
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
 
@@ -309,7 +310,9 @@ class Fusion:
         cap = config.max_share or None
         if config.weights == "examples":
             cap = max(config.max_share or min(1.0, _EXAMPLES_SHARE / count), 1 / count)
-        return np.full(count, 1 / count) if config.weights == "equal" else merge.normalised(self._shares(accepted), cap)
+        return (
+            np.full(count, 1 / count) if config.weights == "equal" else methods.normalised(self._shares(accepted), cap)
+        )
 
     def _shares(self, accepted: Sequence[Candidate]) -> list[float]:
         """The weights as they are given, before they are made to sum to one. Raises ConfigError."""
@@ -331,13 +334,13 @@ class Fusion:
         shares = np.asarray(self._shares(accepted), np.float64)
         gram = statistics.gram if statistics is not None else None
         if config.method == "multi-krum" and gram is not None:
-            weights = merge.krum_weights(gram, config.byzantine)
+            weights = methods.krum_weights(gram, config.byzantine)
         elif config.method == "geometric-median" and gram is not None:
-            weights = merge.geometric_median_weights(gram, weights)
+            weights = methods.geometric_median_weights(gram, weights)
         elif config.method == "slerp" and len(accepted) != 2:
             raise ConfigError(f"slerp takes two contributions, there are {len(accepted)}: take --method mean")
         elif config.method == "trimmed-mean":
-            merge.trimmed_mean([np.zeros(1)] * len(accepted), config.trim)  # refuses a trim that leaves nothing
+            methods.trimmed_mean([np.zeros(1)] * len(accepted), config.trim)  # refuses a trim that leaves nothing
         if config.method == "dare":  # draws belong to a body, whatever it is called and however it was looked at before
             for item in accepted:
                 if item.checkpoint is not None and item.digest is None:

@@ -17,13 +17,13 @@ from coldctl.artifacts import manifest
 from coldctl.checkpoints.checkpoint import FLOATING, Checkpoint, body_digest
 from coldctl.checkpoints.writer import write_index
 from coldctl.common.progress import Progress
-from coldctl.core import merge
-from coldctl.core.blocks import Block, Digester, Stretch, read_blocks, stretches
-from coldctl.core.merge import Array
-from coldctl.core.passes import Found, Inputs, Prover, Spread, along, joined
-from coldctl.core.recipe import OUTER_STATES, Recipe
-from coldctl.core.sinks import RangeSink, Sink, StreamSink, Target, Written, prepare, target_in
-from coldctl.core.statistics import UpdateStatistics
+from coldctl.fusing import methods
+from coldctl.fusing.blocks import Block, Digester, Stretch, read_blocks, stretches
+from coldctl.fusing.methods import Array
+from coldctl.fusing.passes import Found, Inputs, Prover, Spread, along, joined
+from coldctl.fusing.recipe import OUTER_STATES, Recipe
+from coldctl.fusing.sinks import RangeSink, Sink, StreamSink, Target, Written, prepare, target_in
+from coldctl.fusing.statistics import UpdateStatistics
 from coldctl.storage.location import Location, in_store
 
 
@@ -196,12 +196,12 @@ def _written(
                 merged = recipe.apply(block)
                 if job.values or job.empty is not None:
                     plain = config.method == "mean" and recipe.scale == 1.0
-                    averaged = merged if plain else merge.mean(block.contributions, recipe.weights)
+                    averaged = merged if plain else methods.mean(block.contributions, recipe.weights)
                     found.look(block, averaged, recipe.weights, values=job.values)
                 if kinds:
                     before = [array.astype(np.float64) for array in block.companions[len(inputs.companions) :]]
                     before = before or [np.zeros(block.base.size) for _ in kinds]
-                    merged, after = merge.outer_step(
+                    merged, after = methods.outer_step(
                         config.outer_optimizer, block.base, merged, config.outer_lr, config.outer_momentum, before
                     )
                     for sink, state in zip(sinks[last:], after, strict=True):
@@ -214,10 +214,10 @@ def _written(
 
 def _lacking(block: Block, recipe: Recipe, index: int) -> Array:
     """The linear fused block without one contribution: (mean - wᵢ xᵢ) / (1 - wᵢ), in float64, then scaled."""
-    whole = merge.mean(block.contributions, recipe.weights)
+    whole = methods.mean(block.contributions, recipe.weights)
     weight = recipe.weights[index]
     rest = (whole - weight * block.contributions[index].astype(np.float64)) / (1 - weight)
-    return merge.scaled(block.base, rest, recipe.scale)
+    return methods.scaled(block.base, rest, recipe.scale)
 
 
 def _digest(targets: Sequence[Target], key: tuple[int, str]) -> str:

@@ -15,7 +15,7 @@ from coldctl.checkpoints.decoded import shared
 from coldctl.checkpoints.formats import open_contribution
 from coldctl.common.errors import CheckpointError, ColdctlError, ModelError
 from coldctl.common.progress import Progress
-from coldctl.core.staleness import Ancestry
+from coldctl.fusing.staleness import Ancestry
 from coldctl.storage.files import Folder, LocalFolder, RemoteFolder, look_ahead, open_folder, remote_folders
 from coldctl.storage.location import is_url
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, is_vocabulary
 from coldctl.checkpoints.decoded import RelativeCheckpoint
-from coldctl.core.staleness import generations
+from coldctl.fusing.staleness import generations
 
 _LISTED = 3  # names that one finding spells out
 
