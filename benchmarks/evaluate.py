@@ -64,7 +64,7 @@ def probe(options: argparse.Namespace) -> None:
     """One forward pass, the linear probe, and the Trainer's head, dataset by dataset."""
     import torch
 
-    from coldctl.core import model as models
+    from coldctl.training import model as models
 
     torch.set_num_threads(os.cpu_count() or 1)
     tokenizer, body = models.load_tokenizer(options.base), models.load_body(options.base)
@@ -108,11 +108,11 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
 
     from coldctl.common.progress import SILENT
     from coldctl.core import data, scoring
-    from coldctl.core import model as models
     from coldctl.core.config import DatasetConfig
     from coldctl.core.probe import features
     from coldctl.core.probe import probe as solve
-    from coldctl.core.training import sorted_batches
+    from coldctl.training import model as models
+    from coldctl.training.loop import sorted_batches
 
     config = DatasetConfig(folder.name, str(folder), text_pair="text_pair" if has_pairs(folder) else None)
     dataset = data.load(config, data.Limits(options.train, options.validation, options.test), 0)

@@ -126,8 +126,8 @@ def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
 
     from coldctl.common.progress import SILENT
     from coldctl.core import config, data, scoring
-    from coldctl.core import model as models
-    from coldctl.core.training import Examples, Head, Place, train
+    from coldctl.training import model as models
+    from coldctl.training.loop import Examples, Head, Place, train
 
     file = config.read(suite)
     settings = config.resolve(config.FinetuneConfig, file, {"epochs": options.epochs * worth})

@@ -214,7 +214,7 @@ class Scorer:
 
     def load(self) -> None:
         """Read the suite's datasets, tokenized by the base's tokenizer."""
-        from coldctl.core import model as models
+        from coldctl.training import model as models
 
         limits = data.Limits(
             self.settings.max_train_examples, self.settings.max_validation_examples, self.settings.max_test_examples
@@ -249,8 +249,8 @@ class Scorer:
         import torch
 
         from coldctl.common.progress import SILENT
-        from coldctl.core import model as models
         from coldctl.core.probe import features, probe
+        from coldctl.training import model as models
 
         known = self.folder / f"{body_digest(opened(model)).removeprefix('sha256:')}.json"
         if not known.exists():

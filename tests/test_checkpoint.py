@@ -161,7 +161,7 @@ def test_the_hub_caches_own_links_are_followed(tmp_path: Path, base: Path, coldc
 def test_shards_are_loaded_as_one_file_is(tmp_path: Path, base: Path) -> None:
     import torch
 
-    from coldctl.core.model import load_body
+    from coldctl.training.model import load_body
 
     whole, parts = load_body(base).state_dict(), load_body(sharded(base, tmp_path / "parts")[0].parent).state_dict()
     assert whole.keys() == parts.keys()

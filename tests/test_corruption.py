@@ -166,20 +166,20 @@ def test_a_damaged_checkpoint_of_a_training(tmp_path: Path) -> None:
     import torch
 
     from coldctl.common.errors import CheckpointError
-    from coldctl.core import training_state
+    from coldctl.training import snapshot
 
     path = tmp_path / "state.safetensors"
     tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.zeros(()), "c": torch.ones(3, dtype=torch.bfloat16)}
-    training_state.write(path, tensors, {"step": 3})
-    found, state = training_state.read(path)
+    snapshot.write(path, tensors, {"step": 3})
+    found, state = snapshot.read(path)
     assert state == {"step": 3}
     assert all(torch.equal(found[name], value) for name, value in tensors.items())
     rng = random.Random(0)
     for _ in range(60):
         before = flipped(path, rng.randrange(8 * path.stat().st_size))
         with pytest.raises(CheckpointError, match=r"state\.safetensors"):
-            training_state.read(path)
+            snapshot.read(path)
         path.write_bytes(before)
     path.write_bytes(before[:-1])
     with pytest.raises(CheckpointError):
-        training_state.read(path)
+        snapshot.read(path)

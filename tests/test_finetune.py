@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 import tiny
 from coldctl.common.errors import DeclinedError
 from coldctl.common.progress import SILENT
-from coldctl.core import model as models
-from coldctl.core import training_state
 from coldctl.core.config import FinetuneConfig
-from coldctl.core.training import Examples, Head, Place, length_batches, predict, train
+from coldctl.training import model as models
+from coldctl.training import snapshot
+from coldctl.training.loop import Examples, Head, Place, length_batches, predict, train
 from conftest import FAST, Ran
 
 Run = Callable[..., Ran]
@@ -82,7 +82,7 @@ def test_shortcuts_change_nothing_but_the_time(kind: str, tmp_path: Path) -> Non
 
 
 def test_dropout_drops_its_share_and_scales_the_rest() -> None:
-    from coldctl.core.acceleration import fast_dropout
+    from coldctl.training.cpu_shortcuts import fast_dropout
 
     layer = torch.nn.Dropout(0.1)
     model = torch.nn.Sequential(layer)
@@ -100,7 +100,7 @@ def test_dropout_drops_its_share_and_scales_the_rest() -> None:
 
 
 def test_a_mask_hides_the_same_whether_it_is_added_or_not() -> None:
-    from coldctl.core.acceleration import attention, fast_dropout
+    from coldctl.training.cpu_shortcuts import attention, fast_dropout
 
     module = torch.nn.Sequential(torch.nn.Dropout(0.1))
     module.config = object()  # type: ignore[assignment]
@@ -225,7 +225,7 @@ def test_fisher_information_feeds_the_fisher_method(tmp_path: Path, base: Path, 
 
 @pytest.mark.parametrize("numbers", [False, True])
 def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(numbers: bool, tmp_path: Path) -> None:
-    from coldctl.core.fisher import write_fisher
+    from coldctl.training.fisher import write_fisher
 
     base = tiny.make_base("bert", tmp_path / "base")
     model = models.load_classifier(base, [] if numbers else ["no", "yes"], 0)
@@ -318,7 +318,7 @@ def test_a_checkpoint_of_other_weights_is_not_gone_on_from(tmp_path: Path) -> No
     data = tiny.make_dataset(tmp_path / "data", train=24)
     anew, _ = learn(base, data, tmp_path / "anew", epochs=1)
     (tmp_path / "other").mkdir()
-    training_state.write(tmp_path / "other" / "state.safetensors", {"parameter.x": torch.zeros(1)}, {"best_step": 0})
+    snapshot.write(tmp_path / "other" / "state.safetensors", {"parameter.x": torch.zeros(1)}, {"best_step": 0})
     found, _ = learn(base, data, tmp_path / "other", epochs=1)
     assert all(torch.equal(anew[name], value) for name, value in found.items())
 

@@ -444,7 +444,7 @@ def test_interrupted_before_it_is_published_nothing_is_lost_or_taken_twice(
 def test_a_residual_is_owed_where_its_contribution_was_fused_and_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from coldctl.core import residuals
+    from coldctl.training import residuals
 
     monkeypatch.setenv("COLDCTL_STATE", str(tmp_path))
 
@@ -536,8 +536,8 @@ def test_residuals_that_cannot_be_kept_or_do_not_fit(
 
     from coldctl.checkpoints.checkpoint import open_checkpoint
     from coldctl.common.errors import CheckpointError, OutputError
-    from coldctl.core import residuals
     from coldctl.storage.files import LocalFolder
+    from coldctl.training import residuals
 
     monkeypatch.delenv("COLDCTL_STATE")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))

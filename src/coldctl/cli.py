@@ -267,18 +267,18 @@ def finetune(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a contribution: train body and head on one dataset, or one contribution per seen dataset of a suite."""
-    from coldctl.core import team
+    from coldctl.training import distributed
 
     rank = os.environ.get("RANK", "0")
     follows = rank.isdecimal() and rank != "0" and "WORLD_SIZE" in os.environ
     with _boundary(as_json=as_json and not follows, quiet=quiet or follows, mute=follows) as screen:
         from coldctl.artifacts import model_ref
         from coldctl.core import data as datasets
-        from coldctl.core.training_log import check_kind
         from coldctl.stages import finetune as stage
+        from coldctl.training.logs import check_kind
         from coldctl.workers import choose
 
-        alone = team.find().size == 1
+        alone = distributed.find().size == 1
         if not alone and engine != "local":
             raise ConfigError(f"--engine {engine} does not go with torchrun: leave one of them out")
         where = choose(engine, jobs=jobs if alone else 1, threads=threads if alone else None, ray_address=ray_address)
@@ -335,7 +335,7 @@ def finetune(
             work = [job]
         with screen.progress() as progress, closing(where):
             outcomes = stage.finetune_all(work, where, progress, lambda item: progress.note(_finetuned_line(item)))
-            team.disband()
+            distributed.disband()
         done = [outcome.result for outcome in outcomes if outcome.result is not None]
         failed = [(work[outcome.index].name, outcome.error) for outcome in outcomes if outcome.error is not None]
         if failed and len(work) == 1:

@@ -83,10 +83,10 @@ def warm() -> None:
 
     for name in (
         "coldctl.cli",
-        "coldctl.core.model",
+        "coldctl.training.model",
         "coldctl.core.probe",
         "coldctl.core.proof",
-        "coldctl.core.training",
+        "coldctl.training.loop",
         "coldctl.stages.evaluate",
         "coldctl.stages.finetune",
         "coldctl.stages.fuse",

@@ -121,7 +121,7 @@ def write_delta(
     Of each row (float64) `delta-int8` stores q = round(row / s), s = max |row| / 127 as float32; s is 0 where that is too
     small for a float32, and then so is q. Tensors that only one of the two has (poolers, integers) are left out. Before
     it is encoded, the tensors of `owed` are added to the difference; what of the sum is lost is written to the file
-    `residual`, float32 (see `core/residuals.py`). Raises CheckpointError for a difference that is no finite number.
+    `residual`, float32 (see `training/residuals.py`). Raises CheckpointError for a difference that is no finite number.
     """
     _check_names(base, encoding)
     names = [name for name, tensor in base.body.items() if tensor.floating and name in source.body]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from coldctl.common.errors import CheckpointError, ModelError
-from coldctl.core import model as models
 from coldctl.core.proof import SENTENCES
+from coldctl.training import model as models
 
 _OPSET = 18
 _LARGEST_DIFFERENCE = 1e-4  # of the largest feature: the same arithmetic in another order

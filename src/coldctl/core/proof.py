@@ -9,7 +9,7 @@ from torch import nn
 from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.checkpoints.checkpoint import is_pooler, modern_name
 from coldctl.common.errors import CheckpointError
-from coldctl.core import model as models
+from coldctl.training import model as models
 
 SENTENCES = (
     "A short sentence.",

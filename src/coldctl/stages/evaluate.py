@@ -493,8 +493,8 @@ def _probe(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tu
 
 def _features(cell: Cell, dataset: data.Dataset, progress: Progress) -> list[Any]:
     """What the cell's model makes of train, validation and test: float32 [examples, hidden size] each."""
-    from coldctl.core import model as models
     from coldctl.core.probe import features
+    from coldctl.training import model as models
 
     folder = cell.contender.model.local()
     tokenizer, body = models.load_tokenizer(folder), models.load_body(folder)
@@ -521,8 +521,8 @@ def _finetune(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) ->
 def _trained(
     cell: Cell, loaded: Sequence[data.Dataset], folder: Path, scratch: Path, progress: Progress
 ) -> tuple[list[Any], dict[str, Any]]:
-    from coldctl.core import model as models
-    from coldctl.core.training import Examples, Head, Place, predict, train
+    from coldctl.training import model as models
+    from coldctl.training.loop import Examples, Head, Place, predict, train
 
     tokenizer = models.load_tokenizer(folder)
     heads, tests = [], []

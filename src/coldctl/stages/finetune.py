@@ -21,7 +21,7 @@ from coldctl.checkpoints.deltas import ENCODINGS
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
 from coldctl.common.progress import Progress
-from coldctl.core import data, residuals, scoring, team
+from coldctl.core import data, scoring
 from coldctl.core.charts import training_chart
 from coldctl.core.config import (
     DatasetConfig,
@@ -33,10 +33,11 @@ from coldctl.core.config import (
     identity,
     settled_finetuning,
 )
-from coldctl.core.training_log import Log, open_log
 from coldctl.fusing.passes import prove
 from coldctl.storage.files import LocalFolder
 from coldctl.storage.location import Location, is_url, locate
+from coldctl.training import distributed, residuals
+from coldctl.training.logs import Log, open_log
 from coldctl.workers.jobs import Engine, Needs, Outcome
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy")
@@ -109,7 +110,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
     unfinished training goes on from its last checkpoint.
     """
     started = time.perf_counter()
-    peers = team.find()
+    peers = distributed.find()
     error: ColdctlError | None = None
     with ExitStack() as stack:
         work, folder = None, None
@@ -367,7 +368,7 @@ def _refuse_log_inside(job: Job) -> None:
         )
 
 
-def _together(peers: team.Team, work: _Prepared | None, error: ColdctlError | None, *, done: bool) -> bool:
+def _together(peers: distributed.Team, work: _Prepared | None, error: ColdctlError | None, *, done: bool) -> bool:
     """Let all processes of a team raise what one of them found; return whether the leader has nothing to do."""
     if peers.size == 1:
         if error is not None:
@@ -404,7 +405,7 @@ def _tell(job: Job, dataset: data.Dataset, progress: Progress) -> None:
 
 def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, threads: int) -> Manifest:
     """Complete the contribution in `folder`: tokenizer files, no checkpoints any more, the manifest last."""
-    from coldctl.core.sending import encoding_of, open_written
+    from coldctl.training.export import encoding_of, open_written
 
     config = job.config
     encoding = encoding_of(config)
@@ -448,16 +449,16 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
 
 
 def _train(
-    job: Job, work: _Prepared, base: Path, folder: Path, threads: int, progress: Progress, peers: team.Team
+    job: Job, work: _Prepared, base: Path, folder: Path, threads: int, progress: Progress, peers: distributed.Team
 ) -> _Learned:
     """Train, save weights and pictures. Everything that needs torch is below here."""
     import torch
 
-    from coldctl.core import model as models
-    from coldctl.core import trainable
-    from coldctl.core.fisher import write_fisher
-    from coldctl.core.sending import write_weights
-    from coldctl.core.training import Examples, Head, Place, predict, train
+    from coldctl.training import model as models
+    from coldctl.training import trainable
+    from coldctl.training.export import write_weights
+    from coldctl.training.fisher import write_fisher
+    from coldctl.training.loop import Examples, Head, Place, predict, train
 
     torch.set_num_threads(max(1, threads // peers.local_size))
     config, dataset = job.config, work.dataset
@@ -497,7 +498,7 @@ def _train(
 
 
 @contextmanager
-def _log(job: Job, peers: team.Team) -> Iterator[Log | None]:
+def _log(job: Job, peers: distributed.Team) -> Iterator[Log | None]:
     """The log that was asked for, in the process that leads."""
     kind = job.watching.log
     if not kind or not peers.leads:

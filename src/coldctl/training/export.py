@@ -11,10 +11,10 @@ from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpo
 from coldctl.checkpoints.deltas import ENCODINGS, open_delta, write_delta
 from coldctl.checkpoints.lora import open_adapter
 from coldctl.common.progress import Progress
-from coldctl.core import trainable
 from coldctl.core.config import FinetuneConfig, size_in_bytes
-from coldctl.core.residuals import account
 from coldctl.storage.files import LocalFolder
+from coldctl.training import trainable
+from coldctl.training.residuals import account
 
 _SHARD = "5GB"  # larger bodies are written in several files
 _WHOLE = "whole"  # below the training's own folder: the trained model as it is, until what is sent of it is written

@@ -21,12 +21,12 @@ from torch import nn
 
 from coldctl.common.errors import CheckpointError, DeclinedError
 from coldctl.common.progress import Progress
-from coldctl.core import training_state
-from coldctl.core.acceleration import Masks, UsedRows, fast_dropout, first_token_only
 from coldctl.core.config import FinetuneConfig, derived_seed
-from coldctl.core.model import Encoded, body_of, check_vocabulary, collate
-from coldctl.core.team import Team
-from coldctl.core.training_log import Log
+from coldctl.training import snapshot
+from coldctl.training.cpu_shortcuts import Masks, UsedRows, fast_dropout, first_token_only
+from coldctl.training.distributed import Team
+from coldctl.training.logs import Log
+from coldctl.training.model import Encoded, body_of, check_vocabulary, collate
 
 _WINDOW = 50  # batches among which examples are grouped by length
 _STATE = "state.safetensors"
@@ -72,7 +72,7 @@ class Place:
     team: Team = field(default_factory=Team)
     log: Log | None = None
     checkpoint_seconds: float = 60.0
-    shortcuts: bool = True  # on CPUs: skip work that changes nothing (`core/acceleration.py`)
+    shortcuts: bool = True  # on CPUs: skip work that changes nothing (`training/cpu_shortcuts.py`)
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ class _Training:
             self.best, self.best_step, self.best_decay = score, self.step, self.decay
             if place.team.leads:
                 best = {name: value.detach() for name, value in self.parameters.items()}
-                training_state.write(self._best_file(self.step), best, {})
+                snapshot.write(self._best_file(self.step), best, {})
                 self._prune()
 
     def _finite(self, loss: torch.Tensor) -> float:
@@ -320,7 +320,7 @@ class _Training:
     def take_best(self) -> None:
         """Put the weights with the best validation score back into the models."""
         if self.best_step and self.best_step != self.step and self.place.team.leads:
-            _copy_into(self.parameters, training_state.read(self._best_file(self.best_step))[0])
+            _copy_into(self.parameters, snapshot.read(self._best_file(self.best_step))[0])
         self.place.team.share([value.detach() for value in self.parameters.values()])
         if self.rows is not None:
             self.rows.decay = self.best_decay
@@ -342,7 +342,7 @@ class _Training:
             for key in ("exp_avg", "exp_avg_sq"):
                 if value in self.optimizer.state:
                     tensors[f"{key}.{name}"] = self.optimizer.state[value][key]
-        training_state.write(self.place.folder / _STATE, tensors, self._progress())
+        snapshot.write(self.place.folder / _STATE, tensors, self._progress())
         self.saved_best = self.best_step
         self._prune()
 
@@ -399,14 +399,14 @@ class _Training:
     def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """The last checkpoint; None if there is none, or not all of it is as it was written: the training starts anew."""
         try:
-            tensors, state = training_state.read(self.place.folder / _STATE)
+            tensors, state = snapshot.read(self.place.folder / _STATE)
             if any(
                 name not in tensors or tensors[name].shape != value.shape
                 for name, value in ((f"parameter.{name}", value) for name, value in self.parameters.items())
             ):
                 return None
             if state["best_step"]:
-                training_state.read(self._best_file(state["best_step"]))
+                snapshot.read(self._best_file(state["best_step"]))
         except CheckpointError:
             return None
         return tensors, state

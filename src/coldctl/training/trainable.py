@@ -10,7 +10,7 @@ from torch import nn
 from coldctl.artifacts import layout
 from coldctl.common.errors import ConfigError
 from coldctl.core.config import FinetuneConfig
-from coldctl.core.model import body_of
+from coldctl.training.model import body_of
 
 _PEFT = "base_model.model."  # before all names of a file of PEFT's
 _BEHIND = ("pooler", "final_norm")  # what a body has behind its last layer
