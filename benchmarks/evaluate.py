@@ -107,10 +107,11 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
     import torch
 
     from coldctl.common.progress import SILENT
-    from coldctl.core import data, scoring
+    from coldctl.core import data
     from coldctl.core.config import DatasetConfig
-    from coldctl.core.probe import features
-    from coldctl.core.probe import probe as solve
+    from coldctl.evaluation import scoring
+    from coldctl.evaluation.probe import features
+    from coldctl.evaluation.probe import probe as solve
     from coldctl.training import model as models
     from coldctl.training.loop import sorted_batches
 

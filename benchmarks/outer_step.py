@@ -125,7 +125,8 @@ def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
     import torch
 
     from coldctl.common.progress import SILENT
-    from coldctl.core import config, data, scoring
+    from coldctl.core import config, data
+    from coldctl.evaluation import scoring
     from coldctl.training import model as models
     from coldctl.training.loop import Examples, Head, Place, train
 

@@ -37,7 +37,8 @@ from safetensors.numpy import load_file, save_file
 
 from coldctl.artifacts import layout, manifest
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
-from coldctl.core import config, data, scoring
+from coldctl.core import config, data
+from coldctl.evaluation import scoring
 from coldctl.storage.files import LocalFolder
 
 DEMO = ("amazon", "movies", "tweets", "nyt")
@@ -249,7 +250,7 @@ class Scorer:
         import torch
 
         from coldctl.common.progress import SILENT
-        from coldctl.core.probe import features, probe
+        from coldctl.evaluation.probe import features, probe
         from coldctl.training import model as models
 
         known = self.folder / f"{body_digest(opened(model)).removeprefix('sha256:')}.json"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
-from coldctl.core import scoring
 from coldctl.core.data import stratified
+from coldctl.evaluation import scoring
 from coldctl.fusing import methods
 from coldctl.fusing.blocks import Digester, block_length, cut, read_blocks
 from coldctl.storage.files import LocalFolder

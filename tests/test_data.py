@@ -13,8 +13,9 @@ import pytest
 
 import tiny
 from coldctl.common.errors import DataError
-from coldctl.core import data, probe, scoring
+from coldctl.core import data
 from coldctl.core.config import DatasetConfig
+from coldctl.evaluation import probe, scoring
 from conftest import Ran
 
 Run = Callable[..., Ran]

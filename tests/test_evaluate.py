@@ -17,8 +17,9 @@ import pytest
 
 import tiny
 from coldctl.artifacts.output import write_text
-from coldctl.core import charts, curves, data, feature_cache, leaderboard
+from coldctl.core import data
 from coldctl.core.config import DatasetConfig
+from coldctl.evaluation import cache, charts, curves, leaderboard
 from coldctl.stages.evaluate import candidates_of
 from conftest import Ran, suite_text
 
@@ -239,7 +240,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
 
 def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLDCTL_CACHE", str(tmp_path))
-    monkeypatch.setattr(feature_cache, "LIMIT", 3000)
+    monkeypatch.setattr(cache, "LIMIT", 3000)
     computed = []
 
     def features(number: int) -> np.ndarray[Any, Any]:
@@ -247,17 +248,17 @@ def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path: Path, monkeyp
         return np.full((10, 25), number, np.float32)
 
     for place, number in enumerate((0, 1, 0, 2)):
-        found = feature_cache.cached({"number": number}, lambda: [features(number)], pytest.fail)  # noqa: B023
+        found = cache.cached({"number": number}, lambda: [features(number)], pytest.fail)  # noqa: B023
         assert found[0][0, 0] == number
         for path in (tmp_path / "features").iterdir():  # clocks of file systems are coarse
             if path.stat().st_mtime > 1e6:
                 os.utime(path, (place, place))
     assert computed == [0, 1, 2]
-    feature_cache.cached({"number": 0}, lambda: [features(0)], pytest.fail)
-    feature_cache.cached({"number": 1}, lambda: [features(1)], pytest.fail)
+    cache.cached({"number": 0}, lambda: [features(0)], pytest.fail)
+    cache.cached({"number": 1}, lambda: [features(1)], pytest.fail)
     assert computed == [0, 1, 2, 1]
-    monkeypatch.setattr(feature_cache, "LIMIT", 10)  # nothing fits
-    feature_cache.cached({"number": 3}, lambda: [features(3)], pytest.fail)
+    monkeypatch.setattr(cache, "LIMIT", 10)  # nothing fits
+    cache.cached({"number": 3}, lambda: [features(3)], pytest.fail)
     assert not list((tmp_path / "features").iterdir())
 
 

@@ -22,7 +22,7 @@ import tiny
 from coldctl.artifacts.manifest import digest_of, digest_of_file
 from coldctl.common.errors import CheckpointError
 from coldctl.core.proof import prove_loading
-from coldctl.core.report import published as place_among_published
+from coldctl.evaluation.markdown import published as place_among_published
 from conftest import FAST, Ran, suite_text
 
 Run = Callable[..., Ran]

@@ -572,7 +572,7 @@ def evaluate(
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.artifacts import model_ref
         from coldctl.console import evaluation_tables
-        from coldctl.core import scoring
+        from coldctl.evaluation import scoring
         from coldctl.stages import evaluate as stage
         from coldctl.workers import choose
 

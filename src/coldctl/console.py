@@ -18,7 +18,7 @@ from rich.tree import Tree
 from coldctl.common.errors import ColdctlError, TeamError
 from coldctl.common.progress import SILENT, Progress
 from coldctl.common.text import json_document, printable
-from coldctl.core.report import group_name
+from coldctl.evaluation.markdown import group_name
 
 _VERDICT_STYLE = {"better": "green", "worse": "red"}
 _LOG_WIDTH = 120  # columns of tables in logs, where nothing says how wide the reader is

@@ -84,7 +84,7 @@ def warm() -> None:
     for name in (
         "coldctl.cli",
         "coldctl.training.model",
-        "coldctl.core.probe",
+        "coldctl.evaluation.probe",
         "coldctl.core.proof",
         "coldctl.training.loop",
         "coldctl.stages.evaluate",

@@ -21,9 +21,10 @@ from coldctl.artifacts import layout, lineage, manifest, run, signatures
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
 from coldctl.checkpoints.formats import open_contribution
-from coldctl.core import config, data, experiment, history, licenses, report, results, tokenizer_files
+from coldctl.core import config, data, experiment, history, licenses, tokenizer_files
 from coldctl.core.config import DatasetConfig
 from coldctl.core.sources import FORMATS
+from coldctl.evaluation import markdown, results
 from coldctl.fusing import fusion
 from coldctl.fusing.compatibility import compare
 from coldctl.storage.files import LocalFolder
@@ -93,10 +94,10 @@ def read_run(folder: Path) -> None:
 
 def show_results(folder: Path) -> None:
     found = results.read(folder)
-    report.markdown(found, [])
+    markdown.markdown(found, [])
     for model in found["models"]:
-        for protocol in report.protocols_of(found, model["name"]):
-            report.headline(found, model["name"], protocol)
+        for protocol in markdown.protocols_of(found, model["name"]):
+            markdown.headline(found, model["name"], protocol)
 
 
 def of_parquet(rng: random.Random, data_: bytes) -> bytes:

@@ -14,7 +14,7 @@ from coldctl.artifacts.manifest import Manifest
 from coldctl.common.text import code, markdown, printable
 from coldctl.core import handwritten, licenses
 from coldctl.core.history import fused_generations, history, with_ancestors
-from coldctl.core.report import (
+from coldctl.evaluation.markdown import (
     overlap_sentences,
     protocols_of,
     published_markdown,

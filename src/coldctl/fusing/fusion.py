@@ -36,8 +36,8 @@ from coldctl.checkpoints.describe import bare_config
 from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
 from coldctl.common.parsing import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
 from coldctl.common.progress import Progress
-from coldctl.core import charts
 from coldctl.core.config import FuseConfig, as_record, identity
+from coldctl.evaluation import charts
 from coldctl.fusing import methods
 from coldctl.fusing.compatibility import compare, other_base
 from coldctl.fusing.contributions import Candidate

@@ -22,10 +22,7 @@ from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
 from coldctl.common.errors import ConfigError, DataError, ModelError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import cells as cell_files
-from coldctl.core import curves, data, feature_cache, scoring
-from coldctl.core import results as results_file
-from coldctl.core.charts import curve_chart, gain_chart
+from coldctl.core import data
 from coldctl.core.config import (
     PROTOCOLS,
     DatasetConfig,
@@ -35,8 +32,12 @@ from coldctl.core.config import (
     derived_seed,
     identity,
 )
-from coldctl.core.page import page
-from coldctl.core.report import markdown, overlap_sentences
+from coldctl.evaluation import cache, curves, scoring
+from coldctl.evaluation import cells as cell_files
+from coldctl.evaluation import results as results_file
+from coldctl.evaluation.charts import curve_chart, gain_chart
+from coldctl.evaluation.markdown import markdown, overlap_sentences
+from coldctl.evaluation.page import page
 from coldctl.fusing.contributions import free_names
 from coldctl.fusing.passes import prove
 from coldctl.storage.location import Location, locate
@@ -473,14 +474,14 @@ def _measurement(cell: Cell) -> dict[str, Any]:
 
 def _probe(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tuple[list[Any], dict[str, Any]]:
     (dataset,) = loaded
-    from coldctl.core.probe import probe
+    from coldctl.evaluation.probe import probe
 
     key = {
         "model": cell.contender.body_digest, "files": cell.contender.files_digest, "dataset": dataset.fingerprint,
         "pooling": cell.evaluation.pooling, "max_length": cell.evaluation.max_length,
         "versions": manifest.environment(["torch", "transformers", "tokenizers"]),
     }  # fmt: skip
-    train, validation, test = feature_cache.cached(key, lambda: _features(cell, dataset, progress), progress.note)
+    train, validation, test = cache.cached(key, lambda: _features(cell, dataset, progress), progress.note)
     metric = data.metric_of(cell.datasets[0], dataset)
     predictions, strength, reached = probe(
         (train, dataset.train.labels),
@@ -493,7 +494,7 @@ def _probe(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tu
 
 def _features(cell: Cell, dataset: data.Dataset, progress: Progress) -> list[Any]:
     """What the cell's model makes of train, validation and test: float32 [examples, hidden size] each."""
-    from coldctl.core.probe import features
+    from coldctl.evaluation.probe import features
     from coldctl.training import model as models
 
     folder = cell.contender.model.local()

@@ -21,8 +21,7 @@ from coldctl.checkpoints.deltas import ENCODINGS
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
 from coldctl.common.progress import Progress
-from coldctl.core import data, scoring
-from coldctl.core.charts import training_chart
+from coldctl.core import data
 from coldctl.core.config import (
     DatasetConfig,
     FinetuneConfig,
@@ -33,6 +32,8 @@ from coldctl.core.config import (
     identity,
     settled_finetuning,
 )
+from coldctl.evaluation import scoring
+from coldctl.evaluation.charts import training_chart
 from coldctl.fusing.passes import prove
 from coldctl.storage.files import LocalFolder
 from coldctl.storage.location import Location, is_url, locate

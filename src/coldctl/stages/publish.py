@@ -15,11 +15,12 @@ from coldctl.checkpoints.body_export import WrittenBody, write_body, write_confi
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.common.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.common.progress import Progress
-from coldctl.core import privacy, results, tokenizer_files
+from coldctl.core import privacy, tokenizer_files
 from coldctl.core.card import Subject, card
-from coldctl.core.charts import gain_chart
 from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
 from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
+from coldctl.evaluation import results
+from coldctl.evaluation.charts import gain_chart
 from coldctl.fusing.passes import prove
 from coldctl.fusing.sinks import DTYPE_NAMES
 from coldctl.storage.files import open_folder

@@ -5,8 +5,8 @@ from typing import Any
 
 from coldctl.common.text import code
 from coldctl.common.text import markdown as plain
-from coldctl.core import leaderboard
-from coldctl.core.curves import Panel
+from coldctl.evaluation import leaderboard
+from coldctl.evaluation.curves import Panel
 
 _WORDS = {
     "better": "better",

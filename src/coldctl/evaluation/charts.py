@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 
 from coldctl.common.text import chart as plain
-from coldctl.core.curves import Panel
-from coldctl.core.report import rows_of
+from coldctl.evaluation.curves import Panel
+from coldctl.evaluation.markdown import rows_of
 from coldctl.storage.location import Location
 
 _GAIN, _LOSS, _NOISE, _INK, _GRID = "#2f7d4f", "#b5483a", "#8a8f98", "#333333", "#dddddd"

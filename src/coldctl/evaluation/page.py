@@ -16,9 +16,9 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.common.text import printable
-from coldctl.core import charts, report
-from coldctl.core.curves import Panel
-from coldctl.core.scoring import RESAMPLES
+from coldctl.evaluation import charts, markdown
+from coldctl.evaluation.curves import Panel
+from coldctl.evaluation.scoring import RESAMPLES
 
 _FOLDER = Path(__file__).parent
 _WORDS = ("name", "status", "reason", "dataset", "license", "body_digest")
@@ -35,7 +35,7 @@ def page(results: Mapping[str, Any], panels: Sequence[Panel], evaluation: Manife
     measured = [
         (model["name"], protocol)
         for model in results["models"]
-        for protocol in report.protocols_of(results, model["name"])
+        for protocol in markdown.protocols_of(results, model["name"])
     ]
     open_ones = set(charts.charted(results))
     sections = [
@@ -43,10 +43,10 @@ def page(results: Mapping[str, Any], panels: Sequence[Panel], evaluation: Manife
             "model": model,
             "protocol": protocol,
             "open": (model, protocol) in open_ones,
-            "headline": report.headline(results, model, protocol),
-            "published": report.published(results, model) if protocol == "finetune" else [],
-            "entries": report.rows_of(results["results"], model, protocol),
-            "averages": report.rows_of(results["averages"], model, protocol),
+            "headline": markdown.headline(results, model, protocol),
+            "published": markdown.published(results, model) if protocol == "finetune" else [],
+            "entries": markdown.rows_of(results["results"], model, protocol),
+            "averages": markdown.rows_of(results["averages"], model, protocol),
             "chart": charts.as_svg(charts.gain_figure(results, [(model, protocol)], width=5.6), f"gain-{number}")
             if (model, protocol) in open_ones
             else None,
@@ -63,15 +63,15 @@ def page(results: Mapping[str, Any], panels: Sequence[Panel], evaluation: Manife
         sections=sections,
         curve=curve,
         contributions=_contributions(origin),
-        overlaps=report.overlap_sentences(results),
+        overlaps=markdown.overlap_sentences(results),
         evaluation=evaluation,
         resamples=RESAMPLES,
         style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
         script=script,
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        verdict=report.verdict_in_words,
-        group_name=report.group_name,
-        interval=report.interval,
+        verdict=markdown.verdict_in_words,
+        group_name=markdown.group_name,
+        interval=markdown.interval,
     )
 
 
