@@ -365,7 +365,7 @@ def test_a_tag_follows_its_iteration(base: Path, models: dict[int, Path], hub: H
 def test_the_librarys_bars_are_as_they_were(stated: bool | None, hidden: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants, utils
 
-    from coldctl.core import hub as target
+    from coldctl.publishing import hub as target
 
     bars: Any = utils
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", stated)

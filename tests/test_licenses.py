@@ -2,7 +2,7 @@
 
 import pytest
 
-from coldctl.core.licenses import warnings
+from coldctl.publishing.licenses import warnings
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ import coldctl as coldctl_package
 import tiny
 from coldctl.artifacts.manifest import digest_of, digest_of_file
 from coldctl.common.errors import CheckpointError
-from coldctl.core.proof import prove_loading
 from coldctl.evaluation.markdown import published as place_among_published
+from coldctl.publishing.load_check import prove_loading
 from conftest import FAST, Ran, suite_text
 
 Run = Callable[..., Ran]

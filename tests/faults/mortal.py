@@ -85,7 +85,7 @@ def warm() -> None:
         "coldctl.cli",
         "coldctl.training.model",
         "coldctl.evaluation.probe",
-        "coldctl.core.proof",
+        "coldctl.publishing.load_check",
         "coldctl.training.loop",
         "coldctl.stages.evaluate",
         "coldctl.stages.finetune",

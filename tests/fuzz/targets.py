@@ -21,12 +21,13 @@ from coldctl.artifacts import layout, lineage, manifest, run, signatures
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
 from coldctl.checkpoints.formats import open_contribution
-from coldctl.core import config, data, experiment, history, licenses, tokenizer_files
+from coldctl.core import config, data
 from coldctl.core.config import DatasetConfig
 from coldctl.core.sources import FORMATS
 from coldctl.evaluation import markdown, results
 from coldctl.fusing import fusion
 from coldctl.fusing.compatibility import compare
+from coldctl.publishing import experiment, history, licenses, tokenizer
 from coldctl.storage.files import LocalFolder
 
 
@@ -134,7 +135,7 @@ def read_weights(folder: Path) -> None:
 
 def copy_tokenizer(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="coldctl-fuzz-", dir=folder.parent) as target:
-        tokenizer_files.copy(LocalFolder(folder), Path(target))
+        tokenizer.copy(LocalFolder(folder), Path(target))
     with sanitize.tokenizer_of(LocalFolder(folder)):
         pass
 

@@ -15,8 +15,8 @@ from coldctl.checkpoints.describe import bare_config
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
-from coldctl.core.privacy import is_path
 from coldctl.fusing.sinks import DTYPE_NAMES
+from coldctl.publishing.privacy import is_path
 
 _CHUNK = 8 << 20  # bytes of the source read at a time
 

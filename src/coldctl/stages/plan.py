@@ -14,10 +14,10 @@ from coldctl.artifacts.model_ref import Model, resolve
 from coldctl.artifacts.run import Iteration, Run
 from coldctl.common.errors import ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import experiment
 from coldctl.core.config import ConfigFile, RunConfig, contributors_of
-from coldctl.core.experiment import Variant
 from coldctl.evaluation import results, scoring
+from coldctl.publishing import experiment
+from coldctl.publishing.experiment import Variant
 from coldctl.storage import conditional_write
 from coldctl.storage.location import Location, children
 

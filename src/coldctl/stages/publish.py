@@ -15,14 +15,14 @@ from coldctl.checkpoints.body_export import WrittenBody, write_body, write_confi
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
 from coldctl.common.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.common.progress import Progress
-from coldctl.core import privacy, tokenizer_files
-from coldctl.core.card import Subject, card
 from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
-from coldctl.core.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
 from coldctl.evaluation import results
 from coldctl.evaluation.charts import gain_chart
 from coldctl.fusing.passes import prove
 from coldctl.fusing.sinks import DTYPE_NAMES
+from coldctl.publishing import privacy, tokenizer
+from coldctl.publishing.card import Subject, card
+from coldctl.publishing.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, is_url
 
@@ -75,7 +75,7 @@ def target_of(to: str, progress: Progress, *, private: bool, create_pr: bool, dr
     """
     target: Target
     if to.startswith("hf://"):
-        from coldctl.core import hub
+        from coldctl.publishing import hub
 
         target = hub.target(to, progress, private=private, create_pr=create_pr)
     elif private or create_pr:
@@ -199,7 +199,7 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     write_config(work.source, folder, config.dtype)
     if words := sanitize.note_on(work.source.folder):
         progress.note(f"{work.name} {words}")
-    for lack in tokenizer_files.copy(work.source.folder, folder):
+    for lack in tokenizer.copy(work.source.folder, folder):
         progress.note(f"the tokenizer is complete but for {lack}")
     _describe_pooling(work.source, folder)
     _copy_evaluation(work, folder)
@@ -306,13 +306,13 @@ def _copy_evaluation(work: _Work, folder: Path) -> None:
 def _prove(work: _Work, folder: Path) -> None:
     """Load what was written, and with `onnx` export and run it."""
     started = time.perf_counter()  # importing torch and transformers is part of it
-    from coldctl.core.proof import prove_loading
+    from coldctl.publishing.load_check import prove_loading
 
     prove_loading(work.model.local(), folder, work.config.dtype)
     work.seconds["loading"] = time.perf_counter() - started
     work.progress.note(f"loaded as its users will load it, features compared: {work.seconds['loading']:.1f} s")
     if work.config.onnx:
-        from coldctl.core.onnx_export import export
+        from coldctl.publishing.onnx import export
 
         started = time.perf_counter()
         worst = export(folder, folder / layout.ONNX_MODEL)

@@ -14,7 +14,7 @@ from coldctl.artifacts import layout
 from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import ColdctlError, ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Drawing, Progress
-from coldctl.core.targets import Sending
+from coldctl.publishing.targets import Sending
 
 _REFERENCE = re.compile(r"hf://(?P<name>[^@]+?)/?(?:@(?P<revision>.+))?")
 _MAIN = "main"

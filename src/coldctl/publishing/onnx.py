@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coldctl.common.errors import CheckpointError, ModelError
-from coldctl.core.proof import SENTENCES
+from coldctl.publishing.load_check import SENTENCES
 from coldctl.training import model as models
 
 _OPSET = 18

@@ -12,8 +12,6 @@ from coldctl.artifacts import layout
 from coldctl.artifacts.lineage import generations, mermaid
 from coldctl.artifacts.manifest import Manifest
 from coldctl.common.text import code, markdown, printable
-from coldctl.core import handwritten, licenses
-from coldctl.core.history import fused_generations, history, with_ancestors
 from coldctl.evaluation.markdown import (
     overlap_sentences,
     protocols_of,
@@ -21,6 +19,8 @@ from coldctl.evaluation.markdown import (
     score_table,
     verdict_in_words,
 )
+from coldctl.publishing import handwritten, licenses
+from coldctl.publishing.history import fused_generations, history, with_ancestors
 
 PAPER = "https://arxiv.org/abs/2212.01378"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
