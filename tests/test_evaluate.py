@@ -17,10 +17,10 @@ import pytest
 
 import tiny
 from coldctl.artifacts.output import write_text
+from coldctl.commands.evaluate import candidates_of
 from coldctl.core import data
 from coldctl.core.config import DatasetConfig
 from coldctl.evaluation import cache, charts, curves, leaderboard
-from coldctl.stages.evaluate import candidates_of
 from conftest import Ran, suite_text
 
 Run = Callable[..., Ran]
@@ -520,7 +520,7 @@ def test_what_changes_while_it_is_measured_is_noticed(
 ) -> None:
     """Of the data a part that vanishes, of the measurements one that was made; what else was measured is kept."""
     from coldctl.artifacts.model_ref import memory_needed
-    from coldctl.stages.evaluate import measure
+    from coldctl.commands.evaluate import measure
 
     for seed, name in enumerate(("red", "green")):
         tiny.make_dataset(tmp_path / name, seed=seed)
@@ -536,7 +536,7 @@ def test_what_changes_while_it_is_measured_is_noticed(
             validation.rename(tmp_path / "aside")
         return memory_needed(*arguments, **options)
 
-    monkeypatch.setattr("coldctl.stages.evaluate.memory_needed", change)
+    monkeypatch.setattr("coldctl.commands.evaluate.memory_needed", change)
     ran = coldctl(*command)
     assert ran.code == 2
     assert "2 of 4 measurements failed; the others are kept" in ran.stderr
@@ -551,7 +551,7 @@ def test_what_changes_while_it_is_measured_is_noticed(
             Path(done[0]).unlink()
         return done[-1]
 
-    monkeypatch.setattr("coldctl.stages.evaluate.measure", remove)
+    monkeypatch.setattr("coldctl.commands.evaluate.measure", remove)
     ran = coldctl(*command)
     assert len(done) == 2  # those of red are there
     assert ran.code == 2

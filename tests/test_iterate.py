@@ -16,11 +16,11 @@ import tiny
 from coldctl.artifacts import manifest
 from coldctl.artifacts import run as runs
 from coldctl.artifacts.model_ref import Model, resolve
+from coldctl.commands.finetune import jobs_of_suite, single_job
 from coldctl.common.errors import OutputError
 from coldctl.common.progress import Progress
 from coldctl.core.config import DatasetConfig, FinetuneConfig, read
 from coldctl.core.data import single
-from coldctl.stages.finetune import jobs_of_suite, single_job
 from coldctl.workers.processes import in_processes
 from conftest import Ran, suite_text
 

@@ -273,8 +273,8 @@ def finetune(
     follows = rank.isdecimal() and rank != "0" and "WORLD_SIZE" in os.environ
     with _boundary(as_json=as_json and not follows, quiet=quiet or follows, mute=follows) as screen:
         from coldctl.artifacts import model_ref
+        from coldctl.commands import finetune as stage
         from coldctl.core import data as datasets
-        from coldctl.stages import finetune as stage
         from coldctl.training.logs import check_kind
         from coldctl.workers import choose
 
@@ -464,7 +464,7 @@ def fuse(
     """Average the bodies of contributions into a better base model."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.artifacts import model_ref
-        from coldctl.stages import fuse as stage
+        from coldctl.commands import fuse as stage
         from coldctl.workers import choose
 
         where = choose(engine, jobs=jobs, threads=1, ray_address=ray_address)
@@ -571,9 +571,9 @@ def evaluate(
     """Measure whether models are better base models than a baseline, with intervals, on a suite of datasets."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.artifacts import model_ref
+        from coldctl.commands import evaluate as stage
         from coldctl.console import evaluation_tables
         from coldctl.evaluation import scoring
-        from coldctl.stages import evaluate as stage
         from coldctl.workers import choose
 
         where = choose(engine, jobs=jobs, threads=threads, ray_address=ray_address)
@@ -642,8 +642,8 @@ def publish(
     """Turn a fused model into a repository that anyone can load, with a model card: here, in a store or on the Hub."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.artifacts import model_ref
+        from coldctl.commands import publish as stage
         from coldctl.console import files_table
-        from coldctl.stages import publish as stage
 
         given = {
             "license": license_,
@@ -704,8 +704,8 @@ def check(
     """Say whether checkpoints would fuse, from their headers alone, in milliseconds."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.artifacts import model_ref
+        from coldctl.commands import check as stage
         from coldctl.console import check_table
-        from coldctl.stages import check as stage
 
         model = model_ref.resolve(base, revision) if base else None
         with screen.progress() as progress:
@@ -742,8 +742,8 @@ def lineage(
     """Show where a model came from: pretrained model, iterations, contributions accepted and refused."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
         from coldctl.artifacts import model_ref
+        from coldctl.commands import lineage as stage
         from coldctl.console import carriers_table, lineage_tree
-        from coldctl.stages import lineage as stage
 
         if signer is not None:
             found = stage.carriers(models, signer)
@@ -784,8 +784,8 @@ def status(
 ) -> None:
     """Show a run's iterations: what is complete, missing, running."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
+        from coldctl.commands import status as stage
         from coldctl.console import status_table
-        from coldctl.stages import status as stage
 
         found = stage.status(locate(run))
         if evaluation and found.evaluation is None:
@@ -820,7 +820,7 @@ def plan(
 ) -> None:
     """Start or extend a run, and print the numbers of the iterations still to be made."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
-        from coldctl.stages import plan as stage
+        from coldctl.commands import plan as stage
 
         file = read(config)
         settings = resolve(RunConfig, file, {"sample": sample})
@@ -855,7 +855,7 @@ def variants(
 ) -> None:
     """Write the configurations that an experiment compares, and print each one's name and iterations."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
-        from coldctl.stages import plan as stage
+        from coldctl.commands import plan as stage
 
         found = stage.variants(experiment, output)
         if as_json:
@@ -877,7 +877,7 @@ def promote(
 ) -> None:
     """Decide about the newest fused model of a run: it becomes the base, unless the gate says no."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
-        from coldctl.stages import plan as stage
+        from coldctl.commands import plan as stage
 
         folder = locate(run)
         decision = stage.promote(folder)
@@ -917,7 +917,7 @@ def watch(
 ) -> None:
     """Fuse whenever enough contributions have come to a run, evaluate, promote, and wait for the next ones."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
-        from coldctl import watch as watching
+        from coldctl.commands import watch as watching
         from coldctl.workers import choose
 
         datasets, file = _suite(suite, config)

@@ -87,11 +87,11 @@ def warm() -> None:
         "coldctl.evaluation.probe",
         "coldctl.publishing.load_check",
         "coldctl.training.loop",
-        "coldctl.stages.evaluate",
-        "coldctl.stages.finetune",
-        "coldctl.stages.fuse",
-        "coldctl.stages.plan",
-        "coldctl.stages.publish",
+        "coldctl.commands.evaluate",
+        "coldctl.commands.finetune",
+        "coldctl.commands.fuse",
+        "coldctl.commands.plan",
+        "coldctl.commands.publish",
     ):
         importlib.import_module(name)
 

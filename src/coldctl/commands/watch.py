@@ -13,10 +13,10 @@ from typing import Any, Literal
 from coldctl.artifacts import layout, manifest, run
 from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import Model, resolve
+from coldctl.commands import evaluate, fuse, plan
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, DeclinedError, OutputError
 from coldctl.common.progress import Progress
 from coldctl.core.config import DatasetConfig, EvaluateConfig, FinetuneConfig, FuseConfig
-from coldctl.stages import evaluate, fuse, plan
 from coldctl.storage.location import Location
 from coldctl.workers.jobs import Engine
 
