@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
+from coldctl.checkpoints.header import rounded
 from coldctl.core.data import stratified
 from coldctl.evaluation import scoring
 from coldctl.fusing import methods
@@ -25,7 +26,7 @@ FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
 @given(st.lists(st.lists(FLOATS, min_size=3, max_size=3), min_size=1, max_size=9))
 def test_the_mean_lies_inside_and_is_exact(rows: list[list[float]]) -> None:
     parts = [np.asarray(row, np.float32) for row in rows]
-    found = methods.rounded(methods.mean(parts), np.dtype(np.float32))
+    found = rounded(methods.mean(parts), np.dtype(np.float32))
     assert np.all(found >= np.min(parts, axis=0))
     assert np.all(found <= np.max(parts, axis=0))
     for index, value in enumerate(methods.mean(parts)):
@@ -37,7 +38,7 @@ def test_the_mean_lies_inside_and_is_exact(rows: list[list[float]]) -> None:
 @given(st.lists(FLOATS, min_size=1, max_size=50), st.integers(1, 40))
 def test_copies_give_themselves(values: list[float], count: int) -> None:
     part = np.asarray(values, np.float32)
-    np.testing.assert_array_equal(methods.rounded(methods.mean([part] * count), part.dtype), part)
+    np.testing.assert_array_equal(rounded(methods.mean([part] * count), part.dtype), part)
     wide = np.asarray(values, np.float64) / 3
     np.testing.assert_array_equal(methods.mean([wide] * count), wide)
 
@@ -46,7 +47,7 @@ def test_copies_give_themselves(values: list[float], count: int) -> None:
 @given(st.floats(-3e38, 3e38, allow_nan=False))
 def test_bfloat16_is_rounded_once(value: float) -> None:
     """The nearest bfloat16, ties to even, decided in exact arithmetic."""
-    found = float(methods.rounded(np.asarray([value]), methods.BFLOAT16)[0])
+    found = float(rounded(np.asarray([value]), methods.BFLOAT16)[0])
     if np.isinf(found):
         assert abs(value) >= 3.38e38
         return
@@ -67,7 +68,7 @@ def test_bfloat16_is_rounded_once(value: float) -> None:
 def test_double_rounding_is_avoided() -> None:
     # Just above the middle between two bfloat16: float32 rounds it to the middle, and from there it would fall to even.
     value = 1 + 2.0**-8 + 2.0**-40
-    assert float(methods.rounded(np.asarray([value]), methods.BFLOAT16)[0]) == 1 + 2.0**-7
+    assert float(rounded(np.asarray([value]), methods.BFLOAT16)[0]) == 1 + 2.0**-7
     assert float(np.asarray([value]).astype(ml_dtypes.bfloat16)[0]) == 1.0
 
 

@@ -12,7 +12,9 @@ import pytest
 
 from coldctl.artifacts import layout
 from coldctl.checkpoints import checkpoint as checkpoints
-from coldctl.checkpoints.checkpoint import Checkpoint, Tensor
+from coldctl.checkpoints import header
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.header import Tensor
 from coldctl.common.errors import CheckpointError, ModelError
 from coldctl.storage.files import LocalFolder
 
@@ -142,8 +144,8 @@ def test_the_size_of_a_header(place: Path) -> None:
     assert opened(place).body["a"] == Tensor(layout.WEIGHTS, len(whole) - 8, "F32", (2,))
     refused(place, struct.pack("<Q", 3) + b"{}", "claims a header of 3 bytes in a file of 10")
     refused(place, struct.pack("<Q", 2) + b"{}", "holds no tensors")
-    assert checkpoints.HEADER_LIMIT == 4 << 20
-    for length, words in ((checkpoints.HEADER_LIMIT, "not readable JSON"), (checkpoints.HEADER_LIMIT + 1, "claims")):
+    assert header.HEADER_LIMIT == 4 << 20
+    for length, words in ((header.HEADER_LIMIT, "not readable JSON"), (header.HEADER_LIMIT + 1, "claims")):
         with (place / layout.WEIGHTS).open("wb") as file:
             file.write(struct.pack("<Q", length))
             file.truncate(length + 100)
@@ -219,9 +221,9 @@ def test_the_number_of_tensors(place: Path) -> None:
     (place / layout.WEIGHTS).unlink()
     for more, found in ((0, 20_000), (1, None)):
         shards = {"s1": empty(15_000), "s2": empty(5_000 + more, 15_000)}
-        for shard, header in shards.items():
-            (place / shard).write_bytes(encoded(header))
-        where = {name: shard for shard, header in shards.items() for name in header}
+        for shard, entries in shards.items():
+            (place / shard).write_bytes(encoded(entries))
+        where = {name: shard for shard, entries in shards.items() for name in entries}
         (place / layout.WEIGHTS_INDEX).write_text(json.dumps({"weight_map": where}))
         if found:
             assert len(opened(place).body) == found

@@ -12,8 +12,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
+from coldctl.artifacts import model_cache
 from coldctl.common.errors import BusyError, OutputError
-from coldctl.storage import conditional_write, model_cache
+from coldctl.storage import conditional_write
 from coldctl.storage import lease as leases
 from coldctl.storage.lease import Lease
 from coldctl.storage.location import locate

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from coldctl.checkpoints.header import rounded
 from coldctl.common.errors import ConfigError
 from coldctl.fusing import methods
 
@@ -327,21 +328,21 @@ def test_normalised_below_a_largest_share() -> None:
 
 
 def test_rounded_to_nearest_even() -> None:
-    assert methods.rounded(np.asarray([1 + 2.0**-24, 1 + 3 * 2.0**-24]), np.dtype(np.float32)).tolist() == [
+    assert rounded(np.asarray([1 + 2.0**-24, 1 + 3 * 2.0**-24]), np.dtype(np.float32)).tolist() == [
         1,
         1 + 2.0**-22,
     ]
-    assert methods.rounded(np.asarray([1e39, -1e39]), np.dtype(np.float32)).tolist() == [np.inf, -np.inf]
+    assert rounded(np.asarray([1e39, -1e39]), np.dtype(np.float32)).tolist() == [np.inf, -np.inf]
     narrow = np.dtype(ml_dtypes.bfloat16)
     step = 2.0**-7
     half = [1 + step / 2, 1 + 3 * step / 2, -1 - step / 2, 1 + step / 2 + 2.0**-40, 1 + step / 2 - 2.0**-40]
     expected = [1, 1 + 2 * step, -1, 1 + step, 1]
-    assert methods.rounded(np.asarray(half), narrow).astype(np.float64).tolist() == expected
+    assert rounded(np.asarray(half), narrow).astype(np.float64).tolist() == expected
     small = [-1 - step / 2 - 2.0**-40, -1 - step / 2 + 2.0**-40, 0.0, 1e39, 3e38]
-    rounded = methods.rounded(np.asarray(small), narrow).astype(np.float64)
-    assert rounded[:4].tolist() == [-1 - step, -1, 0, np.inf]
+    narrowed = rounded(np.asarray(small), narrow).astype(np.float64)
+    assert narrowed[:4].tolist() == [-1 - step, -1, 0, np.inf]
     for dtype in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16):
-        assert methods.rounded(np.zeros(2), np.dtype(dtype)).dtype == dtype
+        assert rounded(np.zeros(2), np.dtype(dtype)).dtype == dtype
 
 
 def test_rounding_is_the_nearest_value_everywhere() -> None:
@@ -351,7 +352,7 @@ def test_rounding_is_the_nearest_value_everywhere() -> None:
     ties = (rng.integers(128, 256, 4000) + 0.5) * 2.0 ** rng.integers(-60, 60, 4000) * rng.choice([-1, 1], 4000)
     close = np.nextafter(ties, np.inf * rng.choice([-1, 1], 4000))
     for wide in (values, ties, close):
-        found = methods.rounded(wide, np.dtype(ml_dtypes.bfloat16))
+        found = rounded(wide, np.dtype(ml_dtypes.bfloat16))
         bits = found.view(np.uint16)
         distance = np.abs(found.astype(np.float64) - wide)
         for neighbour in (bits + 1, bits - 1):

@@ -6,9 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from coldctl.artifacts import layout, run
+from coldctl.artifacts import layout, model_cache, run
 from coldctl.common.errors import ColdctlError, ModelError
-from coldctl.storage import model_cache
 from coldctl.storage.files import Folder, open_folder
 from coldctl.storage.location import Location, is_url, locate
 

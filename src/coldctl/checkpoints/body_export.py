@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, Tensor, body_digest, digest_prelude
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, digest_prelude
 from coldctl.checkpoints.describe import bare_config
+from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, Tensor
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
-from coldctl.fusing.sinks import DTYPE_NAMES
-from coldctl.publishing.privacy import is_path
+from coldctl.common.text import is_path
 
 _CHUNK = 8 << 20  # bytes of the source read at a time
 

@@ -5,7 +5,8 @@ Everything behind them (digests, screening, methods) sees a full body.
 
 from dataclasses import dataclass, field
 
-from coldctl.checkpoints.checkpoint import Checkpoint, Tensor
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.header import Tensor
 
 DECODED = "decoded:"  # stands for a file name in tensors that no file holds as they are
 

@@ -18,11 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, Tensor, is_pooler, read_header, read_manifest
+from coldctl.checkpoints import header
+from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, read_manifest
 from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
+from coldctl.checkpoints.header import DTYPES, Tensor, read_header
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
-from coldctl.fusing import methods
 from coldctl.storage.files import Folder
 
 ENCODINGS: Mapping[str, str] = {"delta-bf16": "BF16", "delta-int8": "I8"}  # and the dtype of their tensors
@@ -57,7 +58,7 @@ class DeltaCheckpoint(RelativeCheckpoint):
                 counts[-1] = stop - max(start, (last - 1) * columns)
                 step *= np.repeat(self._stored(self.scales[name], first, last), counts)
             step += elements(self.base, name, start, stop)
-        buffer[:] = _bytes(methods.rounded(step, dtype))
+        buffer[:] = _bytes(header.rounded(step, dtype))
 
     def _stored(self, tensor: Tensor, start: int, stop: int) -> Array:
         values = np.empty(stop - start, DTYPES[tensor.dtype])
@@ -146,12 +147,12 @@ def write_delta(
                     made: NDArray[Any] = quantised(rows, own)
                     sent = made * own.astype(np.float64)[:, None]
                 else:
-                    made = methods.rounded(rows, DTYPES["BF16"])
+                    made = header.rounded(rows, DTYPES["BF16"])
                     sent = made.astype(np.float64)
                     difference.check_finite(made, item.name)
                 writers[0].write(_bytes(made))
                 if residual is not None:
-                    writers[1].write(_bytes(methods.rounded(rows - sent, DTYPES["F32"])))
+                    writers[1].write(_bytes(header.rounded(rows - sent, DTYPES["F32"])))
         for writer in writers:
             writer.close()
     finally:

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, Tensor, body_prefix, modern_name, read_model_config
+from coldctl.checkpoints.checkpoint import Checkpoint, body_prefix, modern_name, read_model_config
 from coldctl.checkpoints.decoded import DECODED
+from coldctl.checkpoints.header import DTYPES, Tensor
 from coldctl.common.errors import CheckpointError
 from coldctl.storage.files import Folder
 

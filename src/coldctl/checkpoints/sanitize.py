@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints.checkpoint import CONFIG_LIMIT, HEADER_LIMIT, json_object, read_model_config
+from coldctl.checkpoints.checkpoint import CONFIG_LIMIT, read_model_config
+from coldctl.checkpoints.header import HEADER_LIMIT, json_object
 from coldctl.common.errors import ModelError
 from coldctl.storage.files import Folder, LocalFolder
 from coldctl.storage.location import Location

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints.checkpoint import DTYPES
+from coldctl.checkpoints.header import DTYPES
 from coldctl.storage.location import Location
 
 _ALIGNMENT = 8

@@ -16,11 +16,14 @@ from coldctl.artifacts import layout, manifest, output, run, signatures
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import CONFIG_LIMIT, DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
+from coldctl.checkpoints.checkpoint import CONFIG_LIMIT, Checkpoint, body_digest, open_checkpoint, outside_body
+from coldctl.checkpoints.header import DTYPES
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
 from coldctl.common.progress import SILENT, Progress
 from coldctl.core.config import ConfigFile, FuseConfig, identity, resolve
+from coldctl.evaluation import charts
 from coldctl.fusing.contributions import Candidate, gather
+from coldctl.fusing.distributed import spread_over
 from coldctl.fusing.fusion import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
 from coldctl.fusing.late import as_listed, counted_once, listed, waiting
 from coldctl.fusing.passes import Inputs, Prover
@@ -30,7 +33,6 @@ from coldctl.fusing.writer import write
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, locate
 from coldctl.workers.jobs import Engine
-from coldctl.fusing.distributed import spread_over
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ def fuse(
     output.is_done(destination, "", overwrite=overwrite)
     spread = spread_over(engine, base_checkpoint, progress) if engine is not None and engine.distant else None
     job = Fusion(base, base_checkpoint, candidates, config, scale, destination, progress, trusted, spread)
+    if config.screen != "off":
+        charts.prepare()
+        job.draw_chart = charts.fuse_chart
     with output.writing(destination, None, overwrite=overwrite) as partial:
         if closed and layout.is_complete(destination):  # it is what others go on from: a second one must not differ
             raise BusyError(f"{destination} was completed by another command meanwhile: run the same command again")

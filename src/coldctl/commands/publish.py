@@ -13,13 +13,13 @@ from coldctl.artifacts.model_ref import Model
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.body_export import WrittenBody, write_body, write_config
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.header import DTYPE_NAMES
 from coldctl.common.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.common.progress import Progress
 from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
 from coldctl.evaluation import results
 from coldctl.evaluation.charts import gain_chart
 from coldctl.fusing.passes import prove
-from coldctl.fusing.sinks import DTYPE_NAMES
 from coldctl.publishing import privacy, tokenizer
 from coldctl.publishing.card import Subject, card
 from coldctl.publishing.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in

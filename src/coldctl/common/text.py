@@ -6,6 +6,10 @@ Names, labels, licences and reasons may come from anybody. Nothing else in the p
 import json
 import re
 
+# An absolute path of this machine or another one: two parts at least, after a blank, quote, bracket or nothing.
+ABSOLUTE_PATH = re.compile(
+    r"(?<![\w.:/\\~-])(?:file://)?(?:~[\w.-]*|[A-Za-z]:\\|/(?=[\w.@+~-]+/))[^\s\"'<>|,;:()\[\]{}]*"
+)
 _OTHER = "�"
 _MARKUP = re.compile(r"([\\`*{}\[\]<>()#|!~&$@^=])|(?<![^\W_])_|_(?![^\W_])|(?<=:)//|(?<=\bwww)\.", re.IGNORECASE)
 _LINE_START = re.compile(r"[-+](?=\s|[-\s]*$)|\d+(?=\.(?:\s|$))")
@@ -65,3 +69,8 @@ def json_document(value: object) -> str:
     if text.replace("\n", "").isprintable():
         return text
     return "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)
+
+
+def is_path(text: object) -> bool:
+    """Whether a value is nothing but an absolute path."""
+    return isinstance(text, str) and ABSOLUTE_PATH.fullmatch(text) is not None

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.checkpoints.checkpoint import DTYPES, Checkpoint, Tensor, digest_prelude
+from coldctl.checkpoints.checkpoint import Checkpoint, digest_prelude
+from coldctl.checkpoints.header import DTYPES, Tensor
 from coldctl.storage.files import RemoteFolder, look_ahead
 
 MEMORY = 48 << 20  # bytes of buffers, over both sets

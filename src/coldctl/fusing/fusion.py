@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,11 +33,11 @@ from coldctl.checkpoints.checkpoint import (
 )
 from coldctl.checkpoints.decoded import RelativeCheckpoint
 from coldctl.checkpoints.describe import bare_config
+from coldctl.checkpoints.header import DTYPE_NAMES
 from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
 from coldctl.common.parsing import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
 from coldctl.common.progress import Progress
 from coldctl.core.config import FuseConfig, as_record, identity
-from coldctl.evaluation import charts
 from coldctl.fusing import methods
 from coldctl.fusing.compatibility import compare, other_base
 from coldctl.fusing.contributions import Candidate
@@ -53,7 +53,7 @@ from coldctl.fusing.passes import (
     thresholds,
 )
 from coldctl.fusing.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
-from coldctl.fusing.sinks import DTYPE_NAMES, Written, output_dtype
+from coldctl.fusing.sinks import Written, output_dtype
 from coldctl.fusing.staleness import discount, moved
 from coldctl.fusing.statistics import UpdateStatistics, names_of, outliers
 from coldctl.fusing.writer import Without, write
@@ -167,6 +167,9 @@ class Fusion:
     progress: Progress
     trusted: Sequence[TrustedKey] | None = None
     spread: Spread | None = None  # where the passes run, if not here
+    draw_chart: Callable[[Sequence[ContributionRecord], Location], None] | None = (
+        None  # of norms and angles, into a file
+    )
 
     def run(self, partial: Location) -> Manifest:
         """Accept, survey if something must be known first, write, prove, describe."""
@@ -176,8 +179,6 @@ class Fusion:
         suspicious = any(item.problems and not item.late for item in self.candidates)
         if not accepted:
             self._accepted()
-        if config.screen != "off":
-            charts.prepare()
         whole = self._in_name_order() and self.spread is None  # digests are taken by the way
         statistics: UpdateStatistics | None = None
         proof: Proof | None = None
@@ -469,8 +470,8 @@ class Fusion:
         offered = self.candidates if main else fused
         records = [_record(item, shares.get(id(item))) for item in offered]
         sanitize.copy_tokenizer(self.base_checkpoint.folder, folder)
-        if main and self.config.screen != "off":
-            charts.fuse_chart(records, folder / layout.FUSE_CHART)
+        if main and self.draw_chart is not None:
+            self.draw_chart(records, folder / layout.FUSE_CHART)
         before = self.base_checkpoint.manifest
         ancestor = (
             manifest.shortened(before)

@@ -310,20 +310,3 @@ def normalised(shares: Sequence[float], largest: float | None = None) -> Array:
         rest = weights[~full]
         weights[~full] = rest * (1 - largest * np.count_nonzero(full)) / rest.sum()
     return weights
-
-
-def rounded(values: Array, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Round float64 values to `dtype`, once, to nearest with ties to even.
-
-    The conversions of ml_dtypes go through float32 and would round twice, so for them the float32 in between
-    is rounded to odd, which keeps what the second rounding needs to know (Boldo and Melquiond 2008).
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        if dtype in (np.float64, np.float32, np.float16):
-            return values.astype(dtype)
-        single = values.astype(np.float32)
-        bits = single.view(np.uint32)
-        too_far = np.abs(single.astype(np.float64)) > np.abs(values)
-        bits[too_far] -= 1  # towards zero
-        bits[single.astype(np.float64) != values] |= 1
-        return single.astype(dtype)

@@ -14,16 +14,15 @@ from typing import Protocol
 import numpy as np
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints.checkpoint import DTYPES, FLOATING, Checkpoint, Tensor, digest_prelude
+from coldctl.checkpoints.checkpoint import Checkpoint, digest_prelude
+from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, FLOATING, Tensor, rounded
 from coldctl.checkpoints.writer import Layout, Shard, WeightsWriter, file_order, header, shards, write_index
 from coldctl.core.config import FuseConfig, size_in_bytes
-from coldctl.fusing import methods
 from coldctl.fusing.blocks import Block
 from coldctl.fusing.methods import Array
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
 
-DTYPE_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _PENDING = 4  # pieces that wait for the writing thread
 
 
@@ -131,7 +130,7 @@ class StreamSink:
         if start == 0:
             self._copy_integers()
             self._ahead.pop(0)
-        data = methods.rounded(values, DTYPES[item.dtype]).view(np.uint8).data
+        data = rounded(values, DTYPES[item.dtype]).view(np.uint8).data
         if self._hashes_body:
             if start == 0:
                 self._body.update(digest_prelude(name, Tensor("", 0, item.dtype, item.shape)))
@@ -163,7 +162,7 @@ class RangeSink:
         name, offset, dtype = self._places[block.name]
         if name not in self._open:
             self._open[name] = os.open(self._folder / name, os.O_WRONLY)
-        data = methods.rounded(values, dtype).view(np.uint8).data
+        data = rounded(values, dtype).view(np.uint8).data
         at = offset + block.start * dtype.itemsize
         while len(data):
             count = os.pwrite(self._open[name], data, at)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from coldctl.common.errors import OutputError
+from coldctl.common.text import ABSOLUTE_PATH
 
-# An absolute path of this machine or another one: two parts at least, after a blank, quote, bracket or nothing.
-_PATH = re.compile(r"(?<![\w.:/\\~-])(?:file://)?(?:~[\w.-]*|[A-Za-z]:\\|/(?=[\w.@+~-]+/))[^\s\"'<>|,;:()\[\]{}]*")
 _SECRET = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE|ACCESS_?KEY", re.IGNORECASE)
 _SHORTEST_SECRET = 8  # characters; shorter values stand in any text by chance
 _SHORTEST_NAME = 6  # likewise: `root` is a word
@@ -32,12 +31,7 @@ def without_paths(value: Any) -> Any:
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
-    return _PATH.sub(_last_part, value) if isinstance(value, str) else value
-
-
-def is_path(text: object) -> bool:
-    """Whether a value is nothing but an absolute path."""
-    return isinstance(text, str) and _PATH.fullmatch(text) is not None
+    return ABSOLUTE_PATH.sub(_last_part, value) if isinstance(value, str) else value
 
 
 def search(folder: Path, places: Iterable[str]) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from coldctl.artifacts import layout
+from coldctl.common import text
 from coldctl.common.errors import CheckpointError
 from coldctl.common.parsing import json_value, misfit
-from coldctl.publishing import privacy
 from coldctl.storage.files import SMALL_FILE_LIMIT, Folder
 
 _TOKENIZER, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -60,7 +60,7 @@ def copy(source: Folder, folder: Path) -> list[str]:
 
 
 def _config_for_all(config: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in _DROPPED and not privacy.is_path(value)}
+    kept = {key: value for key, value in config.items() if key not in _DROPPED and not text.is_path(value)}
     if kept.get("tokenizer_class") == _GENERIC[0]:
         kept["tokenizer_class"] = _GENERIC[1]
     extra = kept.get("extra_special_tokens")

@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, TypeVar
 
-from coldctl.artifacts import layout
 from coldctl.common.errors import CheckpointError, ModelError
 from coldctl.storage.location import Location, is_url, locate
 
@@ -369,14 +368,14 @@ def open_folder(reference: "str | Location") -> Folder:
     return RemoteFolder(place) if is_url(place) else LocalFolder(Path(place))
 
 
-def download(url: str, folder: Path) -> Path:
-    """Copy the plain files of a remote folder into a local one, for libraries that need paths. Returns `folder`."""
+def download(url: str, folder: Path, patterns: Sequence[str]) -> Path:
+    """Copy the files of a remote folder whose names match one of `patterns` into a local one. Return `folder`."""
     filesystem, root = _filesystem(url)
     folder.mkdir(parents=True, exist_ok=True)
     source = RemoteFolder(url)
     for name in source.names():
-        if not any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES):
-            continue  # never code, never pickles
+        if not any(fnmatch(name, pattern) for pattern in patterns):
+            continue
         source.open(name)  # refuses what may not be read
         _persistently(partial(filesystem.get_file, f"{root}/{name}", str(folder / name)), f"{url}/{name}")
     return folder

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coldctl.artifacts.manifest import Manifest
-from coldctl.checkpoints.checkpoint import Checkpoint, read_header
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.header import read_header
 from coldctl.common.errors import CheckpointError, OutputError
 from coldctl.storage.files import LocalFolder
 

@@ -28,7 +28,7 @@ def fetched(url: str) -> Path:
         _trim(place.parent)
         unfinished = Path(tempfile.mkdtemp(dir=place.parent, prefix="."))
         try:
-            download(url, unfinished)
+            download(url, unfinished, layout.MODEL_FILES)
             with suppress(OSError):  # another process has fetched it meanwhile
                 unfinished.rename(place)
         finally:
