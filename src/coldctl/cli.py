@@ -274,7 +274,7 @@ def finetune(
     with _boundary(as_json=as_json and not follows, quiet=quiet or follows, mute=follows) as screen:
         from coldctl.artifacts import model_ref
         from coldctl.commands import finetune as stage
-        from coldctl.core import data as datasets
+        from coldctl.data import datasets
         from coldctl.training.logs import check_kind
         from coldctl.workers import choose
 

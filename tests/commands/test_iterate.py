@@ -19,7 +19,7 @@ from coldctl.commands.finetune import jobs_of_suite, single_job
 from coldctl.common.errors import OutputError
 from coldctl.common.progress import Progress
 from coldctl.core.config import DatasetConfig, FinetuneConfig, read
-from coldctl.core.data import single
+from coldctl.data.datasets import single
 from coldctl.workers.processes import in_processes
 from conftest import Ran, suite_text
 from helpers import tiny

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from coldctl.common.errors import DataError
-from coldctl.core import data
 from coldctl.core.config import DatasetConfig
+from coldctl.data import datasets as data
 from coldctl.evaluation import probe, scoring
 from conftest import Ran
 from helpers import tiny

@@ -21,9 +21,10 @@ from coldctl.artifacts import layout, lineage, manifest, run, signatures
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
 from coldctl.checkpoints.formats import open_contribution
-from coldctl.core import config, data
+from coldctl.core import config
 from coldctl.core.config import DatasetConfig
-from coldctl.core.sources import FORMATS
+from coldctl.data import datasets as data
+from coldctl.data.sources import FORMATS
 from coldctl.evaluation import markdown, results
 from coldctl.fusing import fusion
 from coldctl.fusing.compatibility import compare

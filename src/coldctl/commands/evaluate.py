@@ -22,7 +22,6 @@ from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
 from coldctl.common.errors import ConfigError, DataError, ModelError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core import data
 from coldctl.core.config import (
     PROTOCOLS,
     DatasetConfig,
@@ -32,6 +31,7 @@ from coldctl.core.config import (
     derived_seed,
     identity,
 )
+from coldctl.data import datasets as data
 from coldctl.evaluation import cache, curves, scoring
 from coldctl.evaluation import cells as cell_files
 from coldctl.evaluation import results as results_file

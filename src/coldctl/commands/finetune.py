@@ -21,7 +21,6 @@ from coldctl.checkpoints.deltas import ENCODINGS
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
 from coldctl.common.progress import Progress
-from coldctl.core import data
 from coldctl.core.config import (
     DatasetConfig,
     FinetuneConfig,
@@ -32,6 +31,7 @@ from coldctl.core.config import (
     identity,
     settled_finetuning,
 )
+from coldctl.data import datasets as data
 from coldctl.evaluation import scoring
 from coldctl.evaluation.charts import training_chart
 from coldctl.fusing.passes import prove

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from coldctl.core.ragged import Ragged
+from coldctl.data.texts import Ragged
 
 _ATTENTION = "coldctl"
 _BITS = 1 << 16

@@ -18,7 +18,7 @@ from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, modern_name, open_checkpoint
 from coldctl.common.errors import ModelError
-from coldctl.core.ragged import Ragged, Spool
+from coldctl.data.texts import Ragged, Spool
 from coldctl.storage.files import LocalFolder
 
 _CHUNK = 4096  # texts tokenised at a time, over all cores

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from coldctl.common.errors import DataError
 from coldctl.core.config import Columns, DatasetConfig, derived_seed
-from coldctl.core.ragged import Texts, TextSpool
-from coldctl.core.sources import FORMATS, ROW_LIMIT, FileSource, HubSource, Row
+from coldctl.data.sources import FORMATS, ROW_LIMIT, FileSource, HubSource, Row
+from coldctl.data.texts import Texts, TextSpool
 
 SPLITS = ("train", "validation", "test")
 _ALIASES = {"validation": ("dev", "valid", "val")}
