@@ -184,6 +184,8 @@ def test_a_flipped_bit_is_found_while_the_weights_are_fused(
     assert {item["name"]: item["signer"] for item in ran.json["contributions"]} == {
         "data-one": "alice", "data-two": "alice", "data-three": None,
     }  # fmt: skip
+    again = fuse(coldctl, parts, base, tmp_path / "fused", trusted, "--screen", "reject")
+    assert again.code == 0, again.stderr
 
 
 def test_what_is_no_part_of_the_model_is_signed_as_well(

@@ -228,6 +228,18 @@ def test_whom_screening_drops_krum_need_not_bear(tmp_path: Path, base: Path, mod
     assert ran.code == 0, ran.stderr
 
 
+def test_fuse_leaves_its_output_alone_after_screening_dropped_an_attacker(
+    tmp_path: Path, base: Path, models: list[Path], coldctl: Run
+) -> None:
+    broken = poison(models[5], tmp_path / "broken", float("nan"))
+    flags = ("--method", "multi-krum", "--byzantine", 2, "--screen", "reject")
+    command = ("fuse", *models[:6], broken, "--base", base, "--output", tmp_path / "out", *flags)
+    assert coldctl(*command).code == 0
+    again = coldctl(*command)
+    assert again.code == 0, again.stderr
+    assert "left alone" in again.stderr
+
+
 def test_geometric_median(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
     evil = tiny.perturb(base, tmp_path / "evil", seed=99, scale=5.0)
     inputs = [*models, evil]
@@ -523,8 +535,11 @@ def test_a_large_vocabulary_that_grew(tmp_path: Path, base: Path, coldctl: Run) 
     np.testing.assert_array_equal(found, ((parts[other] + whole) / 2).astype(np.float32))
 
 
-def test_without_proofs_files_stand_for_bodies(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
-    command = ("fuse", *models[:2], "--base", base, "--output", tmp_path / "out", "--no-verify")
+@pytest.mark.parametrize("flags", [(), ("--method", "dare", "--screen", "reject")])
+def test_without_proofs_files_stand_for_bodies(
+    flags: tuple[str, ...], tmp_path: Path, base: Path, models: list[Path], coldctl: Run
+) -> None:
+    command = ("fuse", *models[:2], "--base", base, "--output", tmp_path / "out", "--no-verify", *flags)
     assert coldctl(*command).code == 0
     again = coldctl(*command)
     assert again.code == 0

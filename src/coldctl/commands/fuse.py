@@ -24,7 +24,16 @@ from coldctl.core.config import ConfigFile, FuseConfig, identity, resolve
 from coldctl.evaluation import charts
 from coldctl.fusing.contributions import Candidate, gather
 from coldctl.fusing.distributed import spread_over
-from coldctl.fusing.fusion import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
+from coldctl.fusing.fusion import (
+    DrawChart,
+    FuseRequest,
+    Fusion,
+    check_config,
+    judge,
+    model_name,
+    presumed_base,
+    stated_digest,
+)
 from coldctl.fusing.late import as_listed, counted_once, listed, waiting
 from coldctl.fusing.passes import Inputs, Prover
 from coldctl.fusing.recipe import Recipe
@@ -86,22 +95,28 @@ def fuse(
     for item in candidates:
         if item.checkpoint is not None and (words := sanitize.note(item.checkpoint.config)):
             progress.note(f"{item.name} {words}")
+    request = FuseRequest.of(config, candidates, trusted)
     cheap = all(item.stated_digest for item in candidates)  # without manifests an identity costs reading everything
     if layout.is_complete(destination) and (cheap or not overwrite):
-        key = fuse_identity(config, stated_digest(base_checkpoint) or body_digest(base_checkpoint), candidates, trusted)
+        key = request.identity(stated_digest(base_checkpoint) or body_digest(base_checkpoint))
         if output.is_done(destination, key, overwrite=overwrite):
             return Fused(destination, manifest.read(destination), unchanged=True)
     output.is_done(destination, "", overwrite=overwrite)
     spread = spread_over(engine, base_checkpoint, progress) if engine is not None and engine.distant else None
-    job = Fusion(base, base_checkpoint, candidates, config, scale, destination, progress, trusted, spread)
-    if config.screen != "off":
-        charts.prepare()
-        job.draw_chart = charts.fuse_chart
+    job = Fusion(base, base_checkpoint, request, scale, destination, progress, spread, _chart(config))
     with output.writing(destination, None, overwrite=overwrite) as partial:
         if closed and layout.is_complete(destination):  # it is what others go on from: a second one must not differ
             raise BusyError(f"{destination} was completed by another command meanwhile: run the same command again")
         document = job.run(partial)
     return Fused(destination, document, unchanged=False)
+
+
+def _chart(config: FuseConfig) -> DrawChart | None:
+    """Return what draws `fuse.png`, or None if screening is off; the plotting library is loaded in the background."""
+    if config.screen == "off":
+        return None
+    charts.prepare()
+    return charts.fuse_chart
 
 
 def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[Candidate]:

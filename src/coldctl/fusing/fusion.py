@@ -8,10 +8,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,9 @@ _SCALE = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\*)?auto|(?P<fixed>[0-9.eE+-]+)"
 _TRAINING = ("epochs", "batch_size", "learning_rate", "max_length", "lora_rank", "send", "seed")
 _HARDWARE = ("device", "machine", "threads", "training_seconds")
 _EXAMPLES_SHARE = 2.0  # with --weights examples nobody counts for more than this many equal shares
+
+
+DrawChart = Callable[[Sequence[ContributionRecord], Location], None]  # norms and angles of the updates, into a file
 
 
 @dataclass(frozen=True)
@@ -154,22 +156,81 @@ def presumed_base(candidates: Sequence[Candidate], config: FuseConfig) -> str | 
     return named.pop() if len(named) == 1 else None
 
 
-@dataclass
+@dataclass(frozen=True)
+class FuseRequest:
+    """The settings and the contributions of one fuse, as they were before any weights were read.
+
+    The identity is computed from this object alone, so nothing that a pass finds out can change it.
+    """
+
+    config: FuseConfig
+    candidates: Sequence[Candidate]
+    trusted: Sequence[TrustedKey] | None
+    weights: Mapping[str, float] | None  # what the file of weights holds, if there is one
+    stated: Sequence[Any]  # what identifies each candidate; None where only its body's digest does
+    signers: Sequence[str | None]
+
+    @classmethod
+    def of(
+        cls, config: FuseConfig, candidates: Sequence[Candidate], trusted: Sequence[TrustedKey] | None
+    ) -> "FuseRequest":
+        """Record what is asked for. Raises ConfigError if the file of weights cannot be read."""
+        weights = _weights_file(Path(config.weights)) if config.weights not in ("equal", "examples") else None
+        stated = [_stated_identity(item, verify=config.verify) for item in candidates]
+        signers = [item.signed.key.fingerprint if item.signed else None for item in candidates]
+        return cls(config, candidates, trusted, weights, stated, signers)
+
+    def identity(self, base_digest: str) -> str:
+        """Return the digest of the config and of all that was offered, whether it was then fused or not.
+
+        Reads each body whose digest is neither stated nor computed yet.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            contributions = list(pool.map(_identity_of, self.candidates, self.stated))
+        settings = replace(
+            self.config, weights="file" if self.weights is not None else self.config.weights, trusted_keys=None
+        )
+        keys = {} if self.trusted is None else {"trusted": _fingerprints(self.trusted), "signers": self.signers}
+        return identity("fuse", settings, base=base_digest, contributions=contributions, weights=self.weights, **keys)
+
+
+def _stated_identity(item: Candidate, *, verify: bool) -> Any:
+    """Return what identifies a candidate without reading its weights, None if only its body's digest does."""
+    if item.checkpoint is None:
+        return [item.name, *item.problems]
+    if digest := item.stated_digest or item.digest:
+        return digest
+    return None if verify else [item.name, item.checkpoint.files]
+
+
+def _identity_of(item: Candidate, stated: Any) -> Any:
+    if stated is not None or item.checkpoint is None:
+        return stated
+    return item.digest or body_digest(item.checkpoint)
+
+
+@dataclass(frozen=True)
 class Fusion:
     """One fuse: what is offered, what is accepted of it, and the passes over it."""
 
     base: Model
     base_checkpoint: Checkpoint
-    candidates: list[Candidate]
-    config: FuseConfig
+    request: FuseRequest
     scale: Scale
     destination: Location
     progress: Progress
-    trusted: Sequence[TrustedKey] | None = None
     spread: Spread | None = None  # where the passes run, if not here
-    draw_chart: Callable[[Sequence[ContributionRecord], Location], None] | None = (
-        None  # of norms and angles, into a file
-    )
+    draw_chart: DrawChart | None = None
+
+    @property
+    def config(self) -> FuseConfig:
+        """The settings as they were given."""
+        return self.request.config
+
+    @property
+    def candidates(self) -> Sequence[Candidate]:
+        """All contributions that were offered."""
+        return self.request.candidates
 
     def run(self, partial: Location) -> Manifest:
         """Accept, survey if something must be known first, write, prove, describe."""
@@ -200,7 +261,6 @@ class Fusion:
                     sound[index].problems.append(f"outlier: {reason}")
                     sound[index].attacking = True
             accepted = self._accepted()
-            self._expect_fewer()
             if len(accepted) < len(sound):
                 statistics = self._survey_again(accepted, gram=gram)
         inputs = self._inputs(accepted)
@@ -254,15 +314,16 @@ class Fusion:
             if item.late and item.problems:
                 self.progress.note(f"{item.name} came late and is left out: {'; '.join(item.problems)}")
 
-    def _expect_fewer(self) -> None:
-        """Multi-Krum bears f attackers among all that are offered; those that screening found are no longer among them."""
-        config, found = self.config, sum(item.attacking and not item.late for item in self.candidates)
-        if config.method == "multi-krum" and min(found, config.byzantine):
-            self.config = replace(config, byzantine=max(0, config.byzantine - found))
-            self.progress.note(
-                f"screening dropped {found}, who count among the attackers of --byzantine {config.byzantine}: "
-                f"{self.config.byzantine} are left for multi-krum"
-            )
+    @property
+    def _dropped_attackers(self) -> int:
+        """How many of the attackers that multi-krum is told to expect screening has dropped already."""
+        return sum(item.attacking and not item.late for item in self.candidates)
+
+    @property
+    def _byzantine(self) -> int:
+        """The number of attackers that multi-krum still has to expect among the accepted contributions."""
+        given = self.config.byzantine
+        return max(0, given - self._dropped_attackers) if self.config.method == "multi-krum" else given
 
     def _survey_again(self, accepted: Sequence[Candidate], *, gram: bool) -> UpdateStatistics:
         inputs = self._inputs(accepted)
@@ -322,7 +383,7 @@ class Fusion:
             return [1.0] * len(accepted)
         if config.weights == "examples":
             return [_examples(item) for item in accepted]
-        table = _weights_file(Path(config.weights))
+        table = self.request.weights or {}
         names = [item.name if item.name in table else item.contributor for item in accepted]
         if missing := [name for name in names if name not in table]:
             raise ConfigError(f"{config.weights} gives no weight for {missing[0]!r}: add it (0 leaves it out)")
@@ -335,7 +396,12 @@ class Fusion:
         shares = np.asarray(self._shares(accepted), np.float64)
         gram = statistics.gram if statistics is not None else None
         if config.method == "multi-krum" and gram is not None:
-            weights = methods.krum_weights(gram, config.byzantine)
+            if self._byzantine < config.byzantine:
+                self.progress.note(
+                    f"screening dropped {self._dropped_attackers}, who count among the attackers of --byzantine "
+                    f"{config.byzantine}: {self._byzantine} are left for multi-krum"
+                )
+            weights = methods.krum_weights(gram, self._byzantine)
         elif config.method == "geometric-median" and gram is not None:
             weights = methods.geometric_median_weights(gram, weights)
         elif config.method == "slerp" and len(accepted) != 2:
@@ -483,11 +549,15 @@ class Fusion:
             "name": name,
             "iteration": ((before.get("iteration") or 0) if before else 0) + 1,
             "encoding": "full",
-            "identity": fuse_identity(self.config, base_digest, self.candidates, self.trusted),
+            "identity": self.request.identity(base_digest),
             "body_digest": written.body_digest or body_digest(open_checkpoint(open_folder(folder), name)),
             "outside_body": outside_body(open_checkpoint(open_folder(folder), name)),
             "base": {"name": ancestor["name"], "body_digest": base_digest},
-            "config": {**_public_record(self.config, self.trusted), "effective_scale": scale},
+            "config": {
+                **_public_record(self.config, self.request.trusted),
+                "byzantine": self._byzantine,
+                "effective_scale": scale,
+            },
             "environment": manifest.environment(["numpy", "ml-dtypes"]),
             "license": before.get("license") if before else None,
             "contributions": records,
@@ -583,26 +653,3 @@ def _public_record(config: FuseConfig, trusted: Sequence[TrustedKey] | None) -> 
 
 def _fingerprints(trusted: Sequence[TrustedKey] | None) -> dict[str, str] | None:
     return None if trusted is None else {key.name: key.fingerprint for key in trusted}
-
-
-def _offered(item: Candidate, *, verify: bool) -> Any:
-    """What stands for one candidate in the identity: its body's digest, if that may cost reading it."""
-    if item.checkpoint is None:
-        return [item.name, *item.problems]
-    known = item.stated_digest or item.digest
-    if known or verify:
-        return known or body_digest(item.checkpoint)
-    return [item.name, item.checkpoint.files]
-
-
-def fuse_identity(
-    config: FuseConfig, base_digest: str, candidates: Sequence[Candidate], trusted: Sequence[TrustedKey] | None
-) -> str:
-    """The config and the digests of all that was offered, whether it was then fused or not."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = list(pool.map(partial(_offered, verify=config.verify), candidates))
-    table = _weights_file(Path(config.weights)) if config.weights not in ("equal", "examples") else None
-    settings = replace(config, weights="file" if table is not None else config.weights, trusted_keys=None)
-    signers = None if trusted is None else [item.signed.key.fingerprint if item.signed else None for item in candidates]
-    keys = {"trusted": _fingerprints(trusted), "signers": signers} if trusted is not None else {}
-    return identity("fuse", settings, base=base_digest, contributions=digests, weights=table, **keys)
