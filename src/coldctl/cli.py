@@ -439,10 +439,6 @@ def fuse(
         bool | None,
         typer.Option("--common-rows", help="Of another vocabulary take the rows it shares with the base's."),
     ] = None,
-    leave_one_out: Annotated[
-        bool | None,
-        typer.Option("--leave-one-out", help="Also write the fused models that lack one contribution each."),
-    ] = None,
     without: Annotated[
         str | None,
         typer.Option("--without", metavar="NAME", help="Withdraw a contribution from the fused model given first."),
@@ -477,7 +473,7 @@ def fuse(
             "outer_momentum": outer_momentum, "seed": seed, "screen": screen_, "min_contributions": min_contributions,
             "strict": strict, "verify": False if no_verify else None, "trusted_keys": trusted_keys,
             "allow_other_base": allow_other_base, "stale": stale, "allow_pickle": allow_pickle, "common_rows": common_rows,
-            "leave_one_out": leave_one_out, "dtype": dtype, "max_shard_size": max_shard_size,
+            "dtype": dtype, "max_shard_size": max_shard_size,
         }  # fmt: skip
         settings = resolve(FuseConfig, file, flags)
         model = model_ref.resolve(base, revision)

@@ -349,23 +349,6 @@ def test_outliers_are_flagged_and_rejected(tmp_path: Path, base: Path, models: l
     assert not (tmp_path / "off" / "fuse.png").exists()
 
 
-def test_leave_one_out(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
-    fused(coldctl, tmp_path / "all", base, models, "--leave-one-out")
-    fused(coldctl, tmp_path / "plain", base, models)
-    assert digest(tmp_path / "all") == digest(tmp_path / "plain")
-    for model in models[:3]:
-        rest = [other for other in models if other != model]
-        expected = fused(coldctl, tmp_path / f"without-{model.name}", base, rest)
-        lacking = tmp_path / "all" / "leave-one-out" / model.name
-        np.testing.assert_allclose(flat(body(lacking)), flat(expected), rtol=2e-7, atol=1e-12)
-        assert manifest(lacking)["body_digest"] == digest(lacking)
-        assert len(manifest(lacking)["contributions"]) == COUNT - 1
-    for flags in (("--method", "median"), ("--scale", "auto"), ("--outer-optimizer", "sgd")):
-        ran = coldctl("fuse", *models, "--base", base, "--output", tmp_path / "x", "--leave-one-out", *flags)
-        assert ran.code == 2
-        assert "linear" in ran.stderr
-
-
 def test_withdrawing(tmp_path: Path, base: Path, contributions: Path, coldctl: Run) -> None:
     run = tmp_path / "iteration-001"
     shutil.copytree(contributions, run / "contributions")
@@ -648,21 +631,11 @@ def test_withdrawing_is_refused_where_subtraction_would_be_wrong(
     assert digest(tmp_path / "x") == digest(tmp_path / "expected")
 
 
-def test_deep_check_of_a_model_with_leave_one_out(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
-    fused(coldctl, tmp_path / "all", base, models[:3], "--leave-one-out")
-    assert coldctl("check", tmp_path / "all", "--base", base, "--deep").code == 0
-
-
 def test_when_nothing_sound_is_left(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:
     bad = [poison(model, tmp_path / f"bad-{number}", float("nan")) for number, model in enumerate(models[:6])]
     ran = coldctl("fuse", *bad, "--base", base, "--output", tmp_path / "x", "--screen", "reject")
     assert ran.code == 2
     assert "only 0 of 6" in ran.stderr
-    (tmp_path / "w.json").write_text(json.dumps({model.name: float(i == 0) for i, model in enumerate(models)}))
-    flags = ("--weights", tmp_path / "w.json", "--leave-one-out")
-    ran = coldctl("fuse", *models, "--base", base, "--output", tmp_path / "x", *flags)
-    assert ran.code == 2
-    assert "two contributions or more" in ran.stderr
 
 
 def test_another_outer_optimizer_starts_anew(tmp_path: Path, base: Path, models: list[Path], coldctl: Run) -> None:

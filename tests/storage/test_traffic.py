@@ -142,7 +142,7 @@ def test_differences_are_looked_at_and_withdrawn_as_others_are(
     assert coldctl("lineage", sent / "delta-int8").code == 0
     ran = coldctl("evaluate", sent / "delta-int8", "--suite", tmp_path / "x.toml", "--output", tmp_path / "e")
     assert ran.code == 2
-    assert coldctl("fuse", sent, "--base", base, "--output", tmp_path / "fused", "--leave-one-out").code == 0
+    assert coldctl("fuse", sent, "--base", base, "--output", tmp_path / "fused").code == 0
     for name in DELTAS:
         rest = [sent / other for other in ("full", *DELTAS, "lora") if other != name]
         assert coldctl("fuse", *rest, "--base", base, "--output", tmp_path / f"no-{name}").code == 0
@@ -151,12 +151,6 @@ def test_differences_are_looked_at_and_withdrawn_as_others_are(
         )
         assert ran.code == 0, ran.stderr
         assert digest(tmp_path / f"x-{name}") == digest(tmp_path / f"no-{name}")
-        left_out = tmp_path / "fused" / "leave-one-out" / name
-        np.testing.assert_allclose(
-            np.concatenate([value.reshape(-1) for value in body(left_out).values()]),
-            np.concatenate([value.reshape(-1) for value in body(tmp_path / f"no-{name}").values()]),
-            rtol=1e-6, atol=1e-8,
-        )  # fmt: skip
 
 
 def test_a_difference_from_another_base_is_refused(tmp_path: Path, base: Path, sent: Path, coldctl: Run) -> None:

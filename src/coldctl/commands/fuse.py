@@ -297,7 +297,6 @@ def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:
         "trusted_keys",
         "allow_pickle",
         "allow_other_base",
-        "leave_one_out",
     )
     signed = recorded.pop("trusted_keys", None) is not None  # by fingerprints there, a directory here
     before = resolve(FuseConfig, ConfigFile(), recorded)
@@ -338,7 +337,7 @@ def _subtract(
         return Fused(destination, manifest.read(destination), unchanged=True)
     with output.writing(destination, None, overwrite=overwrite) as partial:
         prover = Prover(inputs, verify=True, whole=True)
-        written, _ = write(inputs, recipe, partial, prover=prover, statistics=None, progress=progress)
+        written = write(inputs, recipe, partial, prover=prover, statistics=None, progress=progress)
         proof = prover.prove()
         if problems := [*proof.base_problems, *proof.problems[0]]:
             raise CheckpointError(f"{source.label} or {withdrawn.label}: {problems[0]}: make or fetch it again")

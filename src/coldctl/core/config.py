@@ -106,7 +106,6 @@ class FuseConfig:
     outer_lr: float = 0.7
     outer_momentum: float = 0.9
     seed: int = 0
-    leave_one_out: bool = False
     common_rows: bool = False
     allow_pickle: bool = False
     screen: Literal["report", "reject", "off"] = "report"

@@ -7,7 +7,6 @@ lies between: verdicts, weights, the length of the step, the manifest.
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -55,7 +54,7 @@ from coldctl.fusing.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED
 from coldctl.fusing.sinks import Written, output_dtype
 from coldctl.fusing.staleness import discount, moved
 from coldctl.fusing.statistics import UpdateStatistics, names_of, outliers
-from coldctl.fusing.writer import Without, write
+from coldctl.fusing.writer import write
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
 
@@ -97,12 +96,6 @@ def check_config(config: FuseConfig) -> Scale:
         raise ConfigError(f"--scale auto does not go with {config.method}, which finds its own length: give a number")
     if config.weights != "equal" and config.method in UNWEIGHTED:
         raise ConfigError(f"{config.method} takes no --weights: leave them out, or take --method mean")
-    if config.leave_one_out and (
-        config.method not in ("mean", "task-arithmetic") or scale.automatic or config.outer_optimizer != "none"
-    ):
-        raise ConfigError(
-            "--leave-one-out goes with linear methods only: --method mean or task-arithmetic, a fixed --scale"
-        )
     if config.density > 1:
         raise ConfigError(f"--density {config.density}: it is a share, give at most 1")
     if config.dtype is not None and config.dtype not in DTYPE_NAMES:
@@ -267,16 +260,13 @@ class Fusion:
         recipe = self._recipe(accepted, inputs, statistics)
         writing_prover = Prover(inputs, verify=config.verify, whole=whole) if proof is None else None
         fresh = UpdateStatistics(len(recipe.weights), pairs=pairs) if statistics is None and pairs else None
-        without = self._without(partial, accepted, recipe.weights)
-        states = self._states()
-        written, lacking = write(
+        written = write(
             inputs,
             recipe,
             partial,
             prover=writing_prover,
             statistics=fresh,
-            states=states,
-            without=without,
+            states=self._states(),
             progress=self.progress,
             spread=self.spread,
         )
@@ -291,12 +281,6 @@ class Fusion:
         self._write_config(partial)
         if not written.body_digest:  # mixed dtypes are not written in name order
             written = replace(written, body_digest=body_digest(open_checkpoint(open_folder(partial), "fused")))
-        for item in without:
-            rest = [candidate for index, candidate in enumerate(accepted) if index != item.index]
-            weights = np.delete(recipe.weights, item.index)
-            self._describe(
-                item.folder, lacking[item.index], rest, weights / weights.sum(), recipe.scale, proof.base_digest
-            )
         return self._describe(
             partial, written, accepted, self._reported_weights(recipe), recipe.scale, proof.base_digest
         )
@@ -477,19 +461,6 @@ class Fusion:
                 item.notes.append(f"outlier: {found[index]}")
                 self.progress.note(f"{item.name} stands out: {found[index]}; --screen reject would drop it")
 
-    def _without(self, partial: Location, accepted: Sequence[Candidate], weights: Array) -> list[Without]:
-        if not self.config.leave_one_out:
-            return []
-        if np.count_nonzero(weights) < 2:
-            raise ConfigError("--leave-one-out needs two contributions or more that have a weight")
-        made = []
-        for index, item in enumerate(accepted):
-            folder = partial / layout.LEAVE_ONE_OUT / re.sub(r"[/\\]", "-", item.name)
-            folder.mkdir(parents=True)
-            self._write_config(folder)
-            made.append(Without(index, folder))
-        return made
-
     def _states(self) -> list[Checkpoint]:
         """The outer optimiser's states beside the base; none where it has none yet, or another optimiser's.
 
@@ -530,13 +501,11 @@ class Fusion:
         base_digest: str,
     ) -> Manifest:
         """Copy the base's tokenizer, draw the chart and write the manifest: the last file."""
-        main = folder.parent.name != layout.LEAVE_ONE_OUT
-        name = model_name(self.destination) if main else f"{model_name(self.destination)}-without-{folder.name}"
+        name = model_name(self.destination)
         shares = {id(item): float(weight) for item, weight in zip(fused, weights, strict=True)}
-        offered = self.candidates if main else fused
-        records = [_record(item, shares.get(id(item))) for item in offered]
+        records = [_record(item, shares.get(id(item))) for item in self.candidates]
         sanitize.copy_tokenizer(self.base_checkpoint.folder, folder)
-        if main and self.draw_chart is not None:
+        if self.draw_chart is not None:
             self.draw_chart(records, folder / layout.FUSE_CHART)
         before = self.base_checkpoint.manifest
         ancestor = (

@@ -129,8 +129,6 @@ def differences(checkpoint: Checkpoint, actual: str, *, whole: bool = False) -> 
         problems.append(f"{where}its body is {actual[:19]}…, its manifest says {document['body_digest'][:19]}…")
     outside = document.get("outside_body", {})
     for name in sorted(document["files"]):
-        if name.startswith(f"{layout.LEAVE_ONE_OUT}/"):
-            continue  # these models beside the model have manifests of their own
         if not checkpoint.folder.has(name):
             if whole or any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES):
                 problems.append(f"{name} is missing")

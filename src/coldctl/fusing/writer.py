@@ -19,21 +19,12 @@ from coldctl.checkpoints.header import FLOATING
 from coldctl.checkpoints.writer import write_index
 from coldctl.common.progress import Progress
 from coldctl.fusing import methods
-from coldctl.fusing.blocks import Block, Digester, Stretch, read_blocks, stretches
-from coldctl.fusing.methods import Array
+from coldctl.fusing.blocks import Digester, Stretch, read_blocks, stretches
 from coldctl.fusing.passes import Found, Inputs, Prover, Spread, along, joined
 from coldctl.fusing.recipe import OUTER_STATES, Recipe
 from coldctl.fusing.sinks import RangeSink, Sink, StreamSink, Target, Written, prepare, target_in
 from coldctl.fusing.statistics import UpdateStatistics
 from coldctl.storage.location import Location, in_store
-
-
-@dataclass(frozen=True)
-class Without:
-    """A fused model that lacks one contribution, written in the same pass."""
-
-    index: int
-    folder: Location
 
 
 def write(
@@ -44,21 +35,18 @@ def write(
     prover: Prover | None,
     statistics: UpdateStatistics | None,
     states: Sequence[Checkpoint] = (),
-    without: Sequence[Without] = (),
     progress: Progress,
     spread: Spread | None = None,
-) -> tuple[Written, dict[int, Written]]:
+) -> Written:
     """Write the fused model into `folder`; `prover` and `statistics` take in what is seen on the way.
 
     `states` are the outer optimiser's states so far (none: zero), read along after the inputs' own companions.
-    Returns what was written, and what was written without each contribution in `without`.
+    Returns the body's digest, and those of all files written.
     """
     config, base = recipe.config, inputs.base
-    targets = [target_in(place, base, config) for place in (folder, *(item.folder for item in without))]
-    targets += [target_in(folder, base, config, kind) for kind in OUTER_STATES.get(config.outer_optimizer, ())]
-    job = _Writing(
-        inputs, recipe, states, targets, [item.index for item in without], prover is not None, deepcopy(statistics)
-    )
+    kinds = OUTER_STATES.get(config.outer_optimizer, ())
+    targets = [target_in(folder, base, config), *(target_in(folder, base, config, kind) for kind in kinds)]
+    job = _Writing(inputs, recipe, states, targets, prover is not None, deepcopy(statistics))
 
     def take(found: Found) -> None:
         if prover is not None:
@@ -70,10 +58,8 @@ def write(
         written = _elsewhere(job, take, progress, spread)
     else:
         written = _here(job, take, progress, prover.digesters if prover else None)
-    last = 1 + len(without)
-    digests = {name: digest for item in (written[0], *written[last:]) for name, digest in item.digests.items()}
-    others = {item.index: done for item, done in zip(without, written[1:last], strict=True)}
-    return Written(written[0].body_digest, digests), others
+    digests = {name: digest for item in written for name, digest in item.digests.items()}
+    return Written(written[0].body_digest, digests)
 
 
 @dataclass(frozen=True)
@@ -83,8 +69,7 @@ class _Writing:
     inputs: Inputs
     recipe: Recipe
     states: Sequence[Checkpoint]
-    targets: Sequence[Target]  # the model, those without one contribution each, the outer optimiser's states
-    without: Sequence[int]
+    targets: Sequence[Target]  # the model, then the outer optimiser's states
     values: bool  # whether to look for what is not finite
     empty: UpdateStatistics | None  # to be filled for each stretch, if updates are to be looked at
 
@@ -143,7 +128,7 @@ def _elsewhere(job: _Writing, take: Callable[[Found], None], progress: Progress,
 
 def _files(job: _Writing, pieces: Sequence[Stretch]) -> list[list[Stretch]]:
     """The stretches of each file of the model; all of them, where the outer optimiser's states make files of their own."""
-    if len(job.targets) > 1 + len(job.without):
+    if len(job.targets) > 1:
         return [list(pieces)]
     file = {item.name: shard.name for shard in job.targets[0].shards for item in shard.layouts}
     return [list(group) for _, group in groupby(pieces, key=lambda piece: file[piece[0].name])]
@@ -189,7 +174,6 @@ def _written(
     inputs, recipe, config = job.inputs, job.recipe, job.recipe.config
     kinds = OUTER_STATES.get(config.outer_optimizer, ())
     companions = [*inputs.companions, *job.states]
-    last = 1 + len(job.without)
     with closing(read_blocks(inputs.base, inputs.contributions, joined(pieces), digesters, companions)) as blocks:
         for piece in pieces:
             found = Found(deepcopy(job.empty))
@@ -205,20 +189,10 @@ def _written(
                     merged, after = methods.outer_step(
                         config.outer_optimizer, block.base, merged, config.outer_lr, config.outer_momentum, before
                     )
-                    for sink, state in zip(sinks[last:], after, strict=True):
+                    for sink, state in zip(sinks[1:], after, strict=True):
                         sink.write(block, state)
                 sinks[0].write(block, merged)
-                for sink, index in zip(sinks[1:last], job.without, strict=True):
-                    sink.write(block, _lacking(block, recipe, index))
             yield found
-
-
-def _lacking(block: Block, recipe: Recipe, index: int) -> Array:
-    """The linear fused block without one contribution: (mean - wᵢ xᵢ) / (1 - wᵢ), in float64, then scaled."""
-    whole = methods.mean(block.contributions, recipe.weights)
-    weight = recipe.weights[index]
-    rest = (whole - weight * block.contributions[index].astype(np.float64)) / (1 - weight)
-    return methods.scaled(block.base, rest, recipe.scale)
 
 
 def _digest(targets: Sequence[Target], key: tuple[int, str]) -> str:
