@@ -481,9 +481,7 @@ def fuse(
             if without is not None:
                 fused = model_ref.resolve(contributions[0])
                 done = stage.withdraw(
-                    fused,
-                    without,
-                    contributions[1:],
+                    stage.Withdrawal(fused, without, contributions[1:]),
                     model,
                     locate(output),
                     settings,

@@ -7,6 +7,7 @@ lies between: verdicts, weights, the length of the step, the manifest.
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
