@@ -226,68 +226,109 @@ class Fusion:
         """All contributions that were offered."""
         return self.request.candidates
 
-    def run(self, partial: Location) -> Manifest:
-        """Accept, survey if something must be known first, write, prove, describe."""
-        config = self.config
-        self._look_at_late()
+    def run(self, folder: Location) -> Manifest:
+        """Select, measure where something must be known before writing, write, verify, and describe the fused model.
+
+        Returns the manifest. Raises CheckpointError, DeclinedError or ConfigError before the manifest is written.
+        """
+        self._verify_late()
         accepted = [item for item in self.candidates if not item.problems]
-        suspicious = any(item.problems and not item.late for item in self.candidates)
         if not accepted:
-            self._accepted()
-        whole = self._in_name_order() and self.spread is None  # digests are taken by the way
+            self._accepted()  # raises
         statistics: UpdateStatistics | None = None
-        proof: Proof | None = None
-        gram, pairs = config.method in ("multi-krum", "geometric-median"), config.screen != "off"
+        base_digest: str | None = None
+        if self._measures_first:
+            accepted, statistics, base_digest = self._select(accepted)
+        recipe = self._recipe(accepted, statistics)
+        written, statistics, base_digest = self._write(folder, accepted, recipe, statistics, base_digest)
+        if statistics is not None:
+            self._note_statistics(accepted, statistics)
+        self._write_config(folder)
+        return self._describe(folder, written, accepted, recipe, base_digest)
+
+    @property
+    def _needs_gram(self) -> bool:
+        return self.config.method in ("multi-krum", "geometric-median")
+
+    @property
+    def _measures_first(self) -> bool:
+        """Whether the updates are measured in a pass of its own, before the one that writes."""
         # Where one is refused already, the others are looked at, too, so that all findings are listed at once.
-        if suspicious or config.screen == "reject" or gram or (self.scale.automatic and config.method in WEIGHTED):
-            prover = Prover(self._inputs(accepted), verify=config.verify, whole=self.spread is None)
-            statistics = survey(
-                self._inputs(accepted), self._weights(accepted), prover, gram=gram, pairs=pairs, progress=self.progress,
-                spread=self.spread,
-            )  # fmt: skip
-            proof = prover.prove(self.spread)
-            self._learn(accepted, proof)
-            sound = [item for item in accepted if not item.problems]
-            if len(sound) < len(accepted) and sound:  # what was refused must not hide who else stands out
-                statistics = self._survey_again(sound, gram=gram)
-            if config.screen == "reject" and sound:
-                for index, reason in outliers(statistics, [item.name for item in sound], _discounts(sound)).items():
-                    sound[index].problems.append(f"outlier: {reason}")
-                    sound[index].attacking = True
-            accepted = self._accepted()
-            if len(accepted) < len(sound):
-                statistics = self._survey_again(accepted, gram=gram)
+        refused = any(item.problems and not item.late for item in self.candidates)
+        automatic = self.scale.automatic and self.config.method in WEIGHTED
+        return refused or automatic or self._needs_gram or self.config.screen == "reject"
+
+    def _select(self, accepted: Sequence[Candidate]) -> tuple[list[Candidate], UpdateStatistics, str]:
+        """Verify and measure the contributions, and drop those that screening rejects.
+
+        Returns the rest, the statistics of the rest, and the base's body digest. Raises as `_accepted` does.
+        """
+        prover = Prover(self._inputs(accepted), verify=self.config.verify, whole=self.spread is None)
+        statistics = self._measure(accepted, prover)
+        proof = prover.prove(self.spread)
+        self._learn(accepted, proof)
+        sound = [item for item in accepted if not item.problems]
+        if len(sound) < len(accepted) and sound:  # what was refused must not hide who else stands out
+            statistics = self._measure(sound)
+        if self.config.screen == "reject" and sound:
+            for index, reason in outliers(statistics, [item.name for item in sound], _discounts(sound)).items():
+                sound[index].problems.append(f"outlier: {reason}")
+                sound[index].attacking = True
+        kept = self._accepted()
+        if len(kept) < len(sound):
+            statistics = self._measure(kept)
+        return kept, statistics, proof.base_digest
+
+    def _measure(self, accepted: Sequence[Candidate], prover: Prover | None = None) -> UpdateStatistics:
+        """Read the contributions once, for the statistics of their updates and for `prover`, if there is one."""
         inputs = self._inputs(accepted)
-        recipe = self._recipe(accepted, inputs, statistics)
-        writing_prover = Prover(inputs, verify=config.verify, whole=whole) if proof is None else None
-        fresh = UpdateStatistics(len(recipe.weights), pairs=pairs) if statistics is None and pairs else None
+        return survey(
+            inputs,
+            self._weights(accepted),
+            prover or Prover(inputs, verify=False, whole=False),
+            gram=self._needs_gram,
+            pairs=self.config.screen != "off",
+            progress=self.progress,
+            spread=self.spread,
+        )
+
+    def _write(
+        self,
+        folder: Location,
+        accepted: Sequence[Candidate],
+        recipe: Recipe,
+        statistics: UpdateStatistics | None,
+        base_digest: str | None,
+    ) -> tuple[Written, UpdateStatistics | None, str]:
+        """Write the fused weights, and verify and measure the contributions on the way if no pass before did.
+
+        Returns what was written, the statistics and the base's body digest. Raises as `_accepted` does.
+        """
+        inputs = self._inputs(accepted)
+        whole = self._in_name_order() and self.spread is None  # then digests are taken while the pass reads
+        prover = Prover(inputs, verify=self.config.verify, whole=whole) if base_digest is None else None
+        fresh = statistics is None and self.config.screen != "off"
+        measured = UpdateStatistics(len(accepted), pairs=True) if fresh else None
         written = write(
             inputs,
             recipe,
-            partial,
-            prover=writing_prover,
-            statistics=fresh,
+            folder,
+            prover=prover,
+            statistics=measured,
             states=self._states(),
             progress=self.progress,
             spread=self.spread,
         )
-        if writing_prover is not None:
-            proof = writing_prover.prove(self.spread)
+        if prover is not None:
+            proof = prover.prove(self.spread)
             self._learn(accepted, proof)
             self._accepted()
-        assert proof is not None
-        statistics = statistics or fresh
-        if statistics is not None:
-            self._note_statistics(accepted, statistics)
-        self._write_config(partial)
-        if not written.body_digest:  # mixed dtypes are not written in name order
-            written = replace(written, body_digest=body_digest(open_checkpoint(open_folder(partial), "fused")))
-        return self._describe(
-            partial, written, accepted, self._reported_weights(recipe), recipe.scale, proof.base_digest
-        )
+            base_digest = proof.base_digest
+        assert base_digest is not None
+        return written, statistics or measured, base_digest
 
-    def _look_at_late(self) -> None:
-        """Read late contributions by themselves first, so that what is wrong with them stops nobody else."""
+    def _verify_late(self) -> None:
+        """Read late contributions by themselves first, so that an unsound one is left out instead of stopping the fuse."""
         late = [item for item in self.candidates if item.late and not item.problems]
         if late:
             inputs = self._inputs(late)
@@ -309,14 +350,6 @@ class Fusion:
         """The number of attackers that multi-krum still has to expect among the accepted contributions."""
         given = self.config.byzantine
         return max(0, given - self._dropped_attackers) if self.config.method == "multi-krum" else given
-
-    def _survey_again(self, accepted: Sequence[Candidate], *, gram: bool) -> UpdateStatistics:
-        inputs = self._inputs(accepted)
-        prover = Prover(inputs, verify=False, whole=False)
-        pairs = self.config.screen != "off"
-        return survey(
-            inputs, self._weights(accepted), prover, gram=gram, pairs=pairs, progress=self.progress, spread=self.spread
-        )
 
     def _accepted(self) -> list[Candidate]:
         """The candidates without problems. Raises if a problem must stop everything."""
@@ -374,9 +407,9 @@ class Fusion:
             raise ConfigError(f"{config.weights} gives no weight for {missing[0]!r}: add it (0 leaves it out)")
         return [table[name] for name in names]
 
-    def _recipe(self, accepted: Sequence[Candidate], inputs: Inputs, statistics: UpdateStatistics | None) -> Recipe:
-        """Find the method's parameters, reading the inputs again where it must."""
-        config = self.config
+    def _recipe(self, accepted: Sequence[Candidate], statistics: UpdateStatistics | None) -> Recipe:
+        """Compute the method's parameters, in a pass over the inputs if the method needs one. Raises ConfigError."""
+        config, inputs = self.config, self._inputs(accepted)
         weights = self._weights(accepted)
         shares = np.asarray(self._shares(accepted), np.float64)
         gram = statistics.gram if statistics is not None else None
@@ -497,12 +530,13 @@ class Fusion:
         folder: Location,
         written: Written,
         fused: Sequence[Candidate],
-        weights: Array,
-        scale: float,
+        recipe: Recipe,
         base_digest: str,
     ) -> Manifest:
         """Copy the base's tokenizer, draw the chart and write the manifest: the last file."""
         name = model_name(self.destination)
+        model = open_checkpoint(open_folder(folder), name)
+        weights = self._reported_weights(recipe)
         shares = {id(item): float(weight) for item, weight in zip(fused, weights, strict=True)}
         records = [_record(item, shares.get(id(item))) for item in self.candidates]
         sanitize.copy_tokenizer(self.base_checkpoint.folder, folder)
@@ -520,13 +554,13 @@ class Fusion:
             "iteration": ((before.get("iteration") or 0) if before else 0) + 1,
             "encoding": "full",
             "identity": self.request.identity(base_digest),
-            "body_digest": written.body_digest or body_digest(open_checkpoint(open_folder(folder), name)),
-            "outside_body": outside_body(open_checkpoint(open_folder(folder), name)),
+            "body_digest": written.body_digest or body_digest(model),  # mixed dtypes are not written in name order
+            "outside_body": outside_body(model),
             "base": {"name": ancestor["name"], "body_digest": base_digest},
             "config": {
                 **_public_record(self.config, self.request.trusted),
                 "byzantine": self._byzantine,
-                "effective_scale": scale,
+                "effective_scale": recipe.scale,
             },
             "environment": manifest.environment(["numpy", "ml-dtypes"]),
             "license": before.get("license") if before else None,
