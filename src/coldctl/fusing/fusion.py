@@ -47,13 +47,13 @@ from coldctl.fusing.passes import (
     Prover,
     Spread,
     distance,
-    survey,
+    measure_updates,
     tensor_weights,
     thresholds,
 )
 from coldctl.fusing.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
 from coldctl.fusing.sinks import Written, output_dtype
-from coldctl.fusing.staleness import discount, moved
+from coldctl.fusing.staleness import rebase, staleness_weight
 from coldctl.fusing.statistics import UpdateStatistics, names_of, outliers
 from coldctl.fusing.writer import write
 from coldctl.storage.files import open_folder
@@ -121,9 +121,9 @@ def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: Fu
     )
     item.problems += verdict.problems
     item.notes += verdict.notes
-    if item.base_then is not None and not item.problems:
+    if item.original_base is not None and not item.problems:
         try:
-            item.checkpoint = moved(item.checkpoint, base, item.base_then, item.age)
+            item.checkpoint = rebase(item.checkpoint, base, item.original_base, item.age)
         except CheckpointError as error:
             item.problems.append(error.message)
     if config.method == "fisher":
@@ -282,7 +282,7 @@ class Fusion:
     def _measure(self, accepted: Sequence[Candidate], prover: Prover | None = None) -> UpdateStatistics:
         """Read the contributions once, for the statistics of their updates and for `prover`, if there is one."""
         inputs = self._inputs(accepted)
-        return survey(
+        return measure_updates(
             inputs,
             self._weights(accepted),
             prover or Prover(inputs, verify=False, whole=False),
@@ -334,7 +334,7 @@ class Fusion:
             inputs = self._inputs(late)
             prover = Prover(inputs, verify=self.config.verify, whole=True)
             equal = np.full(len(late), 1 / len(late))
-            survey(inputs, equal, prover, gram=False, pairs=False, progress=self.progress)
+            measure_updates(inputs, equal, prover, gram=False, pairs=False, progress=self.progress)
             self._learn(late, prover.prove())
         for item in self.candidates:
             if item.late and item.problems:
@@ -446,7 +446,7 @@ class Fusion:
     def _automatic_scale(self, recipe: Recipe, inputs: Inputs, statistics: UpdateStatistics | None) -> float:
         """λ = Σ wᵢ‖dᵢ‖ / ‖merged − base‖: the fused update gets the contributions' mean norm; 1 where it is zero."""
         if statistics is None:
-            statistics = survey(
+            statistics = measure_updates(
                 inputs, recipe.weights, Prover(inputs, verify=False, whole=False), gram=False, pairs=False,
                 progress=self.progress, spread=self.spread,
             )  # fmt: skip
@@ -594,7 +594,7 @@ def _record(item: Candidate, weight: float | None) -> ContributionRecord:
         "reason": _without_place("; ".join(item.problems), item) or None,
         "verified": item.verified,
         "age": item.age,
-        "discount": discount(item.age),
+        "discount": staleness_weight(item.age),
         "iteration": source.get("iteration") if source else None,
         "signer": item.signed.key.name if item.signed else None,
         "signer_key": item.signed.key.fingerprint if item.signed else None,
@@ -607,7 +607,7 @@ def _record(item: Candidate, weight: float | None) -> ContributionRecord:
 
 
 def _discounts(items: Sequence[Candidate]) -> Array:
-    return np.asarray([discount(item.age) for item in items], np.float64)
+    return np.asarray([staleness_weight(item.age) for item in items], np.float64)
 
 
 def _chosen(record: Any, keys: Sequence[str]) -> dict[str, Any]:

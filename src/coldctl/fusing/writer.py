@@ -20,7 +20,7 @@ from coldctl.checkpoints.writer import write_index
 from coldctl.common.progress import Progress
 from coldctl.fusing import methods
 from coldctl.fusing.blocks import Digester, Stretch, read_blocks, stretches
-from coldctl.fusing.passes import Found, Inputs, Prover, Spread, along, joined
+from coldctl.fusing.passes import Inputs, PassResult, Prover, Spread, joined, run_chunks
 from coldctl.fusing.recipe import OUTER_STATES, Recipe
 from coldctl.fusing.sinks import RangeSink, Sink, StreamSink, Target, Written, prepare, target_in
 from coldctl.fusing.statistics import UpdateStatistics
@@ -48,7 +48,7 @@ def write(
     targets = [target_in(folder, base, config), *(target_in(folder, base, config, kind) for kind in kinds)]
     job = _Writing(inputs, recipe, states, targets, prover is not None, deepcopy(statistics))
 
-    def take(found: Found) -> None:
+    def take(found: PassResult) -> None:
         if prover is not None:
             prover.findings += found.findings
         if statistics is not None and found.statistics is not None:
@@ -83,12 +83,12 @@ class _Writing:
 
 
 def _here(
-    job: _Writing, take: Callable[[Found], None], progress: Progress, digesters: Sequence[Digester | None] | None
+    job: _Writing, take: Callable[[PassResult], None], progress: Progress, digesters: Sequence[Digester | None] | None
 ) -> list[Written]:
     """Front to back, with all digests by the way."""
     sinks = [StreamSink(item, job.inputs.base) for item in job.targets]
     try:
-        for found in along(partial(_written, job, sinks, digesters), job.stretches, "fuse", progress, None):
+        for found in run_chunks(partial(_written, job, sinks, digesters), job.stretches, "fuse", progress, None):
             take(found)
         return [sink.close() for sink in sinks]
     finally:
@@ -96,12 +96,12 @@ def _here(
             sink.abandon()
 
 
-def _elsewhere(job: _Writing, take: Callable[[Found], None], progress: Progress, spread: Spread) -> list[Written]:
+def _elsewhere(job: _Writing, take: Callable[[PassResult], None], progress: Progress, spread: Spread) -> list[Written]:
     """Wherever `spread` has it done, digests afterwards where they could not be taken by the way."""
     base, pieces = job.inputs.base, job.stretches
     digests: dict[tuple[int, str], str] = {}
     if in_store(job.targets[0].folder):
-        results = along(partial(_by_file, job), pieces, "fuse", progress, spread, _files(job, pieces))
+        results = run_chunks(partial(_by_file, job), pieces, "fuse", progress, spread, _files(job, pieces))
         for at, item in enumerate(job.targets):
             for shard in item.shards:
                 if not any(layout.dtype in FLOATING for layout in shard.layouts):  # in no stretch
@@ -112,7 +112,7 @@ def _elsewhere(job: _Writing, take: Callable[[Found], None], progress: Progress,
     else:
         for item in job.targets:
             prepare(item, base)
-        results = along(partial(_by_position, job), pieces, "fuse", progress, spread)
+        results = run_chunks(partial(_by_position, job), pieces, "fuse", progress, spread)
     for found in results:
         take(found)
         digests |= found.digests
@@ -134,7 +134,7 @@ def _files(job: _Writing, pieces: Sequence[Stretch]) -> list[list[Stretch]]:
     return [list(group) for _, group in groupby(pieces, key=lambda piece: file[piece[0].name])]
 
 
-def _by_position(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[Found]:
+def _by_position(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[PassResult]:
     """Some of the stretches, written where they belong in files that stand already."""
     sinks = [RangeSink(item) for item in job.targets]
     try:
@@ -144,7 +144,7 @@ def _by_position(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[Found]:
             sink.close()
 
 
-def _by_file(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[Found]:
+def _by_file(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[PassResult]:
     """All stretches of one file of each target, or of all files, written front to back."""
     names = {extent.name for extent in joined(pieces)}
     parts = [item if names >= set(item.names) else _part(item, names) for item in job.targets]
@@ -169,14 +169,14 @@ def _part(target: Target, names: set[str]) -> Target:
 
 def _written(
     job: _Writing, sinks: Sequence[Sink], digesters: Sequence[Digester | None] | None, pieces: Sequence[Stretch]
-) -> Iterator[Found]:
+) -> Iterator[PassResult]:
     """Fuse the stretches, one sink per target; what was found out about each comes when it is done."""
     inputs, recipe, config = job.inputs, job.recipe, job.recipe.config
     kinds = OUTER_STATES.get(config.outer_optimizer, ())
     companions = [*inputs.companions, *job.states]
     with closing(read_blocks(inputs.base, inputs.contributions, joined(pieces), digesters, companions)) as blocks:
         for piece in pieces:
-            found = Found(deepcopy(job.empty))
+            found = PassResult(deepcopy(job.empty))
             for block in islice(blocks, len(piece)):
                 merged = recipe.apply(block)
                 if job.values or job.empty is not None:
