@@ -38,7 +38,7 @@ from coldctl.workers.jobs import Engine
 
 @dataclass(frozen=True)
 class Fused:
-    """What `fuse` did: the fused model's manifest, and whether it already stood there."""
+    """The result of a fuse. `unchanged` says that the same model was complete already."""
 
     path: Location
     manifest: Manifest
@@ -57,12 +57,12 @@ def fuse(
     manifests_only: bool = False,
     engine: Engine | None = None,
 ) -> Fused:
-    """Fuse contributions into `destination`. Nothing is written unless all that goes in was found good.
+    """Fuse contributions into `destination`. Nothing is written unless all inputs are sound.
 
-    Where the contributions are those of an iteration of a RUN, so are the late ones of earlier iterations, and what
-    comes after it was fused changes it no more. `old_bases` are MODELs that contributions may have been made on. With
-    `manifests_only` what has no manifest is left for later: it may be a contribution that is still being put there.
-    With an `engine` of several machines each reads, computes and writes a share of the weights.
+    If the contributions are those of an iteration of a RUN, late ones of earlier iterations are fused as well, and
+    contributions that arrive after the iteration was fused do not change it. `old_bases` are MODELs that contributions
+    may have been made on. With `manifests_only` contributions without a manifest are left out, since they may still be
+    uploading. With an `engine` of several machines each machine reads, computes and writes a share of the weights.
 
     Raises CheckpointError (with one detail per finding) if an input cannot be fused and `config.screen` is not
     "reject", DeclinedError if `config.strict` forbids a drop, ConfigError for settings that do not go together,
@@ -88,7 +88,7 @@ def fuse(
         if item.checkpoint is not None and (words := sanitize.note(item.checkpoint.config)):
             progress.note(f"{item.name} {words}")
     request = FuseRequest.of(config, candidates, trusted)
-    cheap = all(item.stated_digest for item in candidates)  # without manifests an identity costs reading everything
+    cheap = all(item.stated_digest for item in candidates)  # without manifests an identity needs every body
     if layout.is_complete(destination) and (cheap or not overwrite):
         key = request.identity(stated_digest(base_checkpoint) or body_digest(base_checkpoint))
         if output.is_done(destination, key, overwrite=overwrite):
@@ -97,7 +97,7 @@ def fuse(
     spread = spread_over(engine, base_checkpoint, progress) if engine is not None and engine.distant else None
     job = Fusion(base, base_checkpoint, request, scale, destination, progress, spread, _chart(config))
     with output.writing(destination, None, overwrite=overwrite) as partial:
-        if closed and layout.is_complete(destination):  # it is what others go on from: a second one must not differ
+        if closed and layout.is_complete(destination):  # others continue from it, so it must not be replaced
             raise BusyError(f"{destination} was completed by another command meanwhile: run the same command again")
         document = job.run(partial)
     return Fused(destination, document, unchanged=False)
@@ -112,9 +112,9 @@ def _chart(config: FuseConfig) -> DrawChart | None:
 
 
 def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[Candidate]:
-    """What `fuse` would take of manifests now, judged by headers alone; those it would refuse have problems.
+    """Return the candidates that `fuse` would open now, checked by their headers only. Refused ones have problems.
 
-    Empty where there is nothing yet.
+    Returns an empty list if there is no contribution yet.
     """
     base_checkpoint = open_checkpoint(base.folder, base.name)
     home = _home(references)
@@ -135,7 +135,7 @@ def _has_manifest(item: Candidate) -> bool:
 
 
 def _home(references: Sequence[str]) -> tuple[Location, int] | None:
-    """The RUN and the iteration whose contributions are fused, where the references mean those and nothing else."""
+    """Return the RUN and the iteration if the references are exactly an iteration's contributions, else None."""
     return layout.iteration_of(locate(references[0])) if len(references) == 1 else None
 
 
@@ -164,7 +164,10 @@ def _offered(
     *,
     to_read: bool,
 ) -> list[Candidate]:
-    """What is to be fused, each once: with `home`, the RUN and iteration they belong to, the late ones of earlier ones."""
+    """Open what is to be fused, each contribution once. With `home`, a RUN and iteration, add late contributions.
+
+    Raises ModelError if all of them are part of an earlier fused model.
+    """
     within = home[0] if home else layout.enclosing_run(locate(base.place))
     places: list[tuple[str, str | None]] = [(place, None) for place in old_bases]
     if within is not None:
@@ -283,7 +286,10 @@ def _trusted(config: FuseConfig) -> list[signatures.TrustedKey] | None:
 
 
 def _recorded_config(document: Manifest, config: FuseConfig) -> FuseConfig:
-    """The settings that a fused model was made with; how it is checked is up to this call."""
+    """Return the settings recorded in a fused model, with the options for checks and drops from `config`.
+
+    Raises ConfigError if the keys or the file of weights must be given again.
+    """
     recorded = {key: value for key, value in document["config"].items() if key in FuseConfig.__dataclass_fields__}
     kept: tuple[str, ...] = (
         "screen",

@@ -1,7 +1,6 @@
-"""One fuse as a whole: what is offered, what is accepted of it, the passes over it, and what is said of it.
+"""One fuse: accept contributions, compute weights and the length of the step, write the model and its manifest.
 
-The stage decides where inputs come from and where the result goes; the passes read and write. Here stands what
-lies between: verdicts, weights, the length of the step, the manifest.
+The stage decides where inputs come from and where the result goes. The passes read and write the weights.
 """
 
 import json
@@ -60,10 +59,10 @@ from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
 
 _SCALE = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\*)?auto|(?P<fixed>[0-9.eE+-]+)")
-# What a fused model tells of its contributions' training.
+# Keys of a contribution's config and environment that the fused model's manifest repeats.
 _TRAINING = ("epochs", "batch_size", "learning_rate", "max_length", "lora_rank", "send", "seed")
 _HARDWARE = ("device", "machine", "threads", "training_seconds")
-_EXAMPLES_SHARE = 2.0  # with --weights examples nobody counts for more than this many equal shares
+_EXAMPLES_SHARE = 2.0  # with --weights examples no contribution gets more than this many equal shares
 
 
 DrawChart = Callable[[Sequence[ContributionRecord], Location], None]  # norms and angles of the updates, into a file
@@ -71,14 +70,14 @@ DrawChart = Callable[[Sequence[ContributionRecord], Location], None]  # norms an
 
 @dataclass(frozen=True)
 class Scale:
-    """λ, fixed or as a multiple of the automatic one."""
+    """The factor λ of the fused update: a fixed one, or a multiple of the automatic one."""
 
     value: float
     automatic: bool
 
 
 def check_config(config: FuseConfig) -> Scale:
-    """Settings that do not go together are refused before anything is read. Raises ConfigError."""
+    """Return the scale. Raises ConfigError for settings that exclude each other, before anything is read."""
     match = _SCALE.fullmatch(config.scale)
     try:
         scale = (
@@ -111,7 +110,7 @@ def check_config(config: FuseConfig) -> Scale:
 
 
 def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: FuseConfig) -> None:
-    """Judge a candidate by its headers, after leaving out rows where that is asked for."""
+    """Check a candidate by its headers and add its problems and notes; with --common-rows leave out other rows first."""
     if item.checkpoint is None:
         return
     if config.common_rows:
@@ -134,20 +133,20 @@ def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: Fu
 
 
 def stated_digest(checkpoint: Checkpoint) -> str | None:
-    """The body digest that a checkpoint's manifest states, None without one."""
+    """Return the body digest that a checkpoint's manifest states, None without a manifest."""
     return checkpoint.manifest["body_digest"] if checkpoint.manifest else None
 
 
 def presumed_base(candidates: Sequence[Candidate], config: FuseConfig) -> str | None:
-    """The base that all manifests name alike, for a base that has no manifest itself.
+    """Return the body digest of the base that all manifests agree on, None if they do not agree.
 
-    Every other verdict can be given on it at once; that it is the base, the digest taken while reading proves.
+    It stands in for the digest of a base without a manifest. The digest that is taken while reading confirms it later.
     """
     if config.allow_other_base:
         return None
     manifests = [item.checkpoint.manifest for item in candidates if item.checkpoint and item.checkpoint.manifest]
-    named = {document.get("base", {}).get("body_digest") for document in manifests}
-    return named.pop() if len(named) == 1 else None
+    digests = {document.get("base", {}).get("body_digest") for document in manifests}
+    return digests.pop() if len(digests) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def _identity_of(item: Candidate, stated: Any) -> Any:
 
 @dataclass(frozen=True)
 class Fusion:
-    """One fuse: what is offered, what is accepted of it, and the passes over it."""
+    """One fuse: its request, its base and destination, and where its passes run."""
 
     base: Model
     base_checkpoint: Checkpoint
@@ -218,12 +217,12 @@ class Fusion:
 
     @property
     def config(self) -> FuseConfig:
-        """The settings as they were given."""
+        """Return the settings as they were given."""
         return self.request.config
 
     @property
     def candidates(self) -> Sequence[Candidate]:
-        """All contributions that were offered."""
+        """Return all contributions that were offered."""
         return self.request.candidates
 
     def run(self, folder: Location) -> Manifest:
@@ -252,7 +251,7 @@ class Fusion:
 
     @property
     def _measures_first(self) -> bool:
-        """Whether the updates are measured in a pass of its own, before the one that writes."""
+        """Return whether the updates are measured in a pass of its own, before the one that writes."""
         # Where one is refused already, the others are looked at, too, so that all findings are listed at once.
         refused = any(item.problems and not item.late for item in self.candidates)
         automatic = self.scale.automatic and self.config.method in WEIGHTED
@@ -328,7 +327,7 @@ class Fusion:
         return written, statistics or measured, base_digest
 
     def _verify_late(self) -> None:
-        """Read late contributions by themselves first, so that an unsound one is left out instead of stopping the fuse."""
+        """Read late contributions by themselves first, so that an unsound one does not stop the fuse."""
         late = [item for item in self.candidates if item.late and not item.problems]
         if late:
             inputs = self._inputs(late)
@@ -342,20 +341,24 @@ class Fusion:
 
     @property
     def _dropped_attackers(self) -> int:
-        """How many of the attackers that multi-krum is told to expect screening has dropped already."""
+        """Return how many of the attackers that multi-krum expects were dropped by screening."""
         return sum(item.attacking and not item.late for item in self.candidates)
 
     @property
     def _byzantine(self) -> int:
-        """The number of attackers that multi-krum still has to expect among the accepted contributions."""
-        given = self.config.byzantine
-        return max(0, given - self._dropped_attackers) if self.config.method == "multi-krum" else given
+        """Return the number of attackers that multi-krum still expects among the accepted contributions."""
+        expected = self.config.byzantine
+        return max(0, expected - self._dropped_attackers) if self.config.method == "multi-krum" else expected
 
     def _accepted(self) -> list[Candidate]:
-        """The candidates without problems. Raises if a problem must stop everything."""
+        """Return the candidates without problems.
+
+        Raises DeclinedError if --strict forbids to drop the others, CheckpointError if screening does not drop them or
+        too few would be left.
+        """
         config, candidates = self.config, self.candidates
         good = [item for item in candidates if not item.problems]
-        stopping = [item for item in candidates if item.problems and not item.late]  # late ones were looked at before
+        stopping = [item for item in candidates if item.problems and not item.late]  # late ones are only left out
         late = [item for item in candidates if item.problems and item.late]
         if good and not stopping and not (late and config.strict):
             return good
@@ -385,7 +388,7 @@ class Fusion:
         return Inputs(self.base_checkpoint, checkpoints, fisher)
 
     def _weights(self, accepted: Sequence[Candidate]) -> Array:
-        """The nominal weights, normalised. Raises ConfigError."""
+        """Return the nominal weights: float64 [N], which sum to one. Raises ConfigError."""
         config, count = self.config, len(accepted)
         cap = config.max_share or None
         if config.weights == "examples":
@@ -395,7 +398,7 @@ class Fusion:
         )
 
     def _shares(self, accepted: Sequence[Candidate]) -> list[float]:
-        """The weights as they are given, before they are made to sum to one. Raises ConfigError."""
+        """Return the weights before they are normalised. Raises ConfigError."""
         config = self.config
         if config.weights == "equal":
             return [1.0] * len(accepted)
@@ -426,12 +429,12 @@ class Fusion:
             raise ConfigError(f"slerp takes two contributions, there are {len(accepted)}: take --method mean")
         elif config.method == "trimmed-mean":
             methods.trimmed_mean([np.zeros(1)] * len(accepted), config.trim)  # refuses a trim that leaves nothing
-        if config.method == "dare":  # draws belong to a body, whatever it is called and however it was looked at before
+        if config.method == "dare":  # its draws are seeded by the body digest
             for item in accepted:
                 if item.checkpoint is not None and item.digest is None:
                     item.digest = body_digest(item.checkpoint)
         keys = [item.digest or item.name for item in accepted]
-        plain = np.array_equal(weights, shares / shares.sum())  # neither cut to a largest share nor found by a method
+        plain = np.array_equal(weights, shares / shares.sum())  # neither capped nor computed by a method
         recipe = Recipe(config, weights, keys, shares if plain else None)
         if config.method in PER_TENSOR:
             recipe.tensor_weights = tensor_weights(inputs, config, self.progress, self.spread)
@@ -444,23 +447,23 @@ class Fusion:
         return recipe
 
     def _automatic_scale(self, recipe: Recipe, inputs: Inputs, statistics: UpdateStatistics | None) -> float:
-        """λ = Σ wᵢ‖dᵢ‖ / ‖merged − base‖: the fused update gets the contributions' mean norm; 1 where it is zero."""
+        """Return λ = Σ wᵢ‖dᵢ‖ / ‖merged − base‖, which gives the fused update the mean norm; 1 if its norm is zero."""
         if statistics is None:
             statistics = measure_updates(
                 inputs, recipe.weights, Prover(inputs, verify=False, whole=False), gram=False, pairs=False,
                 progress=self.progress, spread=self.spread,
             )  # fmt: skip
-        wanted = float(recipe.weights @ statistics.norms)
+        mean_of_norms = float(recipe.weights @ statistics.norms)
         if recipe.config.method in ("mean", "task-arithmetic"):
             length = statistics.mean_norm
         elif statistics.gram is not None:
             length = float(np.sqrt(abs(float(recipe.weights @ statistics.gram @ recipe.weights))))
         else:
             length = distance(inputs, recipe, self.progress, self.spread)
-        return wanted / length if length > 0 else 1.0
+        return mean_of_norms / length if length > 0 else 1.0
 
     def _learn(self, accepted: Sequence[Candidate], proof: Proof) -> None:
-        """What a pass has proved becomes the candidates' digests and problems. Raises CheckpointError for the base."""
+        """Add the digests and problems that a pass proved to the candidates. Raises CheckpointError for an unsound base."""
         label = self.base_checkpoint.label
         if tensors := names_of(proof.findings, -1):
             raise CheckpointError(f"{label}: {tensors[0]} holds a not-a-number or infinity: take a sound base model")
@@ -468,13 +471,13 @@ class Fusion:
             raise CheckpointError(f"{label}: {proof.base_problems[0]}: make or fetch the base model again")
         for index, item in enumerate(accepted):
             if item.checkpoint is not None and not item.age and not self.config.allow_other_base:
-                finding = other_base(item.checkpoint, proof.base_digest)  # until now the base was only presumed
+                finding = other_base(item.checkpoint, proof.base_digest)  # so far the base was only presumed
                 item.problems += [f"{finding}: give that base as --base"] if finding else []
                 if finding and isinstance(item.checkpoint, RelativeCheckpoint):
-                    continue  # what was decoded from another base tells nothing more
+                    continue  # decoded from another base, its values mean nothing
             item.digest = proof.digests[index] or None
             changed = proof.problems[index]
-            if changed and item.signed is not None:  # the signer's name stands for what was signed alone
+            if changed and item.signed is not None:  # the signer vouches only for what was signed
                 changed, item.signed = [f"is not as it was signed: {problem}" for problem in changed], None
             item.problems += changed
             has_manifest = item.checkpoint is not None and item.checkpoint.manifest is not None
@@ -487,16 +490,16 @@ class Fusion:
     def _note_statistics(self, accepted: Sequence[Candidate], statistics: UpdateStatistics) -> None:
         norms, cosines = statistics.norms, statistics.cosines
         names = [item.name for item in accepted]
-        found = outliers(statistics, names, _discounts(accepted)) if self.config.screen == "report" else {}
+        reasons = outliers(statistics, names, _discounts(accepted)) if self.config.screen == "report" else {}
         for index, item in enumerate(accepted):
             item.update_norm, item.cosine_to_mean = float(norms[index]), float(cosines[index])
             item.update_share = statistics.shares(index)
-            if index in found:
-                item.notes.append(f"outlier: {found[index]}")
-                self.progress.note(f"{item.name} stands out: {found[index]}; --screen reject would drop it")
+            if index in reasons:
+                item.notes.append(f"outlier: {reasons[index]}")
+                self.progress.note(f"{item.name} stands out: {reasons[index]}; --screen reject would drop it")
 
     def _states(self) -> list[Checkpoint]:
-        """The outer optimiser's states beside the base; none where it has none yet, or another optimiser's.
+        """Return the outer optimiser's states from the base, an empty list if another optimiser or none made the base.
 
         Raises CheckpointError if only some of them are there.
         """
@@ -510,7 +513,7 @@ class Fusion:
         return [open_companion(self.base_checkpoint, layout.outer_state(kind)) for kind in kinds]
 
     def _reported_weights(self, recipe: Recipe) -> Array:
-        """The effective weights; for weights per tensor their mean over all elements."""
+        """Return the effective weights: float64 [N]. Weights per tensor are averaged over all elements."""
         if not recipe.tensor_weights:
             return recipe.weights
         body = self.base_checkpoint.body
@@ -571,7 +574,7 @@ class Fusion:
 
 
 def model_name(destination: Location) -> str:
-    """The directory's own name, or its iteration's inside a RUN."""
+    """Return the name of a directory, or that of its iteration inside a RUN."""
     whole = destination.resolve()
     return whole.parent.name if whole.name == "fused" and whole.parent.name.startswith("iteration-") else whole.name
 
@@ -611,13 +614,13 @@ def _discounts(items: Sequence[Candidate]) -> Array:
 
 
 def _chosen(record: Any, keys: Sequence[str]) -> dict[str, Any]:
-    """These keys of what a contribution states about itself, where they hold what they should."""
-    known = record if isinstance(record, dict) else {}
-    return {key: known[key] for key in keys if isinstance(known.get(key), int | float | str)}
+    """Return these keys of a contribution's own record, if they hold a number or text."""
+    values = record if isinstance(record, dict) else {}
+    return {key: values[key] for key in keys if isinstance(values.get(key), int | float | str)}
 
 
 def _without_place(text: str, item: Candidate) -> str:
-    """What is published must not tell where on this machine something lay."""
+    """Replace the place of a candidate by its name, since a manifest is published and must not tell local paths."""
     return text.replace(f"{item.place}/", "").replace(item.place, item.name)
 
 
@@ -632,7 +635,7 @@ def _examples(item: Candidate) -> float:
 
 
 def _weights_file(path: Path) -> dict[str, float]:
-    """Names and weights from a JSON or TOML file. Raises ConfigError."""
+    """Load names and weights from a JSON or TOML file. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             data = file.read(JSON_LIMIT + 1)
@@ -647,7 +650,7 @@ def _weights_file(path: Path) -> dict[str, float]:
 
 
 def _public_record(config: FuseConfig, trusted: Sequence[TrustedKey] | None) -> dict[str, Any]:
-    """The config as the manifest stores it; a file of weights is named, its place is not told, keys by fingerprint."""
+    """Return the config as the manifest stores it: a file of weights by its name alone, keys by their fingerprints."""
     record = as_record(config)
     record["trusted_keys"] = _fingerprints(trusted)
     if config.weights not in ("equal", "examples"):

@@ -1,7 +1,7 @@
-"""The writing pass of a fuse: read, fuse, round, write; with digests and statistics where no pass before took them.
+"""The writing pass of a fuse: read, fuse, round and write, with digests and statistics if no earlier pass took them.
 
-It runs here in one go, or stretch by stretch on other machines: by position into files of a shared disk, whole files where
-a store takes nothing else.
+It runs in this process, or chunk by chunk on other machines: by position into files of a shared disk, or file by file
+into a store, which takes only whole files.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -38,9 +38,9 @@ def write(
     progress: Progress,
     spread: Spread | None = None,
 ) -> Written:
-    """Write the fused model into `folder`; `prover` and `statistics` take in what is seen on the way.
+    """Write the fused model into `folder`, and fill `prover` and `statistics` from the blocks that are read.
 
-    `states` are the outer optimiser's states so far (none: zero), read along after the inputs' own companions.
+    `states` are the outer optimiser's states so far (none: zero), read after the inputs' own companions.
     Returns the body's digest, and those of all files written.
     """
     config, base = recipe.config, inputs.base
@@ -64,18 +64,18 @@ def write(
 
 @dataclass(frozen=True)
 class _Writing:
-    """What the pass makes of every block, beside reading it."""
+    """The work of the pass on every block, which can be sent to other machines."""
 
     inputs: Inputs
     recipe: Recipe
     states: Sequence[Checkpoint]
     targets: Sequence[Target]  # the model, then the outer optimiser's states
-    values: bool  # whether to look for what is not finite
-    empty: UpdateStatistics | None  # to be filled for each stretch, if updates are to be looked at
+    values: bool  # whether to search for values not finite
+    empty: UpdateStatistics | None  # copied and filled for each chunk, if updates are measured
 
     @property
     def stretches(self) -> list[Stretch]:
-        """The blocks in the order of the model's files; no stretch is in two of them."""
+        """Return the chunks in the order of the model's files. No chunk is part of two files."""
         beside = [*self.inputs.contributions, *self.inputs.companions, *self.states]
         model = self.targets[0]
         first = {next((item.name for item in shard.layouts if item.dtype in FLOATING), "") for shard in model.shards}
@@ -85,7 +85,7 @@ class _Writing:
 def _here(
     job: _Writing, take: Callable[[PassResult], None], progress: Progress, digesters: Sequence[Digester | None] | None
 ) -> list[Written]:
-    """Front to back, with all digests by the way."""
+    """Write front to back in this process, and take all digests while writing."""
     sinks = [StreamSink(item, job.inputs.base) for item in job.targets]
     try:
         for found in run_chunks(partial(_written, job, sinks, digesters), job.stretches, "fuse", progress, None):
@@ -97,14 +97,14 @@ def _here(
 
 
 def _elsewhere(job: _Writing, take: Callable[[PassResult], None], progress: Progress, spread: Spread) -> list[Written]:
-    """Wherever `spread` has it done, digests afterwards where they could not be taken by the way."""
+    """Write on the engine's workers, and take digests afterwards that could not be taken while writing."""
     base, pieces = job.inputs.base, job.stretches
     digests: dict[tuple[int, str], str] = {}
     if in_store(job.targets[0].folder):
         results = run_chunks(partial(_by_file, job), pieces, "fuse", progress, spread, _files(job, pieces))
         for at, item in enumerate(job.targets):
             for shard in item.shards:
-                if not any(layout.dtype in FLOATING for layout in shard.layouts):  # in no stretch
+                if not any(layout.dtype in FLOATING for layout in shard.layouts):  # in no chunk
                     written = StreamSink(item.only(shard), base).close()
                     digests |= {(at, name): digest for name, digest in written.digests.items()}
             if item.single is None:
@@ -127,7 +127,7 @@ def _elsewhere(job: _Writing, take: Callable[[PassResult], None], progress: Prog
 
 
 def _files(job: _Writing, pieces: Sequence[Stretch]) -> list[list[Stretch]]:
-    """The stretches of each file of the model; all of them, where the outer optimiser's states make files of their own."""
+    """Return the chunks of each file, or all together if the outer optimiser's states have files of their own."""
     if len(job.targets) > 1:
         return [list(pieces)]
     file = {item.name: shard.name for shard in job.targets[0].shards for item in shard.layouts}
@@ -135,7 +135,7 @@ def _files(job: _Writing, pieces: Sequence[Stretch]) -> list[list[Stretch]]:
 
 
 def _by_position(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[PassResult]:
-    """Some of the stretches, written where they belong in files that stand already."""
+    """Write chunks at their positions in files that exist already."""
     sinks = [RangeSink(item) for item in job.targets]
     try:
         yield from _written(job, sinks, None, pieces)
@@ -145,7 +145,7 @@ def _by_position(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[PassResul
 
 
 def _by_file(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[PassResult]:
-    """All stretches of one file of each target, or of all files, written front to back."""
+    """Write all chunks of one file of each target, or of all files, front to back."""
     names = {extent.name for extent in joined(pieces)}
     parts = [item if names >= set(item.names) else _part(item, names) for item in job.targets]
     sinks = [StreamSink(part, job.inputs.base) for part in parts]
@@ -170,7 +170,7 @@ def _part(target: Target, names: set[str]) -> Target:
 def _written(
     job: _Writing, sinks: Sequence[Sink], digesters: Sequence[Digester | None] | None, pieces: Sequence[Stretch]
 ) -> Iterator[PassResult]:
-    """Fuse the stretches, one sink per target; what was found out about each comes when it is done."""
+    """Fuse the chunks into one sink per target, and yield the result of each chunk when it is written."""
     inputs, recipe, config = job.inputs, job.recipe, job.recipe.config
     kinds = OUTER_STATES.get(config.outer_optimizer, ())
     companions = [*inputs.companions, *job.states]
@@ -196,7 +196,7 @@ def _written(
 
 
 def _digest(targets: Sequence[Target], key: tuple[int, str]) -> str:
-    """Of one file of a target, or (without a name) of its body, read again."""
+    """Return the digest of one file of a target, or of its body if the name is empty, by reading it again."""
     at, name = key
     checkpoint = targets[at].checkpoint()
     return manifest.digest_of_reader(checkpoint.folder.open(name)) if name else body_digest(checkpoint)
