@@ -37,7 +37,7 @@ from coldctl.evaluation.charts import training_chart
 from coldctl.fusing.passes import prove
 from coldctl.storage.files import LocalFolder
 from coldctl.storage.location import Location, is_url, locate
-from coldctl.training import distributed, residuals
+from coldctl.training import distributed
 from coldctl.training.logs import Log, open_log
 from coldctl.workers.jobs import Engine, Needs, Outcome
 
@@ -119,8 +119,6 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             job, work = _gone_on_with(job, _prepared(job), progress)
             destination = locate(job.destination)
             if peers.leads and not output.is_done(destination, work.key, overwrite=job.overwrite):
-                if job.config.send == "delta-int8":
-                    residuals.prepare(job.name)  # a training whose rounding errors cannot be kept is not worth its time
                 working = output.working(destination, work.key, overwrite=job.overwrite, progress=progress)
                 folder = stack.enter_context(working)
         except OutputError as caught:
@@ -487,7 +485,7 @@ def _train(
         if config.fisher:
             write_fisher(model, training, place, folder, seed)
         with as_os_errors():
-            write_weights(model, adapted, folder, work.source, work.base_digest, config, job.name, progress)
+            write_weights(model, adapted, folder, work.source, config, job.name, progress)
         training_chart(trained.curve, f"{job.name}: {trained.stopped}", metric, folder / layout.TRAINING_CHART)
     return _Learned(
         place.device.type,
