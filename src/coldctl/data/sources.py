@@ -9,15 +9,20 @@ from typing import IO, Any
 from coldctl.common.errors import DataError
 from coldctl.common.parsing import json_row
 from coldctl.core.config import DatasetConfig
-from coldctl.core.parquet_pages import largest_repeated
 
 FORMATS = (".jsonl", ".csv", ".tsv", ".parquet")
 ROW_LIMIT = 4 << 20  # characters of one row
 _MOST_COLUMNS = 1000
 _BATCH = 1024  # rows that are taken out of a columnar file at a time
-_BATCH_BYTES = 64 << 20  # that they may come to, where a few bytes can stand for a long text
 _MOST_TIMES, _ANY_SIZE = 1000, 16 << 20  # how much larger than its file data may be, and bytes that it may always have
-_BUFFER = 1 << 20  # bytes of a column that are read at a time; without it a million rows may be read at once
+# A row of more than `ROW_LIMIT` characters is refused, so a batch holds at most 256 Mi characters that are kept.
+_PARQUET_BATCH = 64  # rows
+_PARQUET_OPTIONS = {
+    "buffer_size": 1 << 20,  # bytes of a column that are read at a time; without it a whole row group is read at once
+    "pre_buffer": False,
+    "thrift_string_size_limit": 16 << 20,  # bytes of one text in the footer or in a page's header
+    "thrift_container_size_limit": 100_000,  # entries of one list there: columns, row groups
+}
 
 Row = Mapping[str, Any]
 
@@ -160,7 +165,7 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Row]:
     except ImportError:
         raise DataError(f"reading {path} needs pyarrow: pip install 'coldctl[data]'") from None
     try:
-        with path.open("rb") as raw, pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+        with pyarrow.parquet.ParquetFile(path, **_PARQUET_OPTIONS) as file:
             names = file.schema_arrow.names
             if set(wanted) - {"text_pair", *names}:
                 yield dict.fromkeys(names, "")  # who asks for its columns is told which there are
@@ -168,10 +173,8 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Row]:
             chosen = [name for name in dict.fromkeys(names) if name in wanted]
             if doubled := next((name for name in chosen if names.count(name) > 1), None):
                 raise DataError(f"{path}: two columns are called {doubled!r}: rename or remove one")
-            longest = largest_repeated(raw, chosen)
-            batch_size = max(1, min(_BATCH, _BATCH_BYTES // max(1, longest)))
             unpacked, size = 0, path.stat().st_size
-            for batch in file.iter_batches(batch_size=batch_size, columns=chosen):
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=chosen):
                 rows = batch.to_pylist()
                 unpacked += len(rows) + sum(len(item) for row in rows for item in row.values() if isinstance(item, str))
                 if unpacked > max(_ANY_SIZE, _MOST_TIMES * size):
