@@ -274,7 +274,7 @@ def finetune(
     with _boundary(as_json=as_json and not follows, quiet=quiet or follows, mute=follows) as screen:
         from coldctl.artifacts import model_ref
         from coldctl.commands import finetune as stage
-        from coldctl.data import datasets
+        from coldctl.data.datasets import config_from_reference
         from coldctl.training.logs import check_kind
         from coldctl.workers import choose
 
@@ -321,7 +321,7 @@ def finetune(
             columns = DatasetConfig(
                 "", data, text=text or "text", text_pair=text_pair, label=label or "label", license=license_
             )
-            dataset = datasets.single(data, columns)
+            dataset = config_from_reference(data, columns)
             job = stage.single_job(
                 dataset,
                 model,

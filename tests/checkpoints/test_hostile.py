@@ -543,13 +543,13 @@ def test_datasets(case: str, tmp_path: Path, base: Path, coldctl: Run) -> None:
 
 def test_labels_that_share_a_hash_cost_no_more_than_others(tmp_path: Path) -> None:
     from coldctl.core.config import DatasetConfig
-    from coldctl.data import datasets as data
+    from coldctl.data.datasets import Limits, config_from_reference, load_dataset
 
     prime = (1 << 61) - 1  # to Python all multiples of it have the hash 0
     lines = [json.dumps({"text": f"a {number}", "label": number * prime}) for number in range(20_000)]
     (tmp_path / "d.jsonl").write_text("\n".join(lines * 4))
     started = time.process_time()
-    found = data.load(data.single(str(tmp_path / "d.jsonl"), DatasetConfig("", "")), data.Limits(), 0)
+    found = load_dataset(config_from_reference(str(tmp_path / "d.jsonl"), DatasetConfig("", "")), Limits(), 0)
     assert time.process_time() - started < 4
     assert len(found.labels) > 19_000
 

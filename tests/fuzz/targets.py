@@ -23,7 +23,7 @@ from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpo
 from coldctl.checkpoints.formats import open_contribution
 from coldctl.core import config
 from coldctl.core.config import DatasetConfig
-from coldctl.data import datasets as data
+from coldctl.data.datasets import Limits, config_from_reference, load_dataset
 from coldctl.data.sources import FORMATS
 from coldctl.evaluation import markdown, results
 from coldctl.fusing import fusion
@@ -104,7 +104,7 @@ def show_results(folder: Path) -> None:
 
 def load_rows(folder: Path) -> None:
     path = next(path for path in folder.iterdir() if path.suffix in FORMATS)
-    data.load(data.single(str(path), DatasetConfig("", "")), data.Limits(), 0)
+    load_dataset(config_from_reference(str(path), DatasetConfig("", "")), Limits(), 0)
 
 
 def read_config(folder: Path) -> None:
