@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints import header
 from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, read_manifest
 from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
-from coldctl.checkpoints.header import DTYPES, Tensor, read_header
+from coldctl.checkpoints.header import DTYPES, Tensor, read_header, rounded
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.storage.files import Folder
@@ -58,7 +57,7 @@ class DeltaCheckpoint(RelativeCheckpoint):
                 counts[-1] = stop - max(start, (last - 1) * columns)
                 step *= np.repeat(self._stored(self.scales[name], first, last), counts)
             step += elements(self.base, name, start, stop)
-        buffer[:] = _bytes(header.rounded(step, dtype))
+        buffer[:] = _bytes(rounded(step, dtype))
 
     def _stored(self, tensor: Tensor, start: int, stop: int) -> Array:
         values = np.empty(stop - start, DTYPES[tensor.dtype])
@@ -134,7 +133,7 @@ def write_delta(source: Checkpoint, base: Checkpoint, folder: Path, encoding: st
                     row_scales = scales[tensor.name + _SCALE][first : first + len(rows)]
                     encoded: NDArray[Any] = quantised(rows, row_scales)
                 else:
-                    encoded = header.rounded(rows, DTYPES["BF16"])
+                    encoded = rounded(rows, DTYPES["BF16"])
                     difference.check_finite(encoded, tensor.name)
                 writer.write(_bytes(encoded))
         writer.close()
