@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints import header, sanitize
+from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.checkpoints.checkpoint import CONFIG_LIMIT, Checkpoint, is_pooler, modern_name, read_manifest
 from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
