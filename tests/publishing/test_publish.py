@@ -417,6 +417,26 @@ def test_weights_are_rounded_once(dtype: str, fused: Path, tmp_path: Path, coldc
     assert "3 of 4 contributions" in (target / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("dtype", "digits"), [("bfloat16", 7), ("float16", 10)])
+def test_publish_rounds_float64_weights_once(dtype: str, digits: int, base: Path, tmp_path: Path, coldctl: Run) -> None:
+    """Just above the middle of two neighbours: by way of float32 it would become the middle, and then the even one."""
+    import torch
+
+    wide = Path(shutil.copytree(base, tmp_path / "wide"))
+    tensors, metadata = tiny.read_tensors(base / "model.safetensors")
+    doubles = {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
+    name = next(name for name in doubles if name.endswith("LayerNorm.weight"))
+    doubles[name][:] = 1 + 2.0 ** -(digits + 1) + 2.0**-40
+    tiny.write_tensors(wide / "model.safetensors", list(doubles.items()), metadata)
+    config = json.loads((base / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "dtype": "float64"}))
+    ran = coldctl("publish", wide, "--to", tmp_path / "p", "--license", "mit", "--dtype", dtype)
+    assert ran.code == 0, ran.stderr
+    found, _ = tiny.read_tensors(tmp_path / "p" / "model.safetensors")
+    assert found[name].dtype == getattr(torch, dtype)
+    assert torch.all(found[name].double() == 1 + 2.0**-digits)
+
+
 def test_a_value_that_the_dtype_cannot_hold_is_refused(base: Path, tmp_path: Path, coldctl: Run) -> None:
     big = tiny.perturb(base, tmp_path / "big", seed=0, scale=1e7)
     ran = coldctl("publish", big, "--to", tmp_path / "p", "--license", "mit", "--dtype", "float16")

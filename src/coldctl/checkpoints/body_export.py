@@ -12,7 +12,7 @@ import numpy as np
 from coldctl.artifacts import layout
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, digest_prelude
 from coldctl.checkpoints.describe import bare_config
-from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, Tensor
+from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, Tensor, rounded
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
@@ -106,12 +106,11 @@ def _pieces(source: Checkpoint, ordered: list[Layout]) -> Iterator[tuple[str, in
 
 
 def _rounded(name: str, tensor: Tensor, dtype: str, part: memoryview) -> memoryview:
-    """The bytes of a piece in another dtype, rounded to nearest even."""
+    """Round the bytes of a chunk to another dtype. Raises CheckpointError for a value that is not finite in it."""
     if dtype == tensor.dtype:
         return part
     values = np.frombuffer(part, DTYPES[tensor.dtype])
-    with np.errstate(over="ignore", invalid="ignore"):
-        made = values.astype(DTYPES[dtype])
+    made = rounded(values, DTYPES[dtype])
     if not np.isfinite(made.astype(np.float32)).all():
         raise CheckpointError(
             f"{name} holds a value that is no finite number in {dtype}: take --dtype bfloat16 or float32"

@@ -1,14 +1,19 @@
 """Loading what is to be published the way its users will, before anything is called published."""
 
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
 
 from coldctl.checkpoints.architectures import BODY_PREFIXES
-from coldctl.checkpoints.checkpoint import is_pooler, modern_name
+from coldctl.checkpoints.checkpoint import DTYPES, is_pooler, modern_name, open_checkpoint
 from coldctl.common.errors import CheckpointError
+from coldctl.fusing import methods
+from coldctl.fusing.sinks import DTYPE_NAMES
+from coldctl.storage.files import LocalFolder
 from coldctl.training import model as models
 
 SENTENCES = (
@@ -20,16 +25,20 @@ _ROUNDING = 1e-5  # of the largest feature: the same weights in files laid out o
 
 
 def features(folder: Path, sentences: tuple[str, ...] = SENTENCES, *, rounded_to: str | None = None) -> torch.Tensor:
-    """Last hidden states of a directory's model in float32, [sentences, tokens, width], padding set to zero.
+    """Return the last hidden states of a directory's model in float32, [sentences, tokens, width], padding set to zero.
 
     `rounded_to` rounds the weights to that dtype (`bfloat16`, `float16`, …) first. Raises ModelError.
     """
-    body = models.load_body(folder)
-    if rounded_to is not None:
-        with torch.no_grad():
-            for parameter in body.parameters():
-                parameter.copy_(parameter.to(getattr(torch, rounded_to)))
-    return _hidden(folder, body, sentences)
+    if rounded_to is None:
+        return _hidden(folder, models.load_body(folder), sentences)
+    with closing(open_checkpoint(LocalFolder(folder), folder.name)) as checkpoint:
+        has_doubles = any(tensor.dtype == "F64" for tensor in checkpoint.body.values())
+    body = models.load_body(folder, torch.float64 if has_doubles else torch.float32)
+    with torch.no_grad():
+        for parameter in body.parameters():
+            values = methods.rounded(parameter.numpy(), DTYPES[DTYPE_NAMES[rounded_to]])
+            parameter.copy_(torch.from_numpy(values.astype(np.float32)))
+    return _hidden(folder, body.float(), sentences)
 
 
 def prove_loading(before: Path, after: Path, dtype: str | None) -> None:
