@@ -106,6 +106,14 @@ def test_the_largest_manifest(tmp_path: Path) -> None:
         manifest.read(tmp_path)
 
 
+def test_docs_state_the_manifest_limit() -> None:
+    limit = f"{manifest.MANIFEST_LIMIT >> 20} MiB"
+    docs = Path(__file__).parents[2] / "docs"
+    assert f"| {limit}, the limit of a manifest: " in (docs / "scale.md").read_text()
+    row = next(line for line in (docs / "security.md").read_text().splitlines() if "a JSON document (manifest," in line)
+    assert f"| {limit}, " in row
+
+
 RECORD: dict[str, Any] = {"name": "c", "body_digest": "x", "weight": 0.5, "status": "fused"}
 GENERATION: dict[str, Any] = {"kind": "fused", "name": "a", "contributions": [RECORD]}
 FINE: list[dict[str, Any]] = [

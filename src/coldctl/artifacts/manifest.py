@@ -23,7 +23,7 @@ from coldctl.storage.files import Reader
 from coldctl.storage.location import Location
 
 SCHEMA = 1
-MANIFEST_LIMIT = 16 << 20  # bytes; some twenty thousand contributions over all iterations
+MANIFEST_LIMIT = 16 << 20  # bytes; about 10,000 contributions over all iterations (docs/scale.md)
 LONGEST_NAME = 200  # bytes; file systems take 255, and hidden siblings and logs need some
 _LONGEST_PATH = 1000  # characters
 _MOST_ITERATIONS = 1_000_000
