@@ -133,7 +133,7 @@ WRONG: list[dict[str, Any]] = [
     {"ancestors": {}}, {"ancestors": ["x"]}, {"ancestors": [{"contributions": [{**RECORD, "name": "/"}]}]},
     {"contributions": {}}, {"contributions": [{}]}, {"contributions": [{**RECORD, "weight": "1"}]},
     {"contributions": [{**RECORD, "weight": True}]}, {"contributions": [{**RECORD, "notes": [1]}]},
-    {"card_blocks": [1]}, {"metrics": {"v": 1}}, {"dataset": {"labels": "x"}}, {"outside_body": {"a": None}},
+    {"metrics": {"v": 1}}, {"dataset": {"labels": "x"}}, {"outside_body": {"a": None}},
 ]  # fmt: skip
 OUTSIDE = ["/a", "../a", "a/../b", "a/..", "..", "", "a//b", "a/", "./a", "a\0b", "f" * 1001]
 

@@ -91,7 +91,6 @@ def manifest_document() -> dict[str, Any]:
         "config": {"method": "ties", "scale": "auto", "effective_scale": 1.5, "density": 0.2},
         "environment": {"python": "3.11"},
         "metrics": {"validation": {"accuracy": 71.0}},
-        "card_blocks": ["00"],
         "dataset": {"name": "reviews", "fingerprint": "sha256:7", "num_train": 10, "labels": ["a", "b"]},
         "contributions": [
             record(),

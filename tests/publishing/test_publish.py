@@ -236,12 +236,13 @@ def test_what_a_person_wrote_into_the_card_is_kept(
 ) -> None:
     target = Path(shutil.copytree(published, tmp_path / "published"))
     text = (target / "README.md").read_text()
-    text = text.replace("\n# Recycled\n", "\n![ours](banner.png)\n\n# Recycled\n", 1)
-    before = text.replace("## How it works\n", "Hello from us.\n\n## How it works\n", 1)
-    before = before.replace("## Lineage\n", "Our own remark.\n\n## Lineage\n", 1)
-    before = before.replace(
-        "## Citation\n", "## Contact\n\nAsk *Ann*.\n\n```sh\necho ours\n\necho too\n```\n\n## Citation\n", 1
-    )
+    before = text
+    for name, words in (
+        ("introduction", "![ours](banner.png)"), ("how-it-works", "Hello from us."), ("lineage", "Our own remark."),
+        ("citation", "## Contact\n\nAsk *Ann*.\n\n```sh\necho ours\n\necho too\n```"),
+    ):  # fmt: skip
+        begin = f"<!-- coldctl:begin {name} -->\n"
+        before = before.replace(begin, f"{words}\n\n{begin}", 1)
     before = before.replace("language: en\n", "language: en\nwidget:\n- text: ours\n", 1)
     before = before.replace("tags:\n", "tags:\n- our-tag\n", 1) + "\nThe last word.\n"
     (target / "README.md").write_text(before)
@@ -298,6 +299,48 @@ def test_a_card_of_any_form_is_kept(standing: str, published: Path, fused: Path,
     assert card.count("Only words.") == 1
     assert front_matter(tmp_path / "p")["license"] == "mit"
     assert ("mine" in front_matter(tmp_path / "p")["tags"]) == ("mine" in standing)
+
+
+@pytest.mark.parametrize(
+    ("marker", "instead"),
+    [
+        ("<!-- coldctl:end lineage -->", ""),
+        ("<!-- coldctl:begin lineage -->", ""),
+        ("<!-- coldctl:begin results -->", "<!-- coldctl:begin lineage -->"),
+        ("<!-- coldctl:end citation -->", ""),
+        ("# Recycled", "<!-- coldctl:begin introduction -->"),
+    ],
+)
+def test_publish_refuses_unpaired_card_markers(
+    marker: str, instead: str, published: Path, fused: Path, tmp_path: Path, coldctl: Run
+) -> None:
+    target = Path(shutil.copytree(published, tmp_path / "p"))
+    card = (target / "README.md").read_text()
+    assert f"{marker}\n" in card
+    (target / "README.md").write_text(card.replace(f"{marker}\n", f"{instead}\n", 1))
+    ran = coldctl("publish", fused, "--to", target, "--license", "mit", "--overwrite")
+    assert ran.code == 2
+    assert len(ran.stderr.splitlines()) == 1
+    assert re.search(r"p/README\.md: the marker <!-- coldctl:(begin|end) [\w-]+ --> has no partner", ran.stderr)
+    assert (target / "README.md").read_text() == card.replace(f"{marker}\n", f"{instead}\n", 1)
+
+
+def test_publish_keeps_a_whole_card_without_markers(published: Path, fused: Path, tmp_path: Path, coldctl: Run) -> None:
+    """As coldctl wrote it before there were markers: nothing tells which of it a person wrote."""
+    target = Path(shutil.copytree(published, tmp_path / "p"))
+    bare = re.sub(r"<!-- coldctl:.* -->\n", "", (target / "README.md").read_text())
+    (target / "README.md").write_text(bare.replace("## Lineage\n", "Our own remark.\n\n## Lineage\n", 1))
+    publish = ("publish", fused, "--to", target, "--license", "mit", "--overwrite")
+    ran = coldctl(*publish)
+    assert ran.code == 0, ran.stderr
+    assert "p/README.md has no coldctl markers: its text is kept below the generated blocks" in ran.stderr
+    card = (target / "README.md").read_text()
+    below = card.partition("<!-- coldctl:end citation -->\n")[2]
+    assert below.count("# Recycled\n") == below.count("Our own remark.") == 1
+    ran = coldctl(*publish, "--name", "other")
+    assert ran.code == 0, ran.stderr
+    assert "markers" not in ran.stderr
+    assert (target / "README.md").read_text().endswith(below)
 
 
 def test_a_card_says_what_was_measured(fused: Path, evaluation: Path, tmp_path: Path, coldctl: Run) -> None:

@@ -101,7 +101,6 @@ class Manifest(TypedDict, total=False):
     metrics: dict[str, dict[str, float]]
     contributions: list[ContributionRecord]
     ancestors: list[dict[str, Any]]
-    card_blocks: list[str]
     fused_by: dict[str, Any]
 
 
@@ -311,7 +310,7 @@ _GENERATION: Shape = {
 }  # fmt: skip
 _MANIFEST: Shape = {
     **_GENERATION, "kind!": lambda kind: kind in _KINDS, "name!": is_name, "body_digest!": str, "encoding": str,
-    "files!": {...: str}, "outside_body": {...: str}, "identity": str, "card_blocks": [str], "ancestors": [_GENERATION],
+    "files!": {...: str}, "outside_body": {...: str}, "identity": str, "ancestors": [_GENERATION],
 }  # fmt: skip
 
 

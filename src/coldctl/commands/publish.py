@@ -21,7 +21,7 @@ from coldctl.evaluation import results
 from coldctl.evaluation.charts import gain_chart
 from coldctl.fusing.passes import prove
 from coldctl.publishing import privacy, tokenizer
-from coldctl.publishing.card import Subject, card
+from coldctl.publishing.card import EarlierCard, Subject, card, earlier_card
 from coldctl.publishing.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, is_url
@@ -111,8 +111,9 @@ def publish(
         assert standing is not None
         target.settle(_tag(standing))
         return Published(target.label, standing, unchanged=True)
+    earlier = _earlier_cards(work, target)
     with target.writing() as sending:
-        document = _fill(work, target, sending)
+        document = _fill(work, target, sending, earlier)
         files = {
             path.relative_to(sending.folder).as_posix(): path.stat().st_size
             for path in sorted(sending.folder.rglob("*"))
@@ -190,7 +191,22 @@ def _evaluation(folder: Location, digest: str) -> dict[str, Any]:
     )
 
 
-def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
+def _earlier_cards(work: _Work, target: Target) -> list[EarlierCard]:
+    """Read the cards of the target and of a source that was published before. Raises OutputError for unpaired markers."""
+    texts = {target.label: target.standing()[0]}
+    if _has_card(work.source):
+        texts.setdefault(work.source.label, standing_in(work.source.folder)[0])
+    cards = {f"{label}/{layout.CARD}": text for label, text in texts.items() if text}
+    earlier = {label: earlier_card(text, label) for label, text in cards.items()}
+    for label, before in earlier.items():
+        if not before.has_markers:
+            work.progress.note(
+                f"{label} has no coldctl markers: its text is kept below the generated blocks. Delete there what is out of date"
+            )
+    return list(earlier.values())
+
+
+def _fill(work: _Work, target: Target, sending: Sending, earlier: list[EarlierCard]) -> Manifest:
     """Make the whole repository in the directory of `sending`. Returns its manifest."""
     folder, config, progress = sending.folder, work.config, work.progress
     started = time.perf_counter()
@@ -206,7 +222,6 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     work.seconds["copy"] = time.perf_counter() - started
     _prove(work, folder)
     document = _document(work, body)
-    earlier = [target.standing(), *([standing_in(work.source.folder)] if _has_card(work.source) else [])]
     subject = Subject(
         name=work.name,
         reference=target.reference,
@@ -219,11 +234,8 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
         converted_from=work.converted_from,
         onnx=config.onnx,
     )
-    written = card(
-        subject, [(text, before.get("card_blocks", []) if before else []) for text, before in earlier if text]
-    )
+    written = card(subject, earlier)
     (folder / layout.CARD).write_text(written.text, encoding="utf-8")
-    document["card_blocks"] = written.blocks
     for words in written.license_warnings:
         progress.note(f"licence: {words}")
     document = manifest.write(folder, document, body.files)

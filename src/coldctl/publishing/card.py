@@ -19,7 +19,7 @@ from coldctl.evaluation.markdown import (
     score_table,
     verdict_in_words,
 )
-from coldctl.publishing import handwritten, licenses
+from coldctl.publishing import handwritten, licenses, privacy
 from coldctl.publishing.history import fused_generations, history, with_ancestors
 
 PAPER = "https://arxiv.org/abs/2212.01378"
@@ -60,26 +60,43 @@ class Subject:
 
 @dataclass(frozen=True)
 class Card:
-    """A card, and the digests of its generated blocks, by which hand-written ones are told from them later."""
+    """A model card, what of it people wrote, and the sentences about licences that do not fit."""
 
     text: str
-    blocks: list[str]
+    by_people: str
     license_warnings: list[str]
 
 
-def card(subject: Subject, earlier: Sequence[tuple[str, Sequence[str]]]) -> Card:
-    """The card of `subject`, with what a person wrote into the `earlier` ones kept.
+@dataclass(frozen=True)
+class EarlierCard:
+    """What people wrote into a card that was there before: entries of its front matter, and words between the blocks."""
 
-    Each comes with the digests of its generated blocks; the first one's front matter comes before the others'.
-    """
+    metadata: Mapping[str, Any]
+    words: Mapping[str, str]
+    has_markers: bool
+
+
+def earlier_card(text: str, label: str) -> EarlierCard:
+    """Read a card that was published before. Raises OutputError, naming it by `label`, if its markers are not in pairs."""
+    blocks, words = handwritten.split(_split(text)[1], label)
+    return EarlierCard(_metadata(text), words, bool(blocks))
+
+
+def card(subject: Subject, earlier: Sequence[EarlierCard]) -> Card:
+    """Write the card of `subject`, keeping what people wrote into the `earlier` ones; the first one's metadata go first."""
     from huggingface_hub import ModelCard
 
     document = subject.document
     made_of = [item for generation in with_ancestors(document) for item in generation.get("contributions", [])]
     warnings = licenses.warnings(str(document.get("license")), _distinct(made_of))
+    kept: dict[str, Any] = {}
+    for before in earlier:
+        lists = {key: [*_list(kept.get(key)), *_list(before.metadata.get(key))] for key in ("tags", "datasets")}
+        kept = {**before.metadata, **kept, **lists}
+    metadata, added = _front_matter(subject, kept)
     text = str(
         ModelCard.from_template(
-            _front_matter(subject, [text for text, _ in earlier]),
+            metadata,
             template_path=str(_TEMPLATE),
             title=markdown(subject.name),
             introduction=_introduction(subject),
@@ -97,15 +114,19 @@ def card(subject: Subject, earlier: Sequence[tuple[str, Sequence[str]]]) -> Card
         )
     )
     head, body = _split(text)
-    blocks = handwritten.digests(body)
-    body = "\n\n".join(handwritten.blocks(body)) + "\n"
-    for existing, known in earlier:
-        body = handwritten.keep(body, _split(existing)[1], known)
-    return Card(f"{head}\n{body}", blocks, warnings)
+    body, words = handwritten.keep(_tidy(body), [before.words for before in earlier])
+    return Card(f"{head}\n{body}", "\n".join([*added, words]), warnings)
 
 
-def _front_matter(subject: Subject, earlier: Sequence[str]) -> Any:
-    """The YAML of the card; keys and list entries of earlier cards that we do not write are kept."""
+def _tidy(text: str) -> str:
+    """Return Markdown with one blank line where the template left several, and none above an end marker."""
+    outside_code = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
+    outside_code[::2] = [re.sub(r"\n{3,}", "\n\n", words) for words in outside_code[::2]]
+    return re.sub(r"\n+(?=<!-- coldctl:end )", "\n", "".join(outside_code))
+
+
+def _front_matter(subject: Subject, kept: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """Return the YAML of the card, and of it the texts that people added: `kept` keys and list entries of earlier cards."""
     from huggingface_hub import EvalResult, ModelCardData
 
     document, results = subject.document, subject.results
@@ -127,11 +148,6 @@ def _front_matter(subject: Subject, earlier: Sequence[str]) -> Any:
         )
         for entry in entries
     ]
-    kept: dict[str, Any] = {}
-    for text in earlier:
-        found = _metadata(text)
-        lists = {key: [*_list(kept.get(key)), *_list(found.get(key))] for key in ("tags", "datasets")}
-        kept = {**found, **kept, **lists}
     base_model = subject.base_model or _hub_id(_pretrained(document).get("name", ""))
     ours: dict[str, Any] = {
         "language": subject.language,
@@ -145,9 +161,16 @@ def _front_matter(subject: Subject, earlier: Sequence[str]) -> Any:
         "metrics": list(dict.fromkeys(_METRICS.get(entry["metric"], entry["metric"]) for entry in entries)) or None,
     }
     more = {key: value for key, value in kept.items() if key not in ours and key not in ("model-index", "model_name")}
-    return ModelCardData(
+    added = [
+        entry
+        for key in ("tags", "datasets")
+        for entry in _list(kept.get(key))
+        if entry not in (*_TAGS, *_datasets(document))
+    ]
+    data = ModelCardData(
         **ours, **more, model_name=subject.name if evaluations else None, eval_results=evaluations or None
     )
+    return data, [*added, *privacy.texts(more)]
 
 
 def _metadata(text: str) -> dict[str, Any]:

@@ -18,6 +18,12 @@ _SHORTEST_SECRET = 8  # characters; shorter values stand in any text by chance
 _SHORTEST_NAME = 6  # likewise: `root` is a word
 _NOBODY = {"nobody", "ubuntu", "debian", "centos", "docker", "runner", "jenkins", "vagrant", "ec2-user", "localhost"}
 _TEXTS = (".json", ".md", ".html", ".txt", ".svg", ".toml", ".onnx")  # an exporter's notes stand among the weights
+# Keys whose values are words of ours, of transformers or of the SPDX list, whoever wrote the document.
+_FIXED = {
+    "license", "kind", "status", "encoding", "method", "outer_optimizer", "protocol", "metric", "metrics", "verdict", "role",
+    "group", "pooling", "send", "model_type", "architectures", "tokenizer_class", "hidden_act", "position_embedding_type",
+    "dtype", "torch_dtype", "library_name", "pipeline_tag",
+}  # fmt: skip
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json")
 
 
@@ -32,6 +38,15 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_paths(item) for item in value]
     return ABSOLUTE_PATH.sub(_last_part, value) if isinstance(value, str) else value
+
+
+def texts(value: Any) -> list[str]:
+    """Return all texts of a JSON value, but for those under keys that hold words of a fixed list."""
+    if isinstance(value, dict):
+        return [text for key, entry in value.items() if key not in _FIXED for text in texts(entry)]
+    if isinstance(value, list | tuple):
+        return [text for entry in value for text in texts(entry)]
+    return [value] if isinstance(value, str) else []
 
 
 def search(folder: Path, places: Iterable[str]) -> None:
