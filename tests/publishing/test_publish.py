@@ -574,6 +574,69 @@ def test_a_secret_in_a_model_s_own_files_stops_it(
     assert "config.json would tell this user's or machine's name" in ran.stderr
 
 
+@pytest.mark.parametrize("login", ["python", "apache", "roberta", "lineage", "coldctl", "language", "accuracy"])
+def test_publish_allows_a_login_that_the_card_uses_as_a_word(
+    login: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run, publishable: tuple[Path, Path]
+) -> None:
+    monkeypatch.setenv("LOGNAME", login)
+    model, evaluation = publishable
+    ran = coldctl(
+        "publish", model, "--to", tmp_path / "p", "--license", "apache-2.0", "--base-model", "FacebookAI/roberta-base",
+        "--evaluation", evaluation,
+    )  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    assert re.search(rf"\b{login}\b", "".join(file.read_text() for file in (tmp_path / "p").glob("*.[jm]*[nd]")))
+
+
+@pytest.fixture(scope="module")
+def publishable(tmp_path_factory: pytest.TempPathFactory, suite: Path) -> tuple[Path, Path]:
+    """A roberta that was fused, and its evaluation."""
+    from conftest import run_coldctl
+
+    folder = tmp_path_factory.mktemp("words")
+    below = tiny.make_base("roberta", folder / "roberta-base")
+    gifts = [tiny.perturb(below, folder / f"gift-{seed}", seed=seed) for seed in (1, 2)]
+    assert run_coldctl("fuse", *gifts, "--base", below, "--output", folder / "fused").code == 0
+    measure = ("evaluate", folder / "fused", "--baseline", below, "--suite", suite, "--output", folder / "evaluation")
+    ran = run_coldctl(*measure, "--jobs", 1)
+    assert ran.code == 0, ran.stderr
+    return folder / "fused", folder / "evaluation"
+
+
+@pytest.mark.parametrize("login", ["python", "zq-user"])
+@pytest.mark.parametrize("leak", ["notes", "source", "home", "card", "address", "config"])
+def test_publish_finds_a_login_that_others_put_in(
+    leak: str, login: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run
+) -> None:
+    model = Path(shutil.copytree(fused, tmp_path / "model"))
+    document = json.loads((model / "coldctl.json").read_text())
+    record = document["contributions"][0]
+    record |= {
+        "notes": {"notes": [f"trained by {login}"]},
+        "source": {"source": f"{login}/data"},
+        "home": {"source": f"see file:/home/{login}"},
+    }.get(leak, {})
+    document["manifest_digest"] = digest_of({key: value for key, value in document.items() if key != "manifest_digest"})
+    (model / "coldctl.json").write_text(json.dumps(document))
+    name = "coldctl.json"
+    if leak == "config":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "comment": f"by {login}"}))
+        (model / "coldctl.json").unlink()  # else it is noticed first that it was changed
+        name = "config.json"
+    target = tmp_path / "p"
+    publish: tuple[object, ...] = ("publish", model, "--to", target, "--license", "mit", "--overwrite")
+    if leak in ("card", "address"):
+        assert coldctl(*publish).code == 0
+        words = f"Ask {login}" if leak == "card" else f"Mail {login}@example.org"
+        (target / "README.md").write_text((target / "README.md").read_text() + f"\n{words}, who made it.\n")
+        publish, name = (*publish, "--name", "other"), "README.md"
+    monkeypatch.setenv("LOGNAME", login)
+    ran = coldctl(*publish)
+    assert ran.code == 2
+    assert f"{name} would tell this user's or machine's name" in ran.stderr
+
+
 def test_a_dry_run_lists_and_sends_nothing(fused: Path, tmp_path: Path, coldctl: Run) -> None:
     ran = coldctl("publish", fused, "--to", tmp_path / "p", "--license", "mit", "--dry-run", "--json")
     assert ran.code == 0, ran.stderr

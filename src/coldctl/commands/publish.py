@@ -239,7 +239,10 @@ def _fill(work: _Work, target: Target, sending: Sending, earlier: list[EarlierCa
     for words in written.license_warnings:
         progress.note(f"licence: {words}")
     document = manifest.write(folder, document, body.files)
-    privacy.search(folder, [work.model.place, *([str(work.evaluation)] if work.evaluation else [])])
+    places = [work.model.place, *([str(work.evaluation)] if work.evaluation else [])]
+    by_publisher = (config.name, config.license, config.base_model, config.language)
+    public = [str(work.source.config.get("model_type")), *filter(None, by_publisher)]
+    privacy.search(folder, places, written.by_people, public)
     if work.sign_key is not None:
         from coldctl.artifacts import signing
 
