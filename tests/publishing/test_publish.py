@@ -333,7 +333,7 @@ def test_publish_keeps_a_whole_card_without_markers(published: Path, fused: Path
     publish = ("publish", fused, "--to", target, "--license", "mit", "--overwrite")
     ran = coldctl(*publish)
     assert ran.code == 0, ran.stderr
-    assert "p/README.md has no coldctl markers: its text is kept below the generated blocks" in ran.stderr
+    assert "p/README.md has no coldctl markers, so its whole text is kept below the generated blocks" in ran.stderr
     card = (target / "README.md").read_text()
     below = card.partition("<!-- coldctl:end citation -->\n")[2]
     assert below.count("# Recycled\n") == below.count("Our own remark.") == 1

@@ -201,7 +201,8 @@ def _earlier_cards(work: _Work, target: Target) -> list[EarlierCard]:
     for label, before in earlier.items():
         if not before.has_markers:
             work.progress.note(
-                f"{label} has no coldctl markers: its text is kept below the generated blocks. Delete there what is out of date"
+                f"card: {label} has no coldctl markers, so its whole text is kept below the generated blocks. Delete what is "
+                "out of date"
             )
     return list(earlier.values())
 

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _MAIN = "main"
 _INITIAL = {".gitattributes"}  # what a new repository holds
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token of yours that may write"
 _AGAIN = "run the same command again"
+_REQUESTS = 20  # open pull requests that are looked at, newest first
 _TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "hf_xet")
 
 
@@ -49,8 +51,8 @@ def target(reference: str, progress: Progress, *, private: bool, create_pr: bool
 class HubTarget:
     """A model repository. The address is the library's own (`HF_ENDPOINT`), and so is the token (`HF_TOKEN`, or a login).
 
-    What breaks leaves the repository as it was: there is one commit, and a repository or branch that was made for it is
-    deleted again. Where the connection is gone for that, too, they stay empty, and the same command goes on with them.
+    There is one commit, so a failure leaves the files as they were. A repository, a branch or a pull request that was made
+    before the failure stays, and the same command goes on with it.
     """
 
     name: str
@@ -89,12 +91,30 @@ class HubTarget:
             )
         if self._manifest is not None:
             complete = set(self._manifest["files"]) <= self._files  # somebody may have deleted one by hand
-            return complete and not self._is_new_branch and self._manifest.get("identity") == identity
+            if complete and not self._is_new_branch and self._manifest.get("identity") == identity:
+                return True
+        if self.create_pr and self._is_requested(identity):
+            return True
+        if self._manifest is not None:
+            return False
         if self._files - _INITIAL - {layout.CARD} and not overwrite:
             raise OutputError(
                 f"{self.label} holds files that coldctl did not write: give --overwrite to commit on top of them, or "
                 "another --to"
             )
+        return False
+
+    def _is_requested(self, identity: str) -> bool:
+        """Look for an open pull request of this very work: an earlier call may have broken off before its answer came."""
+        with self._library("read"):
+            requests = self._api.get_repo_discussions(
+                self.name, discussion_type="pull_request", discussion_status="open"
+            )
+            for request in islice(requests if self._head else (), _REQUESTS):
+                document = self._read(layout.MANIFEST, f"refs/pr/{request.num}")
+                if document is not None and document.get("identity") == identity:
+                    self._manifest, self.label = document, request.url
+                    return True
         return False
 
     def standing(self) -> tuple[str | None, Manifest | None]:
@@ -135,7 +155,8 @@ class HubTarget:
         )  # it signs other bytes than these
         deleted = [CommitOperationDelete(path_in_repo=name) for name in sorted((ours & self._files) - names)]
         operations: list[Any] = [*added, *deleted]
-        with self._library("write to", bars=True), self._made():
+        with self._library("write to", bars=True):
+            self._make_missing()
             # Sent by itself for one argument: without it a .gitignore on the Hub would leave files out in silence.
             self._api.preupload_lfs_files(
                 self.name, added, revision=self.revision, create_pr=self.create_pr or None, free_memory=False,
@@ -229,40 +250,22 @@ class HubTarget:
                 f"cannot write to {self.label}: this token may only read: take a token that may write to {self.name}"
             )
 
-    @contextmanager
-    def _made(self) -> Iterator[None]:
-        """The repository and its branch, made where they are missing; taken back if the block fails."""
+    def _make_missing(self) -> None:
+        """Make the repository and the branch where they are missing. Raises OutputError for a name that is taken."""
         from huggingface_hub.errors import HfHubHTTPError
 
-        is_new = self._head is None
-        if is_new:
-            try:
-                self._api.create_repo(self.name, private=self.private or None)
-            except HfHubHTTPError as error:
-                if error.response.status_code != 409:
-                    raise
-                raise OutputError(
-                    f"cannot make {self.label}: the name is taken by a repository that this token may not see: take a "
-                    "token of its owner, or another name"
-                ) from None
         try:
-            if self._is_new_branch:
-                self._api.create_branch(self.name, branch=self.revision, revision=self._head)
-            yield
-        except BaseException:
-            with suppress(Exception):  # what went wrong first is what is told
-                self._take_back(is_new)
-            raise
-
-    def _take_back(self, is_new: bool) -> None:
-        """Delete what this call made, if it is still as empty as it was made: the commit may have arrived after all."""
-        heads = {ref.name: ref.target_commit for ref in self._api.list_repo_refs(self.name).branches}
-        info = self._api.model_info(self.name)
-        if is_new:
-            if set(heads.values()) <= {info.sha} and {item.rfilename for item in info.siblings or []} <= _INITIAL:
-                self._api.delete_repo(self.name, missing_ok=True)
-        elif self._is_new_branch and heads.get(self.revision) == self._head:
-            self._api.delete_branch(self.name, branch=self.revision)
+            if self._head is None:
+                self._api.create_repo(self.name, private=self.private or None)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            raise OutputError(
+                f"cannot make {self.label}: the name is taken by a repository that this token may not see: take a "
+                "token of its owner, or another name"
+            ) from None
+        if self._is_new_branch:
+            self._api.create_branch(self.name, branch=self.revision, revision=self._head)
 
     @contextmanager
     def _library(self, verb: str, *, bars: bool = False) -> Iterator[None]:
