@@ -15,7 +15,7 @@ from coldctl.artifacts import layout
 from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import ColdctlError, ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Drawing, Progress
-from coldctl.publishing.targets import Sending
+from coldctl.publishing.targets import Upload
 
 _REFERENCE = re.compile(r"hf://(?P<name>[^@]+?)/?(?:@(?P<revision>.+))?")
 _MAIN = "main"
@@ -27,7 +27,7 @@ _TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "hf_xet")
 
 
 def target(reference: str, progress: Progress, *, private: bool, create_pr: bool) -> "HubTarget":
-    """The repository that `hf://ORG/NAME[@REVISION]` means. Raises ConfigError for a name that the Hub refuses."""
+    """Return the repository that `hf://ORG/NAME[@REVISION]` means. Raises ConfigError for a name that the Hub refuses."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -80,7 +80,7 @@ class HubTarget:
         self._asked = False
 
     def is_done(self, identity: str, *, overwrite: bool) -> bool:
-        """Whether this very work stands there. Raises OutputError if files that coldctl did not write would be replaced.
+        """Return True if this very work is published already. Raises OutputError if it would replace others' files.
 
         A model that coldctl published needs no `overwrite`: the Hub keeps every earlier commit.
         """
@@ -117,12 +117,12 @@ class HubTarget:
                     return True
         return False
 
-    def standing(self) -> tuple[str | None, Manifest | None]:
-        """The card and the manifest of the revision, if it has them."""
+    def current(self) -> tuple[str | None, Manifest | None]:
+        """Return the card and the manifest of the revision, if it has them."""
         self._ask()
         return self._card, self._manifest
 
-    def settle(self, tag: str | None) -> None:
+    def repair_tag(self, tag: str | None) -> None:
         """Set the tag that an earlier call, broken off after its commit, could not set."""
         self._ask()
         if tag is None or self.create_pr or self._manifest is None or self._head is None:
@@ -135,21 +135,21 @@ class HubTarget:
             self._tag(tag, self._head)
 
     @contextmanager
-    def writing(self) -> Iterator[Sending]:
-        """A temporary directory, sent as one commit when the block ends well."""
+    def writing(self) -> Iterator[Upload]:
+        """Yield a temporary directory, and send it as one commit when the block ends well."""
         self._ask()
         self._check_token()  # filling the directory may take long
         with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-            sending = Sending(Path(scratch) / "published")
-            sending.folder.mkdir()
-            yield sending
-            self._send(sending)
+            upload = Upload(Path(scratch) / "published")
+            upload.folder.mkdir()
+            yield upload
+            self._send(upload)
 
-    def _send(self, sending: Sending) -> None:
+    def _send(self, upload: Upload) -> None:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        names = {path.relative_to(sending.folder).as_posix() for path in sending.folder.rglob("*") if path.is_file()}
-        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=sending.folder / name) for name in sorted(names)]
+        names = {path.relative_to(upload.folder).as_posix() for path in upload.folder.rglob("*") if path.is_file()}
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=upload.folder / name) for name in sorted(names)]
         ours = (
             {*self._manifest["files"], layout.SIGNATURE} if self._manifest else set()
         )  # it signs other bytes than these
@@ -163,13 +163,13 @@ class HubTarget:
                 gitignore_content="",
             )  # fmt: skip
             commit = self._api.create_commit(
-                self.name, operations, commit_message=sending.message, revision=self.revision,
+                self.name, operations, commit_message=upload.message, revision=self.revision,
                 create_pr=self.create_pr or None, parent_commit=self._head,
             )  # fmt: skip
-        sending.place = commit.pr_url or f"{self._api.endpoint}/{self.name}"
-        if sending.tag and not self.create_pr:
+        upload.place = commit.pr_url or f"{self._api.endpoint}/{self.name}"
+        if upload.tag and not self.create_pr:
             with self._library("tag"):
-                self._tag(sending.tag, commit.oid)
+                self._tag(upload.tag, commit.oid)
 
     def _tags(self) -> dict[str, str]:
         return {ref.name: ref.target_commit for ref in self._api.list_repo_refs(self.name).tags}
@@ -184,7 +184,7 @@ class HubTarget:
         self._api.create_tag(self.name, tag=tag, revision=commit)
 
     def _ask(self) -> None:
-        """Find out what stands there, once."""
+        """Read the state of the repository, once."""
         if self._asked:
             return
         with self._library("read"):
@@ -194,13 +194,13 @@ class HubTarget:
                 self._is_new_branch = True
             if info is not None:
                 self._head, self._is_public = info.sha, info.private is False
-                self._files = {item.rfilename for item in info.siblings or []}
+                self._files = {sibling.rfilename for sibling in info.siblings or []}
                 self._card = self._text(layout.CARD, self._head) if layout.CARD in self._files else None
                 self._manifest = self._read(layout.MANIFEST, self._head) if layout.MANIFEST in self._files else None
         self._asked = True
 
     def _info(self, revision: str) -> Any:
-        """What the Hub says of a revision; None if there is none."""
+        """Return what the Hub says of a revision; None if it does not exist."""
         from huggingface_hub import get_token
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -221,7 +221,7 @@ class HubTarget:
             return Path(path).read_text(encoding="utf-8", errors="replace")
 
     def _read(self, name: str, revision: str | None) -> Manifest | None:
-        """A manifest of a revision; None for one that is not ours to judge, or not there."""
+        """Read a manifest of a revision; None if it is missing or not valid."""
         from huggingface_hub.errors import EntryNotFoundError
 
         with suppress(ManifestError, EntryNotFoundError):
@@ -232,7 +232,7 @@ class HubTarget:
         return OutputError(f"cannot {verb} {self.label}: there is no token: {_LOG_IN}")
 
     def _check_token(self) -> None:
-        """Refuse what can be known to be refused later."""
+        """Raise OutputError if the token cannot write, before the work is done."""
         from huggingface_hub import get_token
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -269,7 +269,7 @@ class HubTarget:
 
     @contextmanager
     def _library(self, verb: str, *, bars: bool = False) -> Iterator[None]:
-        """Calls of the library: silent but for `bars` on a terminal, their errors in one line. Raises OutputError."""
+        """Run calls of the library silently but for `bars` on a terminal. Raises OutputError for their errors, in one line."""
         from huggingface_hub import constants
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -298,7 +298,7 @@ class HubTarget:
             logger.setLevel(level)
 
     def _in_words(self, verb: str, error: BaseException) -> BaseException:
-        """What the Hub or the way to it answered, in one line with its remedy; a defect of ours as it is."""
+        """Return the Hub's or the connection's error in one line with its remedy; any other error as it is."""
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
         while (
@@ -328,7 +328,7 @@ class HubTarget:
 
 @contextmanager
 def _bars_shown() -> Iterator[None]:
-    """The library's bars, which transformers hides together with its own, unless the user wants none."""
+    """Show the library's bars, which transformers hides together with its own, unless the user wants none."""
     from huggingface_hub import constants, utils
 
     if constants.HF_HUB_DISABLE_PROGRESS_BARS:

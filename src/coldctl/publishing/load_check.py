@@ -48,7 +48,7 @@ def prove_loading(before: Path, after: Path, dtype: str | None) -> None:
     Raises CheckpointError for a body tensor that is missing or not expected, or for features that differ beyond rounding.
     """
     models.quiet()
-    wanted = features(before, rounded_to=dtype)  # which also proves that its config and weights belong together
+    expected = features(before, rounded_to=dtype)  # which also proves that its config and weights belong together
     options = {
         "local_files_only": True,
         "trust_remote_code": False,
@@ -57,20 +57,20 @@ def prove_loading(before: Path, after: Path, dtype: str | None) -> None:
     }
     body, report = transformers.AutoModel.from_pretrained(after, **options)
     _complete(report, "", "AutoModel")
-    found = _hidden(after, body.eval(), SENTENCES)
+    loaded = _hidden(after, body.eval(), SENTENCES)
     classifier, report = transformers.AutoModelForSequenceClassification.from_pretrained(after, num_labels=3, **options)
     _complete(report, BODY_PREFIXES[classifier.config.model_type] + ".", "AutoModelForSequenceClassification")
-    if found.shape != wanted.shape:
+    if loaded.shape != expected.shape:
         raise CheckpointError("the published tokenizer gives other tokens than the source's: nothing was published")
-    worst = float((found - wanted).abs().max())
-    if not worst <= _ROUNDING * float(wanted.abs().max()):  # so that a not-a-number is refused, too
+    worst = float((loaded - expected).abs().max())
+    if not worst <= _ROUNDING * float(expected.abs().max()):  # so that a not-a-number is refused, too
         raise CheckpointError(
             f"the published model's features differ from the source's by up to {worst:.2g}: nothing was published"
         )
 
 
 def _complete(report: dict[str, list[str]], prefix: str, kind: str) -> None:
-    """The head alone may be missing, and a pooler where a class has none; nothing may be left over."""
+    """Raise CheckpointError if a tensor other than head and pooler is missing or left over."""
     missing = [name for name in report["missing_keys"] if name.startswith(prefix)]
     for words, names in (("lacks", missing), ("has unexpected", report["unexpected_keys"])):
         odd = sorted(name for name in names if not is_pooler(modern_name(name.removeprefix(prefix))))
