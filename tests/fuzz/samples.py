@@ -209,21 +209,6 @@ role = "unseen"
 train = "train"
 test = ["test", "more"]
 """
-EXPERIMENT = """config = "base.toml"
-iterations = 2
-datasets = ["tweets"]
-[finetune]
-epochs = 1
-[[variant]]
-name = "one"
-iterations = 3
-[variant.fuse]
-method = "mean"
-[[variant]]
-name = "two"
-[variant.dataset.tweets]
-contributors = 4
-"""
 
 
 def tokenizer() -> bytes:

@@ -28,7 +28,7 @@ from coldctl.data.sources import FORMATS
 from coldctl.evaluation import markdown, results
 from coldctl.fusing import fusion
 from coldctl.fusing.compatibility import compare
-from coldctl.publishing import experiment, history, licenses, tokenizer
+from coldctl.publishing import history, licenses, tokenizer
 from coldctl.storage.files import LocalFolder
 
 
@@ -112,10 +112,6 @@ def read_config(folder: Path) -> None:
     for kind in config.SECTIONS.values():
         config.as_record(config.resolve(kind, found, {}))
     config.contributors_of(found.datasets)
-
-
-def read_experiment(folder: Path) -> None:
-    experiment.read(folder / "experiment.toml", folder)
 
 
 def read_weights(folder: Path) -> None:
@@ -254,14 +250,6 @@ TARGETS: tuple[Target, ...] = (
     Target("dataset .csv", "d.csv", lambda: samples.tables(","), mutations.of_table, load_rows),
     Target("dataset .tsv", "d.tsv", lambda: samples.tables("\t"), mutations.of_table, load_rows),
     Target("TOML suite", "suite.toml", lambda: [samples.SUITE.encode()], mutations.of_toml, read_config),
-    Target(
-        "TOML experiment",
-        "experiment.toml",
-        lambda: [samples.EXPERIMENT.encode()],
-        mutations.of_toml,
-        read_experiment,
-        lambda: {"base.toml": samples.SUITE.encode()},
-    ),
     Target("weights file, TOML", "weights.toml", lambda: [b"one = 1\ntwo = 0.5\n"], mutations.of_toml, read_weights),
     Target("weights file, JSON", "weights.json", lambda: [b'{"one": 1, "two": 0.5}'], mutations.of_json, read_weights),
     Target(

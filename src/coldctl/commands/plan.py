@@ -1,7 +1,6 @@
-"""`coldctl plan` and `coldctl promote`: the two ends of an iteration, kept in `run.json`; `coldctl variants` before them.
+"""`coldctl plan` and `coldctl promote`: the two ends of an iteration, kept in `run.json`.
 
-`plan` says which iterations are still to be made, `promote` decides about the one that has just been. `variants` writes
-the configurations of the runs that an experiment compares.
+`plan` says which iterations are still to be made, `promote` decides about the one that has just been.
 """
 
 import os
@@ -9,32 +8,15 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from coldctl.artifacts import layout, manifest, output, placing, run
+from coldctl.artifacts import layout, manifest, placing, run
 from coldctl.artifacts.model_ref import Model, resolve
 from coldctl.artifacts.run import Iteration, Run
 from coldctl.common.errors import ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Progress
 from coldctl.core.config import ConfigFile, RunConfig, contributors_of
 from coldctl.evaluation import results, scoring
-from coldctl.publishing import experiment
-from coldctl.publishing.experiment import Variant
 from coldctl.storage import conditional_write
 from coldctl.storage.location import Location, children
-
-
-def variants(file: Path, folder: Path) -> list[Variant]:
-    """Write the configuration of each variant of an experiment into `folder`, as `NAME.toml`.
-
-    Raises ConfigError, also if one of that name is there that says something else: its run may have begun.
-    """
-    found = experiment.read(file, folder)
-    for variant in found:
-        path = folder / f"{variant.name}.toml"
-        if path.exists() and path.read_text(encoding="utf-8") != variant.text:
-            raise ConfigError(f"{path} is of another experiment than {file}: give another --output, or restore {file}")
-    for variant in found:
-        output.write_text(folder / f"{variant.name}.toml", variant.text)
-    return found
 
 
 def plan(
