@@ -18,9 +18,10 @@ from pathlib import Path
 from coldctl.artifacts import layout, manifest, placing
 from coldctl.common.errors import BusyError, ManifestError, OutputError
 from coldctl.common.progress import SILENT, Progress
-from coldctl.storage import conditional_write, user_cache
+from coldctl.storage import conditional_write
 from coldctl.storage.lease import Lease
 from coldctl.storage.location import Location, children, in_store, locate
+from coldctl.storage.user_cache import cache_folder
 
 IDENTITY = ".identity"  # in the partial directory: which config and inputs the unfinished work belongs to
 LEASE = ".lease"  # in a store, in place of a lock
@@ -81,7 +82,7 @@ def _workplace(path: Location) -> Path:
         assert isinstance(partial, Path)
         return partial
     key = manifest.digest_of({"output": str(path)}).removeprefix("sha256:")[:16]
-    return user_cache.folder("unfinished") / f"{path.name}-{key}"
+    return cache_folder("unfinished") / f"{path.name}-{key}"
 
 
 def refuse_overlap(path: Location, inputs: Iterable[str | Location], *, flag: str = "--output") -> None:
