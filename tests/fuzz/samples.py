@@ -1,6 +1,7 @@
 """Sound documents of every kind that strangers may send: what fuzzing starts from. Nothing here is a mock of our own code."""
 
 import base64
+import hashlib
 import io
 import json
 from functools import cache
@@ -226,14 +227,15 @@ def merging_tokenizer() -> bytes:
 
 @cache
 def signature() -> tuple[bytes, Any]:
-    """A signature by a key of our own, and that key."""
+    """A signature over CONFIG by a key of our own, and that key."""
+    digest = hashlib.sha256(spelt(CONFIG))
     statement = {
         "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": "it", "digest": {"sha256": "00"}}],
+        "subject": [{"name": "it", "digest": {"sha256": hashlib.sha256(digest.digest()).hexdigest()}}],
         "predicateType": "https://model_signing/signature/v1.0",
         "predicate": {
-            "serialization": {"method": "files", "hash_type": "sha256"},
-            "resources": [{"name": "config.json", "algorithm": "sha256", "digest": "00"}],
+            "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},
+            "resources": [{"name": "config.json", "algorithm": "sha256", "digest": digest.hexdigest()}],
         },
     }
     return bundle_of(spelt(statement)), signatures.named("ann", signing_key().public_key())
@@ -251,6 +253,7 @@ def bundle_of(payload: bytes) -> bytes:
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec
 
+    key = signatures.named("ann", signing_key().public_key())
     kind = b"application/vnd.in-toto+json"
     signed_part = b"DSSEv1 %d %b %d %b" % (len(kind), kind, len(payload), payload)
     made = signing_key().sign(signed_part, ec.ECDSA(hashes.SHA256()))
@@ -263,7 +266,7 @@ def bundle_of(payload: bytes) -> bytes:
         {
             "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
             "dsseEnvelope": envelope,
-            "verificationMaterial": {"publicKey": {}, "tlogEntries": []},
+            "verificationMaterial": {"publicKey": {"hint": key.hint}, "tlogEntries": []},
         }
     )
 

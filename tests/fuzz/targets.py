@@ -137,7 +137,7 @@ def of_signature(rng: random.Random, data_: bytes) -> bytes:
 
 
 def read_signature(folder: Path) -> None:
-    signatures.read(LocalFolder(folder), [samples.signature()[1]])
+    signatures.verify(LocalFolder(folder), [samples.signature()[1]])
 
 
 def of_pickle(rng: random.Random, data_: bytes) -> bytes:
@@ -237,7 +237,14 @@ TARGETS: tuple[Target, ...] = (
         of_manifest,
         show_manifest,
     ),
-    Target("model.sig", layout.SIGNATURE, lambda: [samples.signature()[0]], of_signature, read_signature),
+    Target(
+        "model.sig",
+        layout.SIGNATURE,
+        lambda: [samples.signature()[0]],
+        of_signature,
+        read_signature,
+        lambda: {layout.MODEL_CONFIG: samples.spelt(samples.CONFIG)},
+    ),
     Target("run.json", layout.RUN, lambda: [samples.run_document()], mutations.of_json, read_run),
     Target("results.json", layout.RESULTS, lambda: [samples.results_document()], mutations.of_json, show_results),
     Target(

@@ -476,10 +476,7 @@ class Fusion:
                 if finding and isinstance(item.checkpoint, RelativeCheckpoint):
                     continue  # decoded from another base, its values mean nothing
             item.digest = proof.digests[index] or None
-            changed = proof.problems[index]
-            if changed and item.signed is not None:  # the signer vouches only for what was signed
-                changed, item.signed = [f"is not as it was signed: {problem}" for problem in changed], None
-            item.problems += changed
+            item.problems += proof.problems[index]
             has_manifest = item.checkpoint is not None and item.checkpoint.manifest is not None
             item.verified = self.config.verify and has_manifest and not item.problems
             if tensors := names_of(proof.findings, index):
