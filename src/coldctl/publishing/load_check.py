@@ -9,10 +9,9 @@ import transformers
 from torch import nn
 
 from coldctl.checkpoints.architectures import BODY_PREFIXES
-from coldctl.checkpoints.checkpoint import DTYPES, is_pooler, modern_name, open_checkpoint
+from coldctl.checkpoints.checkpoint import is_pooler, modern_name, open_checkpoint
+from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, rounded
 from coldctl.common.errors import CheckpointError
-from coldctl.fusing import methods
-from coldctl.fusing.sinks import DTYPE_NAMES
 from coldctl.storage.files import LocalFolder
 from coldctl.training import model as models
 
@@ -36,7 +35,7 @@ def features(folder: Path, sentences: tuple[str, ...] = SENTENCES, *, rounded_to
     body = models.load_body(folder, torch.float64 if has_doubles else torch.float32)
     with torch.no_grad():
         for parameter in body.parameters():
-            values = methods.rounded(parameter.numpy(), DTYPES[DTYPE_NAMES[rounded_to]])
+            values = rounded(parameter.numpy(), DTYPES[DTYPE_NAMES[rounded_to]])
             parameter.copy_(torch.from_numpy(values.astype(np.float32)))
     return _hidden(folder, body.float(), sentences)
 
