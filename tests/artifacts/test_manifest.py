@@ -115,7 +115,7 @@ def test_docs_state_the_manifest_limit() -> None:
 
 
 RECORD: dict[str, Any] = {"name": "c", "body_digest": "x", "weight": 0.5, "status": "fused"}
-GENERATION: dict[str, Any] = {"kind": "fused", "name": "a", "contributions": [RECORD]}
+GENERATION: dict[str, Any] = {"kind": "fused", "name": "a", "body_digest": "x", "contributions": [RECORD]}
 FINE: list[dict[str, Any]] = [
     {}, {"iteration": None}, {"iteration": 0}, {"iteration": 999_999}, {"license": None},
     {"unknown": object}, {"files": {"a/b.txt": "x", ".hidden": "x", "a..b": "x"}}, {"ancestors": [GENERATION]},
@@ -130,7 +130,7 @@ WRONG: list[dict[str, Any]] = [
     {"body_digest": None}, {"files": ...}, {"files": []}, {"files": {"a": 1}}, {"iteration": "1"}, {"iteration": True},
     {"iteration": -1}, {"iteration": 1_000_000}, {"iteration": 1.0}, {"license": 1}, {"base": "x"},
     {"name": "n" * 201}, {"name": "é" * 101},
-    {"ancestors": {}}, {"ancestors": ["x"]}, {"ancestors": [{"contributions": [{**RECORD, "name": "/"}]}]},
+    {"ancestors": {}}, {"ancestors": ["x"]}, {"ancestors": [{**GENERATION, "contributions": [{**RECORD, "name": "/"}]}]},
     {"contributions": {}}, {"contributions": [{}]}, {"contributions": [{**RECORD, "weight": "1"}]},
     {"contributions": [{**RECORD, "weight": True}]}, {"contributions": [{**RECORD, "notes": [1]}]},
     {"metrics": {"v": 1}}, {"dataset": {"labels": "x"}}, {"outside_body": {"a": None}},
@@ -147,7 +147,16 @@ def test_what_fits_the_contract(changed: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changed", WRONG, ids=lambda value: str(value)[:40])
 def test_what_does_not_fit_the_contract(changed: dict[str, Any]) -> None:
-    refused(document(**changed), "PLACE/coldctl.json: .* is missing or not what it should be")
+    words = "Expected `|missing required field `|Invalid enum value '|cannot name a file|lists no files"
+    refused(document(**changed), f"PLACE/coldctl.json: .*({words})")
+
+
+def test_a_mismatch_names_the_key_and_what_it_should_be() -> None:
+    refused(
+        document(contributions=[{**RECORD, "weight": "1"}]),
+        r"PLACE/coldctl.json: Expected `float`, got `str` - at `\$.contributions\[0\].weight`. Fetch or make",
+    )
+    refused(document(kind="\x1b" + "x" * 10_000), "^.{,300}$")
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=lambda value: repr(value)[:20])

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import runpy
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from conftest import Ran, suite_text
 from helpers import tiny
 
 Run = Callable[..., Ran]
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -139,6 +141,11 @@ def validated(folder: Path) -> Any:
     results = json.loads((folder / "results.json").read_text())
     jsonschema.validate(results, schema)
     return results
+
+
+def test_the_schema_is_generated_from_the_types() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "results_schema.py"))
+    assert script["PATH"].read_text() == script["schema_text"](), "run scripts/results_schema.py"
 
 
 def test_results_follow_their_schema(tmp_path: Path, base: Path, suite: Path, coldctl: Run) -> None:

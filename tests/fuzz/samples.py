@@ -141,9 +141,9 @@ def results_document() -> bytes:
     return spelt(
         {
             "schema": 1,
-            "baseline": {"name": "base", "body_digest": "sha256:0"},
-            "models": [{"name": "fused", "body_digest": "sha256:1", "run": None, "iteration": 1}],
-            "fingerprints": {"reviews": "sha256:2"},
+            "baseline": {"name": "base", "body_digest": f"sha256:{0:064x}"},
+            "models": [{"name": "fused", "body_digest": f"sha256:{1:064x}", "run": None, "iteration": 1}],
+            "fingerprints": {"reviews": f"sha256:{2:064x}"},
             "results": [
                 {
                     **gain,

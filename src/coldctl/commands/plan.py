@@ -45,7 +45,18 @@ def plan(
     elif Path(base).is_absolute():  # others find nothing of this machine
         base = f"./{layout.PRETRAINED}"
     wanted = iterations if target is None else target
-    planned = Run(folder, base, config.revision, file.digest, config.sample, seed, gate, target=wanted)
+    planned = Run(
+        schema=run.SCHEMA,
+        folder=folder,
+        base=base,
+        revision=config.revision,
+        config_digest=file.digest,
+        sample=config.sample,
+        seed=seed,
+        gate=gate,
+        target=wanted,
+        iterations=(),
+    )
     if run.is_run(folder):
         found = run.read(folder)
         if target is not None:

@@ -142,7 +142,7 @@ def _prepared(
     source = open_checkpoint(model.folder, model.name)
     stated = source.manifest
     if _has_card(source) and config.base_model is None:  # said when it was published first
-        config = replace(config, base_model=_hub_id((stated or {}).get("config", {}).get("base_model")))
+        config = replace(config, base_model=_hub_id(stated.get("config", {}).get("base_model") if stated else None))
     license_ = config.license or (stated.get("license") if stated else None)
     if not license_:
         raise ConfigError("no licence: give --license, for example --license apache-2.0 (an SPDX id)")
@@ -290,7 +290,7 @@ def _document(work: _Work, body: WrittenBody) -> Manifest:
             if field_ in stated:
                 document[field_] = stated[field_]
         if stated["kind"] == "fused":  # its own settings and versions, which the publication's do not replace
-            document["fused_by"] = {key: stated.get(key, {}) for key in ("config", "environment")}
+            document["fused_by"] = {"config": stated.get("config", {}), "environment": stated.get("environment", {})}
     cleaned: Manifest = privacy.without_paths(document)
     return cleaned
 

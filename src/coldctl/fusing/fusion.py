@@ -33,7 +33,7 @@ from coldctl.checkpoints.decoded import RelativeCheckpoint
 from coldctl.checkpoints.describe import bare_config
 from coldctl.checkpoints.header import DTYPE_NAMES
 from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
-from coldctl.common.parsing import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
+from coldctl.common.parsing import JSON_LIMIT, find_mismatch, json_value, toml_table
 from coldctl.common.progress import Progress
 from coldctl.core.config import FuseConfig, as_record, identity
 from coldctl.fusing import methods
@@ -641,7 +641,7 @@ def _weights_file(path: Path) -> dict[str, float]:
         raise ConfigError(f"--weights {path}: give equal, examples, or a file that exists") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"--weights {path} cannot be read: {error}") from None
-    if not isinstance(table, dict) or misfit(table, {...: NUMBER}):
+    if find_mismatch(table, dict[str, float]):
         raise ConfigError(f"--weights {path}: write one `name = weight` per contribution (JSON or TOML)")
     return {str(key): float(value) for key, value in table.items()}
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coldctl.artifacts.manifest import Manifest
+from coldctl.artifacts.manifest import GenerationRecord, Manifest
 from coldctl.common.text import code, markdown
 from coldctl.core.config import FuseConfig
 
@@ -15,12 +15,12 @@ _ARITHMETIC = ("weights", "max_share", "density", "trim", "byzantine", "position
 _UNFOLDED = 3  # iterations whose contributions are shown without a click
 
 
-def with_ancestors(document: Manifest) -> list[dict[str, Any]]:
-    """Return a manifest's ancestors, oldest first, and itself as the last."""
-    return [*document.get("ancestors", []), dict(document)]
+def with_ancestors(document: Manifest) -> list[GenerationRecord]:
+    """Return the ancestors of a manifest, oldest first, and the manifest itself as the last."""
+    return [*document.get("ancestors", []), document]
 
 
-def fused_generations(document: Manifest) -> list[dict[str, Any]]:
+def fused_generations(document: Manifest) -> list[GenerationRecord]:
     """Return the generations that were fused from contributions, oldest first."""
     return [generation for generation in with_ancestors(document) if generation.get("contributions")]
 

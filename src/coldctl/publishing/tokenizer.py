@@ -6,12 +6,12 @@ transformers 5 saves only `tokenizer.json` and `tokenizer_config.json`. Version 
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from coldctl.artifacts import layout
 from coldctl.common import text
 from coldctl.common.errors import CheckpointError
-from coldctl.common.parsing import json_value, misfit
+from coldctl.common.parsing import find_mismatch, json_value
 from coldctl.storage.files import SMALL_FILE_LIMIT, Folder
 
 _TOKENIZER, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -29,15 +29,25 @@ _DROPPED = (
     "is_local",
     "local_files_only",
 )
-# Of tokenizer.json, as far as it is looked at.
-_SHAPE = {
-    "added_tokens": [{"content": str, "id": int}],
-    "model": {
-        "merges": [lambda merge: isinstance(merge, str) or (isinstance(merge, list) and not misfit(merge, [str]))]
-    },
-}
 _MOST_VALUES = 5_000_000  # of tokenizer.json: the largest vocabularies come with half a million merges
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5's name for it, and the one both know
+
+
+class _AddedToken(TypedDict, total=False):
+    content: str
+    id: int
+
+
+class _TokenizerModel(TypedDict, total=False):
+    merges: list[str | list[str]]
+    vocab: dict[str, int] | list[Any] | None  # a unigram model lists its pieces
+
+
+class _Tokenizer(TypedDict, total=False):
+    """`tokenizer.json`, as far as it is read here."""
+
+    added_tokens: list[_AddedToken]
+    model: _TokenizerModel
 
 
 def copy(source: Folder, folder: Path) -> list[str]:
@@ -73,25 +83,23 @@ def _config_for_all(config: dict[str, Any]) -> dict[str, Any]:
 
 def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> list[str]:
     """Write the slow classes' files from the fast one's. Return what is still missing."""
-    if misfit(tokenizer, _SHAPE):
-        raise CheckpointError(f"{_TOKENIZER} is not what it should be: copy the base model's")
-    model = tokenizer.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or not isinstance(vocabulary, dict):
+    if mismatch := find_mismatch(tokenizer, _Tokenizer):
+        raise CheckpointError(f"{_TOKENIZER}: {mismatch}. Copy the base model's.")
+    model = tokenizer.get("model", {})
+    vocabulary = model.get("vocab")
+    if not isinstance(vocabulary, dict):
         pieces = any((folder / name).exists() for name in layout.SENTENCEPIECE_FILES)
         return [] if pieces else ["the SentencePiece model that slow tokenizers of older transformers read"]
-    if misfit(vocabulary, {...: int}):
-        raise CheckpointError(f"{_TOKENIZER} is not what it should be: copy the base model's")
     ordered = sorted(vocabulary, key=lambda token: (vocabulary[token], token))
     # Tokens that were added stay out of the vocabulary, as version 4 saves them: in it they would count as word pieces.
     added = {
         token["content"]: token["id"]
         for token in tokenizer.get("added_tokens", [])
-        if isinstance(token, dict) and "content" in token and "id" in token and token["content"] not in vocabulary
+        if "content" in token and "id" in token and token["content"] not in vocabulary
     }
     if added and not (folder / _ADDED).exists():
         _write(folder / _ADDED, added)
-    if isinstance(model.get("merges"), list):
+    if "merges" in model:
         return _merges(tokenizer, ordered, folder)
     if (folder / "vocab.txt").exists():
         return []
