@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldctl.artifacts import layout
-from coldctl.artifacts.output import IDENTITY
+from coldctl.artifacts.partial_output import IDENTITY
 from coldctl.common.errors import CheckpointError, ConfigError, ModelError
 from coldctl.common.parsing import json_value
 from coldctl.core.config import check_name

@@ -149,7 +149,7 @@ def evaluate(
             progress.note(f"{dataset.name}: {sentence}")
     for sentence in overlap_sentences({"overlaps": [item for item in overlaps if item["test_of"] != item["train_of"]]}):
         progress.note(sentence)
-    with output.writing(destination, key, overwrite=overwrite) as unfinished:
+    with output.atomic_output(destination, key, overwrite=overwrite) as unfinished:
         folder = _cell_folder(destination, unfinished)
         cells_of = partial(
             _cells, datasets=datasets, loaded=loaded, config=config, finetuning=finetuning, folder=folder

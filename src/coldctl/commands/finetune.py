@@ -121,7 +121,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             job, work = _gone_on_with(job, _prepared(job), progress)
             destination = locate(job.destination)
             if peers.leads and not output.is_done(destination, work.key, overwrite=job.overwrite):
-                working = output.working(destination, work.key, overwrite=job.overwrite, progress=progress)
+                working = output.local_workdir(destination, work.key, overwrite=job.overwrite, progress=progress)
                 folder = stack.enter_context(working)
         except OutputError as caught:
             others = ", or another --name if it is another contributor's" if job.joins else ""
@@ -239,7 +239,7 @@ def single_job(
     begun = [
         Begun(resolve(start, found.revision), str(layout.contributions(destination, earlier) / called), earlier)
         for earlier, start in found.bases.items()
-        if earlier < number and output.unfinished(layout.contributions(destination, earlier) / called) is not None
+        if earlier < number and output.partial_identity(layout.contributions(destination, earlier) / called) is not None
     ]
     return Job(
         dataset, base, str(place), called, config, number, overwrite, watching, sign_key, joins=True, begun=tuple(begun)
@@ -263,11 +263,11 @@ def _gone_on_with(job: Job, work: "_Prepared", progress: Progress) -> "tuple[Job
         again = replace(job, base=before.base, destination=before.destination, iteration=before.iteration)
         source = open_checkpoint(again.base.folder, again.base.name)
         earlier = _identified(again, work.dataset, source)
-        if output.unfinished(locate(before.destination)) != earlier.key:
+        if output.partial_identity(locate(before.destination)) != earlier.key:
             continue
         if job.overwrite:
             with suppress(OutputError):
-                output.drop(locate(before.destination))
+                output.discard_partial(locate(before.destination))
             continue
         prove(source)
         progress.note(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from coldctl.artifacts import layout, manifest, placing, run
+from coldctl.artifacts import layout, manifest, run, store_output
 from coldctl.artifacts.model_ref import Model, resolve
 from coldctl.artifacts.run import Iteration, Run
 from coldctl.common.errors import ConfigError, ManifestError, OutputError
@@ -81,7 +81,7 @@ def _share(model: Model, place: Location, progress: Progress) -> None:
             raise ConfigError(f"{place} holds another model than {model.place}: restore the base, or give a new RUN")
         return
     progress.note(f"{model.name} is stored in {place}: whoever works on the run starts from there")
-    placing.send(Path(model.place), place, progress, _belongs)
+    store_output.upload(Path(model.place), place, progress, _belongs)
     conditional_write.create(marker, digest.encode())
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from coldctl.artifacts import layout, output, placing
+from coldctl.artifacts import layout, output, partial_output, store_output
 from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import CheckpointError, ManifestError, OutputError
 from coldctl.common.progress import Progress
@@ -72,7 +72,7 @@ class LocalTarget:
     @contextmanager
     def writing(self) -> Iterator[Upload]:
         """As the protocol says."""
-        with output.working(self.path, None, overwrite=True) as partial:
+        with output.local_workdir(self.path, None, overwrite=True) as partial:
             yield Upload(partial, place=str(self.path))
 
 
@@ -108,7 +108,7 @@ class StoreTarget:
                 f"{self.label} is complete but was made from something else: give --overwrite to replace it"
             )
         place = locate(self.url)
-        if _exists(place) and not _exists(layout.partial(place) / output.IDENTITY):
+        if _exists(place) and not _exists(layout.partial(place) / partial_output.IDENTITY):
             raise OutputError(f"{self.label} holds files that coldctl did not write: give another --to")
         return False
 
@@ -126,8 +126,8 @@ class StoreTarget:
             upload = Upload(Path(scratch) / "published", place=self.url)
             upload.folder.mkdir()
             yield upload
-            with output.writing(locate(self.url), None, overwrite=True) as partial:
-                placing.send(upload.folder, partial, self.progress)
+            with output.atomic_output(locate(self.url), None, overwrite=True) as partial:
+                store_output.upload(upload.folder, partial, self.progress)
 
 
 @dataclass
