@@ -133,50 +133,46 @@ def digest_of(document: Mapping[str, Any]) -> str:
 
 
 def digest_of_file(path: Location) -> str:
-    """`sha256:…` of a file's bytes, read in pieces."""
-    hasher = hashlib.sha256()
+    """Return `sha256:…` of a file's bytes, read in chunks."""
     with path.open("rb") as opened:
         file: Any = opened
-        buffer = memoryview(bytearray(_COPY))
-        while count := file.readinto(buffer):
-            hasher.update(buffer[:count])
-    return "sha256:" + hasher.hexdigest()
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def environment(packages: Iterable[str], **more: Any) -> dict[str, Any]:
-    """Versions of Python and of `packages`, the kind of machine, and what the caller adds; no user or host name."""
+    """Return the versions of Python and of `packages`, the kind of machine, and what the caller adds; no user or host name."""
     versions = {name: metadata.version(name) for name in sorted(packages)}
     return {"python": platform.python_version(), "machine": platform.machine(), **versions, **more}
 
 
 def now() -> str:
-    """The time as manifests write it: UTC, to the second."""
+    """Return the time as manifests write it: UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def digest_of_reader(reader: Reader) -> str:
-    """`sha256:…` of a file in any store; the reader is closed."""
+    """Return `sha256:…` of a file in any store, and close the reader."""
     hasher = hashlib.sha256()
     buffer = memoryview(bytearray(min(_COPY, reader.size)))
     for start in range(0, reader.size, _COPY):
-        part = buffer[: min(_COPY, reader.size - start)]
-        reader.read_into(start, part)
-        hasher.update(part)
+        chunk = buffer[: min(_COPY, reader.size - start)]
+        reader.read_into(start, chunk)
+        hasher.update(chunk)
     reader.close()
     return "sha256:" + hasher.hexdigest()
 
 
-def write(folder: Location, manifest: Manifest, known: Mapping[str, str] | None = None) -> Manifest:
+def write(folder: Location, manifest: Manifest, digests: Mapping[str, str] | None = None) -> Manifest:
     """Complete `manifest` with digests and write it into `folder` as the last file, fsynced.
 
-    `known` gives digests that were computed while the files were written; the others are computed here.
+    `digests` holds those that were computed while the files were written; the others are computed here.
     Returns the manifest as written.
     """
-    known = known or {}
-    found: Any = folder.rglob("*")
+    digests = digests or {}
+    paths: Any = folder.rglob("*")
     names = sorted(
         path.relative_to(folder).as_posix()
-        for path in found
+        for path in paths
         if path.is_file()
         and path != folder / layout.MANIFEST
         and not path.name.startswith(".")
@@ -187,7 +183,7 @@ def write(folder: Location, manifest: Manifest, known: Mapping[str, str] | None 
         "schema": SCHEMA,
         "created": now(),
         "coldctl_version": __version__,
-        "files": {name: known.get(name) or digest_of_file(folder / name) for name in names},
+        "files": {name: digests.get(name) or digest_of_file(folder / name) for name in names},
     }
     whole.pop("manifest_digest", None)
     whole["manifest_digest"] = digest_of(whole)
@@ -237,7 +233,7 @@ def read(folder: Location) -> Manifest:
 
 
 def changed_files(folder: Location, manifest: Manifest) -> list[str]:
-    """Names of the files that are missing from `folder` or differ from the manifest's digests, in order."""
+    """Return the names of the files that are missing from `folder` or differ from the manifest's digests, in order."""
     return [
         name
         for name, digest in sorted(manifest["files"].items())
