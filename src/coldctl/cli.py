@@ -564,10 +564,10 @@ def evaluate(
 ) -> None:
     """Measure whether models are better base models than a baseline, with intervals, on a suite of datasets."""
     with _boundary(as_json=as_json, quiet=quiet) as screen:
-        from coldctl.artifacts import model_ref
         from coldctl.commands import evaluate as stage
         from coldctl.console import evaluation_tables
         from coldctl.evaluation import scoring
+        from coldctl.evaluation.measure import Suite
         from coldctl.workers import choose
 
         where = choose(engine, jobs=jobs, threads=threads, ray_address=ray_address)
@@ -580,16 +580,13 @@ def evaluate(
         }  # fmt: skip
         settings = resolve(EvaluateConfig, file, flags)
         finetuning = resolve(FinetuneConfig, file, {"seed": seed})
-        found = stage.candidates_of(models, revision)
-        against = model_ref.resolve(baseline, revision) if baseline else stage.default_baseline(found[0].model)
         with screen.progress() as progress, closing(where):
             done = stage.evaluate(
-                found,
-                against,
-                datasets,
+                models,
+                baseline,
+                Suite(datasets, settings, finetuning),
                 locate(output),
-                settings,
-                finetuning,
+                revision=revision,
                 engine=where,
                 overwrite=overwrite,
                 progress=progress,

@@ -96,7 +96,7 @@ def read_run(folder: Path) -> None:
 
 def show_results(folder: Path) -> None:
     found = results.read(folder)
-    markdown.markdown(found, [])
+    markdown.report(found, [])
     for model in found["models"]:
         for protocol in markdown.protocols_of(found, model["name"]):
             markdown.headline(found, model["name"], protocol)
