@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tiny
+from coldctl.common.digests import digest_of
 from coldctl.core.errors import ConfigError
 from conftest import FAST, Ran, suite_text
 
@@ -491,7 +492,6 @@ def test_a_diverged_training_is_no_contribution(tmp_path: Path, base: Path, data
 
 
 def test_strangers_manifests(tmp_path: Path, base: Path, contributions: Path, coldctl: Run) -> None:
-    from coldctl.core import manifest
 
     fused = tmp_path / "fused"
     assert coldctl("fuse", contributions, "--base", base, "--output", fused).code == 0
@@ -502,7 +502,7 @@ def test_strangers_manifests(tmp_path: Path, base: Path, contributions: Path, co
     for change in changes:
         document = {**json.loads((fused / "coldctl.json").read_text()), **change}
         document.pop("manifest_digest")
-        document["manifest_digest"] = manifest.digest_of(document)
+        document["manifest_digest"] = digest_of(document)
         evil = tmp_path / "evil"
         shutil.rmtree(evil, ignore_errors=True)
         shutil.copytree(fused, evil)

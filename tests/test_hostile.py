@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import tiny
-from coldctl.core import documents, manifest
+from coldctl.common.digests import digest_of
+from coldctl.core import documents
 from conftest import FAST, Ran
 
 Run = Callable[..., Ran]
@@ -41,7 +42,7 @@ def forge(source: Path, target: Path, **changes: object) -> Path:
     shutil.copytree(source, target)
     document = {**json.loads((target / "coldctl.json").read_text()), **changes}
     document.pop("manifest_digest")
-    document["manifest_digest"] = manifest.digest_of(document)
+    document["manifest_digest"] = digest_of(document)
     (target / "coldctl.json").write_text(json.dumps(document))
     return target
 

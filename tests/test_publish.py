@@ -19,8 +19,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import coldctl as coldctl_package
 import tiny
+from coldctl.common.digests import digest_of
 from coldctl.core.errors import CheckpointError
-from coldctl.core.manifest import digest_of, digest_of_file
+from coldctl.core.manifest import digest_of_file
 from coldctl.core.proof import prove_loading
 from coldctl.core.report import published as place_among_published
 from conftest import FAST, Ran, suite_text

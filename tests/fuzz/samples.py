@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from coldctl.core import manifest, signatures, weights
+from coldctl.common.digests import digest_of
+from coldctl.core import signatures, weights
 
 BODY: dict[str, tuple[int, ...]] = {
     "embeddings.word_embeddings.weight": (6, 4),
@@ -105,7 +106,7 @@ def manifest_document() -> dict[str, Any]:
 
 def signed(document: dict[str, Any]) -> bytes:
     document.pop("manifest_digest", None)
-    document["manifest_digest"] = manifest.digest_of(document)
+    document["manifest_digest"] = digest_of(document)
     return spelt(document)
 
 

@@ -6,7 +6,6 @@ Unknown keys are errors that name the nearest known one.
 
 import dataclasses
 import difflib
-import hashlib
 import math
 import re
 import types
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from coldctl.core import manifest
+from coldctl.common.digests import LONGEST_NAME, digest_of
 from coldctl.core.documents import TOML_LIMIT, toml_table
 from coldctl.core.errors import ConfigError
 
@@ -230,7 +229,7 @@ def parsed(document: Mapping[str, Any], path: Path) -> ConfigFile:
             raise ConfigError(f"{path}: [{name}] must be a table")
         _build(kind, table, f"{path}: [{name}]")
         sections[name] = dict(table)
-    digest = manifest.digest_of(document)
+    digest = digest_of(document)
     if base := sections["run"].get("base"):
         sections["run"] = {**sections["run"], "base": located(str(base), path.parent)}
     if keys := sections["fuse"].get("trusted_keys"):
@@ -256,18 +255,12 @@ def as_record(config: Any) -> dict[str, Any]:
 
 def identity(stage: str, config: Any, **inputs: Any) -> str:
     """What makes two calls of a stage the same work: its resolved config and its inputs' digests."""
-    return manifest.digest_of({"stage": stage, "config": as_record(config), "inputs": inputs})
-
-
-def derived_seed(seed: int, *parts: object) -> int:
-    """A seed for one piece of work, stable across machines: 31 bits of sha256 over the seed and the piece's names."""
-    text = "\x1f".join([str(seed), *map(str, parts)])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+    return digest_of({"stage": stage, "config": as_record(config), "inputs": inputs})
 
 
 def check_name(name: str, where: str) -> None:
     """A name becomes a directory. Raises ConfigError if it cannot be one, or would lead elsewhere."""
-    if len(name.encode(errors="replace")) > manifest.LONGEST_NAME:
+    if len(name.encode(errors="replace")) > LONGEST_NAME:
         raise ConfigError(f"{where}: a name of {len(name)} characters is too long for a directory: shorten it")
     if not name or name.startswith(".") or set(name) & set('/\\\0\n\r\t"'):
         raise ConfigError(f"{where}: {name!r} cannot name a directory: no slashes, no leading dot")

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.core import caching, manifest
+from coldctl.common.digests import digest_of
+from coldctl.core import caching
 from coldctl.core.saving import as_os_errors
 
 LIMIT = 4 << 30  # bytes
@@ -32,10 +33,7 @@ def cached(
 
     A cache that cannot be written costs nothing but a word to `complain`.
     """
-    path = (
-        caching.folder("features")
-        / f"{manifest.digest_of({'schema': _SCHEMA, **key}).removeprefix('sha256:')}.safetensors"
-    )
+    path = caching.folder("features") / f"{digest_of({'schema': _SCHEMA, **key}).removeprefix('sha256:')}.safetensors"
     if (found := _read(path)) is not None:
         return found
     parts = compute()

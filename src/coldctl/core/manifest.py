@@ -16,6 +16,7 @@ from types import NoneType
 from typing import Any, Literal, TypedDict
 
 from coldctl import __version__
+from coldctl.common.digests import LONGEST_NAME, digest_of
 from coldctl.core import layout
 from coldctl.core.documents import MAYBE_NUMBER, MAYBE_TEXT, NUMBER, SCALAR, Shape, json_value, misfit
 from coldctl.core.errors import ManifestError
@@ -24,7 +25,6 @@ from coldctl.core.storage import Reader
 
 SCHEMA = 1
 MANIFEST_LIMIT = 16 << 20  # bytes; some twenty thousand contributions over all iterations
-LONGEST_NAME = 200  # bytes; file systems take 255, and hidden siblings and logs need some
 _LONGEST_PATH = 1000  # characters
 _MOST_ITERATIONS = 1_000_000
 _COPY = 1 << 20
@@ -103,20 +103,6 @@ class Manifest(TypedDict, total=False):
     ancestors: list[dict[str, Any]]
     card_blocks: list[str]
     fused_by: dict[str, Any]
-
-
-def canonical(document: Mapping[str, Any]) -> bytes:
-    """The bytes that digests of JSON documents are taken over: sorted keys, no spaces, UTF-8.
-
-    >>> canonical({"b": 1, "a": "é"}).decode()
-    '{"a":"é","b":1}'
-    """
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def digest_of(document: Mapping[str, Any]) -> str:
-    """`sha256:…` of a JSON document's canonical bytes."""
-    return "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
 
 
 def digest_of_file(path: Location) -> str:

@@ -9,6 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from coldctl.common.digests import digest_of
 from coldctl.core import caching, layout, manifest
 from coldctl.core.errors import ManifestError
 from coldctl.core.storage import RemoteFolder, download
@@ -18,7 +19,7 @@ LIMIT = 16 << 30  # bytes
 
 def fetched(url: str) -> Path:
     """A local directory with the files of the model at `url` as they are now. Raises ModelError or CheckpointError."""
-    key = manifest.digest_of({"url": url, "versions": RemoteFolder(url).versions()}).removeprefix("sha256:")[:32]
+    key = digest_of({"url": url, "versions": RemoteFolder(url).versions()}).removeprefix("sha256:")[:32]
     place = caching.folder("models") / key
     if place.is_dir() and not _sound(place):
         shutil.rmtree(place)

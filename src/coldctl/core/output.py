@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from coldctl.common.digests import digest_of
 from coldctl.core import caching, conditional, layout, manifest, placing
 from coldctl.core.errors import BusyError, ManifestError, OutputError
 from coldctl.core.lease import Lease
@@ -79,7 +80,7 @@ def _workplace(path: Location) -> Path:
         partial = layout.partial(path)
         assert isinstance(partial, Path)
         return partial
-    key = manifest.digest_of({"output": str(path)}).removeprefix("sha256:")[:16]
+    key = digest_of({"output": str(path)}).removeprefix("sha256:")[:16]
     return caching.folder("unfinished") / f"{path.name}-{key}"
 
 

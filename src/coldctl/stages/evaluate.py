@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.common.digests import derived_seed, digest_of
 from coldctl.core import cells as cell_files
 from coldctl.core import curves, data, feature_cache, foreign, layout, manifest, output, run, scoring
 from coldctl.core import results as results_file
@@ -28,7 +29,6 @@ from coldctl.core.config import (
     EvaluateConfig,
     FinetuneConfig,
     as_record,
-    derived_seed,
     identity,
 )
 from coldctl.core.errors import ConfigError, DataError, ModelError, OutputError
@@ -261,7 +261,7 @@ def _prove(contenders: Sequence[Contender]) -> None:
 def _files_digest(model: Model) -> str:
     folder = model.folder
     names = [name for name in (layout.MODEL_CONFIG, *layout.TOKENIZER_FILES) if folder.has(name)]
-    return manifest.digest_of({name: manifest.digest_of_reader(folder.open(name)) for name in names})
+    return digest_of({name: manifest.digest_of_reader(folder.open(name)) for name in names})
 
 
 def _contenders(candidates: Sequence[Candidate]) -> list[Contender]:
@@ -359,7 +359,7 @@ def _cells(
                     }  # fmt: skip
                     if protocol != "linear-probe":
                         depends["names"] = [dataset.name for dataset in group]  # a training's seed goes by them
-                    path = folder / f"{manifest.digest_of(depends).removeprefix('sha256:')[:32]}.json"
+                    path = folder / f"{digest_of(depends).removeprefix('sha256:')[:32]}.json"
                     cells.append(Cell(str(path), contender, group, prints, protocol, seed, config, finetuning))
     return cells
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.common.digests import derived_seed
 from coldctl.core import data, foreign, layout, manifest, output, residuals, run, scoring, team
 from coldctl.core.charts import training_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
@@ -21,7 +22,6 @@ from coldctl.core.config import (
     as_record,
     check_name,
     contributors_of,
-    derived_seed,
     identity,
     settled_finetuning,
 )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
+from coldctl.common.digests import digest_of
 from coldctl.core import conditional, experiment, layout, manifest, output, placing, results, run, scoring
 from coldctl.core.config import ConfigFile, RunConfig, contributors_of
 from coldctl.core.errors import ConfigError, ManifestError, OutputError
@@ -76,7 +77,7 @@ def plan(
 
 def _share(model: Model, place: Location, progress: Progress) -> None:
     """Store a pretrained model of this machine in the RUN, so that whoever works on it finds it. Raises OutputError."""
-    digest = manifest.digest_of(
+    digest = digest_of(
         {name: manifest.digest_of_reader(model.folder.open(name)) for name in model.folder.names() if _belongs(name)}
     )
     marker = place.parent / f".{place.name}.digest"
