@@ -106,9 +106,9 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
     """Seconds and test accuracy of each way, by turns."""
     import torch
 
+    from coldctl.config.settings import DatasetConfig
     from coldctl.core import data, scoring
     from coldctl.core import model as models
-    from coldctl.core.config import DatasetConfig
     from coldctl.core.probe import features
     from coldctl.core.probe import probe as solve
     from coldctl.core.progress import SILENT
@@ -244,9 +244,9 @@ def ours_round(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def stitched_round(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """A script per step, one after another, each in a process of its own."""
-    from coldctl.core import config
+    from coldctl.config import loading
 
-    suite = config.read(options.config).datasets
+    suite = loading.read(options.config).datasets
     scratch.mkdir()
     seconds = dict.fromkeys(("finetune three", "merge", "evaluate base and fused"), 0.0)
     seen = [dataset for dataset in suite if dataset.role == "seen"]

@@ -151,8 +151,8 @@ def ours(options: argparse.Namespace, splits: dict[str, list[dict[str, Any]]]) -
     import numpy as np
     import torch
 
+    from coldctl.config.settings import FinetuneConfig
     from coldctl.core import model as models
-    from coldctl.core.config import FinetuneConfig
     from coldctl.core.progress import SILENT
     from coldctl.core.training import Examples, Head, Place, length_batches, predict, sorted_batches, train
 

@@ -124,13 +124,15 @@ def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
         return target
     import torch
 
-    from coldctl.core import config, data, scoring
+    from coldctl.config import loading
+    from coldctl.config.settings import FinetuneConfig
+    from coldctl.core import data, scoring
     from coldctl.core import model as models
     from coldctl.core.progress import SILENT
     from coldctl.core.training import Examples, Head, Place, train
 
-    file = config.read(suite)
-    settings = config.resolve(config.FinetuneConfig, file, {"epochs": options.epochs * worth})
+    file = loading.read(suite)
+    settings = loading.resolve(FinetuneConfig, file, {"epochs": options.epochs * worth})
     limits = data.Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
     tokenizer = models.load_tokenizer(options.base)
     heads = []

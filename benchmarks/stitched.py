@@ -47,8 +47,8 @@ def main() -> None:
 
 def read(folder: Path, settings: dict[str, Any]) -> tuple[Texts, int]:
     """The examples that coldctl draws, so that scores can be compared."""
+    from coldctl.config.settings import DatasetConfig
     from coldctl.core import data
-    from coldctl.core.config import DatasetConfig
 
     limits = data.Limits(*(settings[f"max_{split}_examples"] for split in ("train", "validation", "test")))
     dataset = data.load(DatasetConfig(folder.name, str(folder)), limits, 0)

@@ -151,7 +151,7 @@ def test_configs(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> Non
 
     attempt("[finetune]\nepoch = 3\n", "unknown key 'epoch'", "'epochs'")
     attempt("[finetun]\n", "unknown key 'finetun'", "'finetune'")
-    attempt('[finetune]\nepochs = "3"\n', "epochs", "must be int")
+    attempt('[finetune]\nepochs = "3"\n', "epochs", "must be a whole number")
     attempt("[finetune]\nepochs = 0\n", "out of range")
     attempt("[finetune]\nlearning_rate = -1.0\n", "out of range")
     attempt("[finetune]\nlearning_rate = nan\n", "out of range")
@@ -163,9 +163,9 @@ def test_configs(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> Non
     attempt('[[dataset]]\nname = "a"\npath = "x"\ntrain = []\n', "train = []", "wrong type")
     attempt('[[dataset]]\nname = "a"\npath = "x"\ncontributors = 2\npart = 3\n', "part = 3", "there are 2 contributors")
     attempt("[dataset]\n", "[[dataset]]")
-    attempt("[finetune]\nlora_rank = 100000\n", "--lora-rank 100000 is out of range")
-    attempt("[finetune]\nlabel_smoothing = 1.0\n", "leaves nothing to learn")
-    attempt("[finetune]\nlabel_smoothing = 1.5\n", "a share, at most 1")
+    attempt("[finetune]\nlora_rank = 100000\n", "lora_rank = 100000 is out of range: it must be 0 to 4096")
+    attempt("[finetune]\nlabel_smoothing = 1.0\n", "it must be 0 to below 1")
+    attempt("[finetune]\nlabel_smoothing = 1.5\n", "it must be 0 to below 1")
     ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--config", tmp_path / "none.toml")
     refused(ran, tmp_path / "out", "no configuration file")
     ran = coldctl("finetune", "--base", base, "--output", tmp_path / "out")
@@ -248,7 +248,9 @@ def test_fuse_and_others(tmp_path: Path, base: Path, contributions: Path, suite:
         out,
         "choose one of mean",
     )
-    refused(coldctl("fuse", contributions, "--base", base, "--output", out, "--max-shard-size", "big"), out, "no size")
+    refused(
+        coldctl("fuse", contributions, "--base", base, "--output", out, "--max-shard-size", "big"), out, "not a size"
+    )
     refused(coldctl("publish", base, "--to", out), out, "no licence")
     refused(
         coldctl("publish", base, "--to", out, "--license", "mit", "--evaluation", base), out, "`coldctl evaluate` wrote"

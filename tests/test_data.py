@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import tiny
+from coldctl.config.settings import DatasetConfig
 from coldctl.core import data, probe, scoring
-from coldctl.core.config import DatasetConfig
 from coldctl.core.errors import DataError
 from conftest import Ran
 
@@ -313,7 +313,7 @@ def test_a_million_examples_are_no_burden(tmp_path: Path) -> None:
         "import re, sys\n"
         "from pathlib import Path\n"
         "from coldctl.core import data\n"
-        "from coldctl.core.config import DatasetConfig\n"
+        "from coldctl.config.settings import DatasetConfig\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) >> 10\n"
         "before = peak()\n"
         "found = data.load(DatasetConfig('many', sys.argv[1]), data.Limits(), 0)\n"

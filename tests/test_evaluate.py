@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import tiny
+from coldctl.config.settings import DatasetConfig
 from coldctl.core import charts, curves, data, feature_cache, leaderboard
-from coldctl.core.config import DatasetConfig
 from coldctl.core.output import write_text
 from coldctl.stages.evaluate import candidates_of
 from conftest import Ran, suite_text

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
+from coldctl.config.settings import FinetuneConfig
 from coldctl.core import model as models
 from coldctl.core import training_state
-from coldctl.core.config import FinetuneConfig
 from coldctl.core.errors import DeclinedError
 from coldctl.core.progress import SILENT
 from coldctl.core.training import Examples, Head, Place, length_batches, predict, train

@@ -553,8 +553,8 @@ def test_datasets(case: str, tmp_path: Path, base: Path, coldctl: Run) -> None:
 
 
 def test_labels_that_share_a_hash_cost_no_more_than_others(tmp_path: Path) -> None:
+    from coldctl.config.settings import DatasetConfig
     from coldctl.core import data
-    from coldctl.core.config import DatasetConfig
 
     prime = (1 << 61) - 1  # to Python all multiples of it have the hash 0
     lines = [json.dumps({"text": f"a {number}", "label": number * prime}) for number in range(20_000)]

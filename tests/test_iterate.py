@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import tiny
+from coldctl.config.loading import read
+from coldctl.config.settings import DatasetConfig, FinetuneConfig
 from coldctl.core import manifest
 from coldctl.core import run as runs
-from coldctl.core.config import DatasetConfig, FinetuneConfig, read
 from coldctl.core.data import single
 from coldctl.core.errors import OutputError
 from coldctl.core.progress import Progress

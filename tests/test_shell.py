@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from coldctl.core import config
+from coldctl.config import loading
+from coldctl.config.settings import EvaluateConfig, FinetuneConfig, FuseConfig, PublishConfig, RunConfig
 from coldctl.core.encoders import BODY_PREFIXES
 from conftest import Ran
 
@@ -106,28 +107,28 @@ def test_a_reader_that_leaves_and_a_place_that_cannot_be(
 
 
 def test_shipped_configs_parse() -> None:
-    demo = config.read(ROOT / "configs/demo.toml")
+    demo = loading.read(ROOT / "configs/demo.toml")
     assert [dataset.role for dataset in demo.datasets].count("unseen") == 1
-    recycling = config.read(ROOT / "configs/model-recycling.toml")
+    recycling = loading.read(ROOT / "configs/model-recycling.toml")
     assert len(recycling.datasets) == 36
     assert {dataset.metric for dataset in recycling.datasets if dataset.name == "stsb"} == {"spearman"}
     for file in (demo, recycling):
         for kind in (
-            config.RunConfig,
-            config.FinetuneConfig,
-            config.FuseConfig,
-            config.EvaluateConfig,
-            config.PublishConfig,
+            RunConfig,
+            FinetuneConfig,
+            FuseConfig,
+            EvaluateConfig,
+            PublishConfig,
         ):
-            config.resolve(kind, file, {})
-    assert config.resolve(config.RunConfig, recycling, {}).base == "roberta-base"
+            loading.resolve(kind, file, {})
+    assert loading.resolve(RunConfig, recycling, {}).base == "roberta-base"
     assert all(dataset.path.startswith("hf:") for dataset in recycling.datasets)
 
 
 def test_flag_beats_file_beats_default(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text("[finetune]\nepochs = 3\nbatch_size = 8\n")
-    settings = config.resolve(config.FinetuneConfig, config.read(path), {"epochs": 4, "seed": None})
+    settings = loading.resolve(FinetuneConfig, loading.read(path), {"epochs": 4, "seed": None})
     assert (settings.epochs, settings.batch_size, settings.learning_rate) == (4, 8, 5e-5)
 
 

@@ -17,19 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from coldctl import __version__
+from coldctl.config.loading import ConfigFile, read, resolve
+from coldctl.config.settings import DatasetConfig, EvaluateConfig, FinetuneConfig, FuseConfig, PublishConfig, RunConfig
+from coldctl.config.values import seconds_in
 from coldctl.core import layout
-from coldctl.core.config import (
-    ConfigFile,
-    DatasetConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    FuseConfig,
-    PublishConfig,
-    RunConfig,
-    read,
-    resolve,
-    seconds_in,
-)
 from coldctl.core.errors import ColdctlError, ConfigError, DeclinedError, OutputError
 from coldctl.core.location import locate, raised_by_store
 from coldctl.core.text import printable

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from coldctl.config.settings import DatasetConfig, EvaluateConfig, FinetuneConfig, FuseConfig
 from coldctl.core import layout, manifest, run
-from coldctl.core.config import DatasetConfig, EvaluateConfig, FinetuneConfig, FuseConfig
 from coldctl.core.errors import BusyError, CheckpointError, ConfigError, DeclinedError, OutputError
 from coldctl.core.location import Location
 from coldctl.core.manifest import Manifest

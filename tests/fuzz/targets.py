@@ -17,8 +17,9 @@ from pathlib import Path
 import mutations
 import samples
 
+from coldctl.config import loading
+from coldctl.config.settings import SECTIONS, DatasetConfig, contributors_of
 from coldctl.core import (
-    config,
     data,
     experiment,
     foreign,
@@ -36,7 +37,6 @@ from coldctl.core import (
 )
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
 from coldctl.core.compatibility import compare
-from coldctl.core.config import DatasetConfig
 from coldctl.core.encodings import open_contribution
 from coldctl.core.sources import FORMATS
 from coldctl.core.storage import LocalFolder
@@ -130,10 +130,10 @@ def load_rows(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> None:
-    found = config.read(folder / "suite.toml")
-    for kind in config.SECTIONS.values():
-        config.as_record(config.resolve(kind, found, {}))
-    config.contributors_of(found.datasets)
+    found = loading.read(folder / "suite.toml")
+    for kind in SECTIONS.values():
+        loading.as_record(loading.resolve(kind, found, {}))
+    contributors_of(found.datasets)
 
 
 def read_experiment(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.config.settings import HIGHEST_RANK
 from coldctl.core import foreign, layout, merge
 from coldctl.core.checkpoint import (
     CONFIG_LIMIT,
@@ -21,7 +22,6 @@ from coldctl.core.checkpoint import (
     read_header,
     read_manifest,
 )
-from coldctl.core.config import HIGHEST_RANK
 from coldctl.core.decoded import DECODED, RelativeCheckpoint
 from coldctl.core.encoders import BODY_PREFIXES
 from coldctl.core.errors import CheckpointError

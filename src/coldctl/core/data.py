@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.common.digests import derived_seed
-from coldctl.core.config import Columns, DatasetConfig
+from coldctl.config.settings import Columns, DatasetConfig
 from coldctl.core.errors import DataError
 from coldctl.core.ragged import Texts, TextSpool
 from coldctl.core.sources import FORMATS, ROW_LIMIT, FileSource, HubSource, Row

@@ -12,12 +12,13 @@ from typing import Any
 
 import tomli_w
 
-from coldctl.core import config
+from coldctl.config import loading
+from coldctl.config.settings import SECTIONS
 from coldctl.core.errors import ConfigError
 
-_KEYS = ("config", "iterations", "datasets", "variant", *config.SECTIONS)
+_KEYS = ("config", "iterations", "datasets", "variant", *SECTIONS)
 _COMPARED = "evaluation"  # beside the variants' runs, where scripts/experiment.sh has them measured
-_VARIANT_KEYS = ("name", "iterations", "dataset", *config.SECTIONS)
+_VARIANT_KEYS = ("name", "iterations", "dataset", *SECTIONS)
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,14 @@ def read(path: Path, folder: Path) -> list[Variant]:
 
     Raises ConfigError for what a person got wrong in the file or in the configuration that it varies.
     """
-    document = config.document_of(path)
-    config.refuse_unknown(document, _KEYS, str(path))
+    document = loading.document_of(path)
+    loading.refuse_unknown(document, _KEYS, str(path))
     if not isinstance(document.get("config"), str):
         raise ConfigError(f'{path}: it names no configuration to vary: add config = "FILE.toml"')
     source = path.parent / document["config"]
-    original = config.document_of(source)
-    config.parsed(original, source)  # so that each mistake is blamed where it was made
-    common = _merged(original, {key: document[key] for key in config.SECTIONS if key in document})
+    original = loading.document_of(source)
+    loading.parsed(original, source)  # so that each mistake is blamed where it was made
+    common = _merged(original, {key: document[key] for key in SECTIONS if key in document})
     if wanted := document.get("datasets"):
         if not isinstance(wanted, list):
             raise ConfigError(f'{path}: datasets = {wanted!r}: it must be a list, such as ["tweets", "nyt"]')
@@ -55,17 +56,17 @@ def read(path: Path, folder: Path) -> list[Variant]:
     variants = []
     for number, table in enumerate(tables, start=1):
         where = f"{path}: [[variant]] {table.get('name', number)!r}"
-        config.refuse_unknown(table, _VARIANT_KEYS, where)
+        loading.refuse_unknown(table, _VARIANT_KEYS, where)
         name, iterations = table.get("name"), table.get("iterations", document.get("iterations", 1))
-        config.check_name(name if isinstance(name, str) and name.isprintable() else "", where)
+        loading.check_name(name if isinstance(name, str) and name.isprintable() else "", where)
         if name == _COMPARED:
             raise ConfigError(f"{where}: {name!r} is where the variants are compared: give it another name")
         if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
             raise ConfigError(f"{where}: iterations = {iterations!r}: it must be a whole number, at least 1")
-        varied = _merged(common, {key: value for key, value in table.items() if key in config.SECTIONS})
+        varied = _merged(common, {key: value for key, value in table.items() if key in SECTIONS})
         varied["dataset"] = _with_datasets(common.get("dataset", []), table.get("dataset", {}), where)
         try:
-            config.parsed(varied, source)
+            loading.parsed(varied, source)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error.message}") from None
         variants.append(Variant(str(name), iterations, tomli_w.dumps(_moved(varied, source.parent, folder))))
@@ -96,7 +97,7 @@ def _moved(document: Mapping[str, Any], old: Path, new: Path) -> dict[str, Any]:
     """The document as it reads from another folder: local paths are relative to where it lies."""
 
     def located(reference: str) -> str:
-        place = Path(config.located(reference, old))
+        place = Path(loading.located(reference, old))
         return os.path.relpath(place, new.resolve()) if place.is_absolute() else reference
 
     moved = dict(document)

@@ -5,7 +5,6 @@ lies between: verdicts, weights, the length of the step, the manifest.
 """
 
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -17,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.config.loading import as_record, identity
+from coldctl.config.settings import FuseConfig
+from coldctl.config.values import Scale
 from coldctl.core import charts, foreign, layout, manifest, merge
 from coldctl.core.candidates import Candidate
 from coldctl.core.checkpoint import (
@@ -28,7 +30,6 @@ from coldctl.core.checkpoint import (
     with_common_rows,
 )
 from coldctl.core.compatibility import compare, other_base
-from coldctl.core.config import FuseConfig, as_record, identity
 from coldctl.core.decoded import RelativeCheckpoint
 from coldctl.core.describe import bare_config
 from coldctl.core.documents import JSON_LIMIT, NUMBER, json_value, misfit, toml_table
@@ -57,36 +58,16 @@ from coldctl.core.statistics import UpdateStatistics, names_of, outliers
 from coldctl.core.storage import open_folder
 from coldctl.core.writing import Without, write
 
-_SCALE = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\*)?auto|(?P<fixed>[0-9.eE+-]+)")
 # What a fused model tells of its contributions' training.
 _TRAINING = ("epochs", "batch_size", "learning_rate", "max_length", "lora_rank", "send", "seed")
 _HARDWARE = ("device", "machine", "threads", "training_seconds")
 _EXAMPLES_SHARE = 2.0  # with --weights examples nobody counts for more than this many equal shares
 
 
-@dataclass(frozen=True)
-class Scale:
-    """λ, fixed or as a multiple of the automatic one."""
-
-    value: float
-    automatic: bool
-
-
 def check_config(config: FuseConfig) -> Scale:
     """Settings that do not go together are refused before anything is read. Raises ConfigError."""
-    match = _SCALE.fullmatch(config.scale)
-    try:
-        scale = (
-            Scale(float((match["factor"] or 1) if match["fixed"] is None else match["fixed"]), match["fixed"] is None)
-            if match
-            else None
-        )
-    except ValueError:
-        scale = None
-    if scale is None or not math.isfinite(scale.value):
-        raise ConfigError(f"--scale {config.scale}: give a number, auto, or a multiple such as 1.5*auto")
-    plain = scale == Scale(1.0, automatic=False)
-    if config.outer_optimizer != "none" and not plain:
+    scale = config.scale
+    if config.outer_optimizer != "none" and scale != Scale():
         raise ConfigError("--scale and --outer-optimizer exclude each other: --outer-lr is the length of the step")
     if scale.automatic and config.method in PER_TENSOR:
         raise ConfigError(f"--scale auto does not go with {config.method}, which finds its own length: give a number")
@@ -98,16 +79,10 @@ def check_config(config: FuseConfig) -> Scale:
         raise ConfigError(
             "--leave-one-out goes with linear methods only: --method mean or task-arithmetic, a fixed --scale"
         )
-    if config.density > 1:
-        raise ConfigError(f"--density {config.density}: it is a share, give at most 1")
-    if config.dtype is not None and config.dtype not in DTYPE_NAMES:
-        raise ConfigError(f"--dtype {config.dtype}: choose one of {', '.join(DTYPE_NAMES)}")
     if config.trusted_keys is not None and not config.verify:
         raise ConfigError(
             "--no-verify and --trusted-keys exclude each other: a signature says nothing of files not looked at"
         )
-    if not 0 <= config.position <= 1:
-        raise ConfigError(f"--position {config.position}: it lies between 0 (the first model) and 1 (the second)")
     return scale
 
 

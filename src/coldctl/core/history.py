@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coldctl.core.config import FuseConfig
+from coldctl.config.settings import FuseConfig
 from coldctl.core.manifest import Manifest
 from coldctl.core.text import code, markdown
 

@@ -17,10 +17,10 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from coldctl.config.settings import FuseConfig
 from coldctl.core import layout, manifest, merge
 from coldctl.core.blocks import Block, Digester, Stretch, cut, read_blocks, stretches
 from coldctl.core.checkpoint import Checkpoint, body_digest, outside_body_digest
-from coldctl.core.config import FuseConfig
 from coldctl.core.errors import CheckpointError
 from coldctl.core.manifest import Manifest
 from coldctl.core.merge import Array

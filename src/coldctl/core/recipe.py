@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from coldctl.config.settings import FuseConfig
 from coldctl.core import merge
 from coldctl.core.blocks import Block
-from coldctl.core.config import FuseConfig
 from coldctl.core.merge import Array
 
 WEIGHTED = ("mean", "task-arithmetic", "multi-krum", "geometric-median")  # one weight per contribution

@@ -5,8 +5,8 @@ import typing
 from types import NoneType
 from typing import Any
 
+from coldctl.config.settings import PROTOCOLS, Metric
 from coldctl.core import layout
-from coldctl.core.config import PROTOCOLS, Metric
 from coldctl.core.documents import JSON_LIMIT, MAYBE_TEXT, Shape, json_value, misfit
 from coldctl.core.errors import ManifestError
 from coldctl.core.location import Location

@@ -5,17 +5,17 @@ from typing import Any
 
 from torch import nn
 
+from coldctl.config.settings import FinetuneConfig
 from coldctl.core import layout, trainable
 from coldctl.core.adapters import open_adapter
 from coldctl.core.bare import write_body, write_config
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
-from coldctl.core.config import FinetuneConfig, size_in_bytes
 from coldctl.core.deltas import ENCODINGS, open_delta, write_delta
 from coldctl.core.progress import Progress
 from coldctl.core.residuals import account
 from coldctl.core.storage import LocalFolder
 
-_SHARD = "5GB"  # larger bodies are written in several files
+_SHARD = 5_000_000_000  # bytes; larger bodies are written in several files
 _WHOLE = "whole"  # below the training's own folder: the trained model as it is, until what is sent of it is written
 
 
@@ -46,7 +46,7 @@ def write_weights(
     model.save_pretrained(whole)  # type: ignore[operator]
     source = open_checkpoint(LocalFolder(whole), name)
     if encoding == "body":
-        write_body(source, folder, None, size_in_bytes(_SHARD), progress, f"{name}: write the body")
+        write_body(source, folder, None, _SHARD, progress, f"{name}: write the body")
         write_config(source, folder, None)
         return
     if encoding != "delta-int8":

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coldctl.config.loading import check_name
 from coldctl.core import layout
-from coldctl.core.config import check_name
 from coldctl.core.documents import json_value
 from coldctl.core.errors import CheckpointError, ColdctlError, ConfigError, ManifestError, ModelError
 from coldctl.core.manifest import Manifest, digest_of_reader, parse

@@ -13,10 +13,10 @@ from typing import Protocol
 
 import numpy as np
 
+from coldctl.config.settings import FuseConfig
 from coldctl.core import layout, merge
 from coldctl.core.blocks import Block
 from coldctl.core.checkpoint import DTYPES, FLOATING, Checkpoint, Tensor, digest_prelude
-from coldctl.core.config import FuseConfig, size_in_bytes
 from coldctl.core.location import Location
 from coldctl.core.merge import Array
 from coldctl.core.storage import open_folder
@@ -82,7 +82,7 @@ def target_in(folder: Location, base: Checkpoint, config: FuseConfig, state: str
         if tensor.floating or not state
     ]
     single = layout.outer_state(state) if state else None
-    return Target(folder, tuple(file_order(layouts)), size_in_bytes(config.max_shard_size), single)
+    return Target(folder, tuple(file_order(layouts)), config.max_shard_size, single)
 
 
 class Sink(Protocol):

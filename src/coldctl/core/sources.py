@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from coldctl.core.config import DatasetConfig
+from coldctl.config.settings import DatasetConfig
 from coldctl.core.documents import json_row
 from coldctl.core.errors import DataError
 from coldctl.core.parquet_pages import largest_repeated

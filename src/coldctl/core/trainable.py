@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from coldctl.config.settings import FinetuneConfig
 from coldctl.core import layout
-from coldctl.core.config import FinetuneConfig
 from coldctl.core.errors import ConfigError
 from coldctl.core.model import body_of
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from coldctl.common.digests import derived_seed
+from coldctl.config.settings import FinetuneConfig
 from coldctl.core import training_state
 from coldctl.core.acceleration import Masks, UsedRows, fast_dropout, first_token_only
-from coldctl.core.config import FinetuneConfig
 from coldctl.core.errors import CheckpointError, DeclinedError
 from coldctl.core.model import Encoded, body_of, check_vocabulary, collate
 from coldctl.core.progress import Progress

@@ -17,20 +17,14 @@ from typing import Any
 import numpy as np
 
 from coldctl.common.digests import derived_seed, digest_of
+from coldctl.config.loading import as_record, identity
+from coldctl.config.settings import PROTOCOLS, DatasetConfig, EvaluateConfig, FinetuneConfig
 from coldctl.core import cells as cell_files
 from coldctl.core import curves, data, feature_cache, foreign, layout, manifest, output, run, scoring
 from coldctl.core import results as results_file
 from coldctl.core.candidates import free_names
 from coldctl.core.charts import curve_chart, gain_chart
 from coldctl.core.checkpoint import body_digest, open_checkpoint
-from coldctl.core.config import (
-    PROTOCOLS,
-    DatasetConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    as_record,
-    identity,
-)
 from coldctl.core.errors import ConfigError, DataError, ModelError, OutputError
 from coldctl.core.location import Location, locate
 from coldctl.core.page import page

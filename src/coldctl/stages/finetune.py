@@ -13,18 +13,11 @@ from typing import Any
 import numpy as np
 
 from coldctl.common.digests import derived_seed
+from coldctl.config.loading import as_record, check_name, identity
+from coldctl.config.settings import DatasetConfig, FinetuneConfig, contributors_of, settled_finetuning
 from coldctl.core import data, foreign, layout, manifest, output, residuals, run, scoring, team
 from coldctl.core.charts import training_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
-from coldctl.core.config import (
-    DatasetConfig,
-    FinetuneConfig,
-    as_record,
-    check_name,
-    contributors_of,
-    identity,
-    settled_finetuning,
-)
 from coldctl.core.deltas import ENCODINGS
 from coldctl.core.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
 from coldctl.core.location import Location, is_url, locate

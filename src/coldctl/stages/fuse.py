@@ -12,10 +12,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from coldctl.config.loading import ConfigFile, identity, resolve
+from coldctl.config.settings import FuseConfig
+from coldctl.config.values import Scale
 from coldctl.core import foreign, layout, manifest, output, run, signatures
 from coldctl.core.candidates import Candidate, gather
 from coldctl.core.checkpoint import CONFIG_LIMIT, DTYPES, Checkpoint, body_digest, open_checkpoint, outside_body
-from coldctl.core.config import ConfigFile, FuseConfig, identity, resolve
 from coldctl.core.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
 from coldctl.core.fusing import Fusion, check_config, fuse_identity, judge, model_name, presumed_base, stated_digest
 from coldctl.core.late import as_listed, counted_once, listed, waiting
@@ -233,7 +235,10 @@ def withdraw(
         )
     withdrawn = by_digest.get(used[name]["body_digest"])
     plain = (
-        config.method == "mean" and config.scale == "1" and config.outer_optimizer == "none" and not config.common_rows
+        config.method == "mean"
+        and config.scale == Scale()
+        and config.outer_optimizer == "none"
+        and not config.common_rows
     )
     if withdrawn is not None and withdrawn.checkpoint is not None:
         plain = plain and set(source.body) <= set(withdrawn.checkpoint.body) and used[name]["weight"] < 1

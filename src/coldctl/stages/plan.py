@@ -10,8 +10,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from coldctl.common.digests import digest_of
+from coldctl.config.loading import ConfigFile
+from coldctl.config.settings import RunConfig, contributors_of
 from coldctl.core import conditional, experiment, layout, manifest, output, placing, results, run, scoring
-from coldctl.core.config import ConfigFile, RunConfig, contributors_of
 from coldctl.core.errors import ConfigError, ManifestError, OutputError
 from coldctl.core.experiment import Variant
 from coldctl.core.location import Location, children

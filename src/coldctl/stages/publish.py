@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from coldctl.config.loading import as_record, check_name, identity
+from coldctl.config.settings import PublishConfig
 from coldctl.core import foreign, layout, manifest, output, privacy, results, tokenizer_files
 from coldctl.core.bare import WrittenBody, write_body, write_config
 from coldctl.core.card import Subject, card
 from coldctl.core.charts import gain_chart
 from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint
-from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
 from coldctl.core.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.core.location import Location, is_url
 from coldctl.core.manifest import Manifest
@@ -191,7 +192,7 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     """Make the whole repository in the directory of `sending`. Returns its manifest."""
     folder, config, progress = sending.folder, work.config, work.progress
     started = time.perf_counter()
-    body = write_body(work.source, folder, config.dtype, size_in_bytes(config.max_shard_size), progress)
+    body = write_body(work.source, folder, config.dtype, config.max_shard_size, progress)
     prove(work.source, body.source_digest)
     write_config(work.source, folder, config.dtype)
     if words := foreign.note_on(work.source.folder):
