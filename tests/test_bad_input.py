@@ -384,10 +384,10 @@ def test_ctrl_c_before_a_stage_has_begun() -> None:
         "import sys\n"
         "class Pressed:\n"
         "    def find_spec(self, name, *more):\n"
-        "        if name == 'coldctl.console': raise KeyboardInterrupt\n"
+        "        if name == 'coldctl.cli.screen': raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Pressed())\n"
         "sys.argv = ['coldctl', 'status', 'run']\n"
-        "from coldctl.cli import main\n"
+        "from coldctl.cli.app import main\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

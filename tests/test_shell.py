@@ -44,7 +44,7 @@ def test_light_commands_import_no_torch(arguments: str, tmp_path: Path, base: Pa
         "plan": plan,
     }.get(arguments, arguments.split())
     code = (
-        "import sys\nfrom coldctl.cli import app\n"
+        "import sys\nfrom coldctl.cli.app import app\n"
         "def go(line):\n    try: app(line, standalone_mode=False)\n    except SystemExit as e: assert not e.code, e\n"
         f"go({before!r}) if {before!r} else None\ngo({line!r})\n"
         "heavy = {'torch', 'transformers', 'sklearn', 'pandas', 'datasets', 'ray'} & set(sys.modules)\n"
@@ -76,7 +76,7 @@ def test_json_is_the_only_thing_on_stdout(
 
 
 def test_what_is_reported_after_its_end_draws_nothing() -> None:
-    from coldctl.console import Screen, _Bars
+    from coldctl.cli.screen import Screen, _Bars
 
     drawn = Progress(console=Console(file=io.StringIO()))
     bars = _Bars(drawn, Screen())

@@ -80,7 +80,7 @@ Choose = Callable[[Sequence[str]], Moment | None]
 def warm() -> None:
     """Import what the stages import, without starting a thread of torch's: a fork would not have it."""
 
-    import coldctl.cli
+    import coldctl.cli.app
     import coldctl.core.model
     import coldctl.core.probe
     import coldctl.core.proof
@@ -233,7 +233,7 @@ def _be_the_command(
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(moment.at), int(moment.at)))
         if moment and moment.kind == "time":
             _end_after(moment.at, group, answer)
-        from coldctl.cli import main
+        from coldctl.cli.app import main
 
         try:
             main()
