@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
+from coldctl.cli.app import app
+from coldctl.config.fields import settings_of
 from coldctl.config.loading import as_record, read, resolve
-from coldctl.config.settings import FinetuneConfig, FuseConfig, PublishConfig
+from coldctl.config.settings import SECTIONS, FinetuneConfig, FuseConfig, PublishConfig
 from conftest import Ran
 
 Run = Callable[..., Ran]
@@ -52,3 +56,62 @@ def test_records_are_canonical_and_those_of_the_defaults_stay_as_they_were(tmp_p
     (tmp_path / "c.toml").write_text("[fuse]\nscale = 2.50\nmax_shard_size = 1_500_000\nouter_momentum = -0.0\n")
     record = as_record(resolve(FuseConfig, read(tmp_path / "c.toml"), {}))
     assert (record["scale"], record["max_shard_size"], str(record["outer_momentum"])) == ("2.5", "1500KB", "0.0")
+
+
+BOOLEANS = [
+    (section, setting.name)
+    for section, kind in SECTIONS.items()
+    for setting in settings_of(kind).values()
+    if setting.type is bool
+]
+COMMANDS = {"run": "plan"}
+
+
+@pytest.mark.parametrize(("section", "kind"), SECTIONS.items())
+def test_every_setting_is_an_option_with_help_and_default(section: str, kind: type) -> None:
+    options = options_of(COMMANDS.get(section, section))
+    for setting in settings_of(kind).values():
+        option = options[setting.flag.partition("/")[0]]
+        assert option.help
+        assert "default: " in option.help
+        assert option.secondary_opts == ([f"--no-{setting.name.replace('_', '-')}"] if setting.type is bool else [])
+
+
+def test_every_option_of_every_command_has_a_help_text() -> None:
+    commands: Any = typer.main.get_command(app)
+    for name, command in commands.commands.items():
+        for parameter in command.params:
+            assert parameter.help, (name, parameter.name)
+
+
+@pytest.mark.parametrize(("section", "name"), BOOLEANS)
+def test_a_boolean_of_a_file_is_overridden_either_way(section: str, name: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    for value in (True, False):
+        path.write_text(f"[{section}]\n{name} = {str(value).lower()}\n")
+        assert getattr(resolve(SECTIONS[section], read(path), {}), name) is value
+        assert getattr(resolve(SECTIONS[section], read(path), {name: not value}), name) is not value
+
+
+def test_fuse_switches_off_what_a_file_switches_on(
+    tmp_path: Path, base: Path, contributions: Path, coldctl: Run
+) -> None:
+    (tmp_path / "c.toml").write_text("[fuse]\ncommon_rows = true\nverify = false\nstrict = true\n")
+    command = ("fuse", contributions, "--base", base, "--config", tmp_path / "c.toml", "--json", "--output")
+    config = coldctl(*command, tmp_path / "file").json["config"]
+    assert (config["common_rows"], config["verify"], config["strict"]) == (True, False, True)
+    ran = coldctl(*command, tmp_path / "flags", "--no-common-rows", "--verify", "--no-strict")
+    config = ran.json["config"]
+    assert (config["common_rows"], config["verify"], config["strict"]) == (False, True, False)
+
+
+def test_plan_takes_the_base_of_a_flag_before_that_of_the_file(tmp_path: Path, base: Path, coldctl: Run) -> None:
+    (tmp_path / "c.toml").write_text('[run]\nbase = "./nowhere"\n')
+    ran = coldctl("plan", tmp_path / "run", "--config", tmp_path / "c.toml", "--base", base)
+    assert (ran.code, ran.stdout) == (0, "001\n"), ran.stderr
+    assert "--config" in coldctl("plan", tmp_path / "run").stderr
+
+
+def options_of(command: str) -> dict[str, Any]:
+    commands: Any = typer.main.get_command(app)
+    return {option: parameter for parameter in commands.commands[command].params for option in parameter.opts}

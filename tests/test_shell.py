@@ -125,13 +125,6 @@ def test_shipped_configs_parse() -> None:
     assert all(dataset.path.startswith("hf:") for dataset in recycling.datasets)
 
 
-def test_flag_beats_file_beats_default(tmp_path: Path) -> None:
-    path = tmp_path / "c.toml"
-    path.write_text("[finetune]\nepochs = 3\nbatch_size = 8\n")
-    settings = loading.resolve(FinetuneConfig, loading.read(path), {"epochs": 4, "seed": None})
-    assert (settings.epochs, settings.batch_size, settings.learning_rate) == (4, 8, 5e-5)
-
-
 def test_prefixes_are_those_of_transformers() -> None:
     import transformers
     from transformers.models.auto import modeling_auto
