@@ -1,5 +1,7 @@
 """Settings: read from flags and files, checked, recorded; equal values are one identity, however they are written."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from coldctl.config.settings import SECTIONS, FinetuneConfig, FuseConfig, Publis
 from conftest import Ran
 
 Run = Callable[..., Ran]
+ROOT = Path(__file__).parents[1]
 
 
 def test_flag_beats_file_beats_default(tmp_path: Path) -> None:
@@ -110,6 +113,12 @@ def test_plan_takes_the_base_of_a_flag_before_that_of_the_file(tmp_path: Path, b
     ran = coldctl("plan", tmp_path / "run", "--config", tmp_path / "c.toml", "--base", base)
     assert (ran.code, ran.stdout) == (0, "001\n"), ran.stderr
     assert "--config" in coldctl("plan", tmp_path / "run").stderr
+
+
+def test_the_reference_page_is_current(tmp_path: Path) -> None:
+    script = [sys.executable, str(ROOT / "scripts/reference.py"), str(tmp_path / "reference.md")]
+    subprocess.run(script, check=True)
+    assert (tmp_path / "reference.md").read_text() == (ROOT / "docs/reference.md").read_text(), "run `make reference`"
 
 
 def options_of(command: str) -> dict[str, Any]:

@@ -125,6 +125,8 @@ def _words(default: Any) -> str:
         return "none, it must be given"
     if isinstance(default, bool):
         return "true" if default else "false"
+    if isinstance(default, float):
+        return f"{default:g}".replace("e-0", "e-")
     return ", ".join(default) if isinstance(default, tuple) else str(default)
 
 
