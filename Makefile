@@ -55,7 +55,7 @@ test-scale: $(ready)
 
 # What takes long: a round killed at 200 moments, 500 flipped bits, every stage on full and read-only disks.
 test-faults: $(ready)
-	FAULTS=all $(bin)/python -m pytest -s tests/faults tests/test_faults.py tests/test_corruption.py
+	FAULTS=all $(bin)/python -m pytest -s tests/faults tests/artifacts/test_disk_faults.py tests/artifacts/test_corruption.py
 
 # Every parser of strangers' bytes on 100,000 inputs, by atheris where it can be had. FUZZ="--only parquet --inputs 1000" for less.
 fuzz: $(ready)

@@ -64,7 +64,7 @@ def probe(options: argparse.Namespace) -> None:
     """One forward pass, the linear probe, and the Trainer's head, dataset by dataset."""
     import torch
 
-    from coldctl.core import model as models
+    from coldctl.training import model as models
 
     torch.set_num_threads(os.cpu_count() or 1)
     tokenizer, body = models.load_tokenizer(options.base), models.load_body(options.base)
@@ -106,16 +106,17 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
     """Seconds and test accuracy of each way, by turns."""
     import torch
 
+    from coldctl.common.progress import SILENT
     from coldctl.config.settings import DatasetConfig
-    from coldctl.core import data, scoring
-    from coldctl.core import model as models
-    from coldctl.core.probe import features
-    from coldctl.core.probe import probe as solve
-    from coldctl.core.progress import SILENT
-    from coldctl.core.training import sorted_batches
+    from coldctl.data import datasets
+    from coldctl.evaluation import scoring
+    from coldctl.evaluation.probe import features
+    from coldctl.evaluation.probe import probe as solve
+    from coldctl.training import model as models
+    from coldctl.training.loop import sorted_batches
 
     config = DatasetConfig(folder.name, str(folder), text_pair="text_pair" if has_pairs(folder) else None)
-    dataset = data.load(config, data.Limits(options.train, options.validation, options.test), 0)
+    dataset = datasets.load(config, datasets.Limits(options.train, options.validation, options.test), 0)
     splits = (dataset.train, dataset.validation, dataset.test)
     device = torch.device("cpu")
     seconds: dict[str, list[float]] = {key: [] for key in ("forward", "tokenize", "features", "solve")}

@@ -151,10 +151,10 @@ def ours(options: argparse.Namespace, splits: dict[str, list[dict[str, Any]]]) -
     import numpy as np
     import torch
 
+    from coldctl.common.progress import SILENT
     from coldctl.config.settings import FinetuneConfig
-    from coldctl.core import model as models
-    from coldctl.core.progress import SILENT
-    from coldctl.core.training import Examples, Head, Place, length_batches, predict, sorted_batches, train
+    from coldctl.training import model as models
+    from coldctl.training.loop import Examples, Head, Place, length_batches, predict, sorted_batches, train
 
     kind = json.loads((options.base / "config.json").read_text())["model_type"].replace("-", "_")
     importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")

@@ -124,27 +124,28 @@ def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
         return target
     import torch
 
+    from coldctl.common.progress import SILENT
     from coldctl.config import loading
     from coldctl.config.settings import FinetuneConfig
-    from coldctl.core import data, scoring
-    from coldctl.core import model as models
-    from coldctl.core.progress import SILENT
-    from coldctl.core.training import Examples, Head, Place, train
+    from coldctl.data import datasets
+    from coldctl.evaluation import scoring
+    from coldctl.training import model as models
+    from coldctl.training.loop import Examples, Head, Place, train
 
     file = loading.read(suite)
     settings = loading.resolve(FinetuneConfig, file, {"epochs": options.epochs * worth})
-    limits = data.Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
+    limits = datasets.Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
     tokenizer = models.load_tokenizer(options.base)
     heads = []
     for entry in file.datasets:
         if entry.role == "seen":
-            dataset = data.load(entry, limits, settings.seed)
+            dataset = datasets.load(entry, limits, settings.seed)
             model = models.load_classifier(options.base, dataset.labels, settings.seed)
             training, validation = (
                 Examples(models.encode(tokenizer, split.texts, split.pairs, settings.max_length), split.labels)
                 for split in (dataset.train, dataset.validation)
             )
-            measure = partial(scoring.score, data.metric_of(entry, dataset), validation.labels)
+            measure = partial(scoring.score, datasets.metric_of(entry, dataset), validation.labels)
             heads.append(Head(model, training, validation, measure))
     models.share_body([head.model for head in heads])
     place = Place(

@@ -35,12 +35,14 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from coldctl.artifacts import layout, manifest
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.common.digests import derived_seed
 from coldctl.config import loading
 from coldctl.config.settings import EvaluateConfig, FinetuneConfig, contributors_of
-from coldctl.core import data, layout, manifest, scoring
-from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
-from coldctl.core.storage import LocalFolder
+from coldctl.data import datasets
+from coldctl.evaluation import scoring
+from coldctl.storage.files import LocalFolder
 
 DEMO = ("amazon", "movies", "tweets", "nyt")
 METHODS: dict[str, str] = {
@@ -113,12 +115,14 @@ class Bench:
                 "finetune", "--suite", self.suite, "--base", self.base, "--output", self.honest, "--jobs", self.options.jobs
             )  # fmt: skip
         settings = loading.resolve(FinetuneConfig, loading.read(self.suite), {})
-        limits = data.Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
+        limits = datasets.Limits(
+            settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples
+        )
         for name, entry in self.contributors[: max(map(int, self.options.attackers.split(",")))]:
             target = self.scratch / "flipped" / name
             if not layout.is_complete(target):
                 folder = self.scratch / "flipped-data" / name
-                flip(data.load(entry, limits, settings.seed), folder, derived_seed(SEED, "flip", name))
+                flip(datasets.load(entry, limits, settings.seed), folder, derived_seed(SEED, "flip", name))
                 coldctl(
                     "finetune", folder, "--config", self.suite, "--base", self.base, "--output", target, "--name", name
                 )  # fmt: skip
@@ -212,18 +216,18 @@ class Scorer:
     def __init__(self, file: loading.ConfigFile, base: Path, folder: Path) -> None:
         self.settings = loading.resolve(EvaluateConfig, file, {})
         self.datasets, self.base, self.folder = file.datasets, base, folder
-        self.loaded: list[tuple[data.Dataset, list[Any]]] = []
+        self.loaded: list[tuple[datasets.Dataset, list[Any]]] = []
 
     def load(self) -> None:
         """Read the suite's datasets, tokenized by the base's tokenizer."""
-        from coldctl.core import model as models
+        from coldctl.training import model as models
 
-        limits = data.Limits(
+        limits = datasets.Limits(
             self.settings.max_train_examples, self.settings.max_validation_examples, self.settings.max_test_examples
         )
         self.tokenizer = models.load_tokenizer(self.base)
         for entry in self.datasets:
-            dataset = data.load(entry, limits, self.settings.seed)
+            dataset = datasets.load(entry, limits, self.settings.seed)
             splits = (dataset.train, dataset.validation, dataset.test)
             encoded = [
                 models.encode(self.tokenizer, split.texts, split.pairs, self.settings.max_length) for split in splits
@@ -238,7 +242,7 @@ class Scorer:
         for entry, (dataset, _), new, old in zip(
             self.datasets, self.loaded, self.predictions(model), self.predictions(clean), strict=True
         ):
-            truth, metric = dataset.test.labels, data.metric_of(entry, dataset)
+            truth, metric = dataset.test.labels, datasets.metric_of(entry, dataset)
             scores.append(scoring.score(metric, truth, new))
             gains.append(scores[-1] - scoring.score(metric, truth, old))
             outcome = scoring.Outcome(metric, truth, new[None], old[None])
@@ -250,9 +254,9 @@ class Scorer:
         """What the probe of each dataset predicts on its test split; computed once per body."""
         import torch
 
-        from coldctl.core import model as models
-        from coldctl.core.probe import features, probe
-        from coldctl.core.progress import SILENT
+        from coldctl.common.progress import SILENT
+        from coldctl.evaluation.probe import features, probe
+        from coldctl.training import model as models
 
         known = self.folder / f"{body_digest(opened(model)).removeprefix('sha256:')}.json"
         if not known.exists():
@@ -262,7 +266,7 @@ class Scorer:
                     features(body, part, "mean", self.tokenizer.pad_token_id, torch.device("cpu"), SILENT, "")
                     for part in encoded
                 )
-                metric = partial(scoring.score, data.metric_of(entry, dataset))
+                metric = partial(scoring.score, datasets.metric_of(entry, dataset))
                 answers, _, _ = probe(
                     (train, dataset.train.labels), (validation, dataset.validation.labels), test, metric
                 )
@@ -414,7 +418,7 @@ def forge(source: Path, target: Path, body: Body) -> None:
     manifest.write(target, document)
 
 
-def flip(dataset: data.Dataset, folder: Path, seed: int) -> None:
+def flip(dataset: datasets.Dataset, folder: Path, seed: int) -> None:
     """The dataset with wrong labels: another class, drawn at random; with two classes, half of them are flipped."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)

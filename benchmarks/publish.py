@@ -98,7 +98,7 @@ def make_model(scratch: Path) -> Path:
     import torch
     import transformers
 
-    from tiny import make_tokenizer
+    from helpers.tiny import make_tokenizer
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -137,10 +137,10 @@ def _contributions(folder: Path) -> list[Path]:
 
 def _derive(whole: Path, folder: Path, send: str) -> None:
     """The contributions of `whole` as differences: what `finetune --send` writes of the same training."""
-    from coldctl.core import manifest
-    from coldctl.core.checkpoint import body_digest, open_checkpoint
-    from coldctl.core.deltas import open_delta, write_delta
-    from coldctl.core.storage import LocalFolder
+    from coldctl.artifacts import manifest
+    from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
+    from coldctl.checkpoints.deltas import open_delta, write_delta
+    from coldctl.storage.files import LocalFolder
 
     base = open_checkpoint(LocalFolder(BASE), "base")
     for contribution in _contributions(whole):

@@ -62,10 +62,10 @@ def _make(scratch: Path, count: int) -> int:
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    from coldctl.core.checkpoint import body_digest, open_checkpoint
-    from coldctl.core.deltas import open_delta, write_delta
-    from coldctl.core.encodings import open_contribution
-    from coldctl.core.storage import LocalFolder
+    from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
+    from coldctl.checkpoints.deltas import open_delta, write_delta
+    from coldctl.checkpoints.formats import open_contribution
+    from coldctl.storage.files import LocalFolder
 
     base = open_checkpoint(LocalFolder(BASE), "base")
     digest = body_digest(base)
@@ -108,7 +108,7 @@ def _adapter(scratch: Path) -> Path:
 
 
 def _manifest(folder: Path, encoding: str, body: str, base: str) -> None:
-    from coldctl.core import manifest
+    from coldctl.artifacts import manifest
 
     manifest.write(
         folder,

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 def store(options: argparse.Namespace) -> str:
     """Make contributions, store them, measure by turns, and say it in Markdown."""
-    from s3_server import serving
+    from helpers.s3_server import serving
 
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="benchmark-", dir=options.scratch)))
@@ -66,7 +66,7 @@ def _row(server: Any, count: int, runs: int) -> str:
 
 def _requests(server: Any, count: int) -> float:
     """Requests per contribution of a fuse whose answers nothing else waits for, counted by a proxy."""
-    from unreliable import Faults, unreliable
+    from helpers.unreliable import Faults, unreliable
 
     with unreliable(server.endpoint, Faults()) as (endpoint, counted):
         command = (sys.executable, "-m", "coldctl", "fuse", f"{server.url}/{count}", "--base", f"{server.url}/base",

@@ -29,9 +29,9 @@ LEAST = 85.0  # percent
 SECONDS = 120  # a mutant that takes longer runs in circles: noticed
 # Fast ones, without models.
 TESTS = {
-    "merge": ("tests/test_merge.py",),
-    "checkpoint": ("tests/test_headers.py",),
-    "manifest": ("tests/test_manifest.py",),
+    "merge": ("tests/fusing/test_methods.py",),
+    "checkpoint": ("tests/checkpoints/test_header.py",),
+    "manifest": ("tests/artifacts/test_manifest.py",),
 }
 _COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),

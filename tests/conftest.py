@@ -14,8 +14,8 @@ import pytest
 from s3fs import S3FileSystem
 from typer.testing import CliRunner, Result
 
-import tiny
-from s3_server import S3, serving
+from helpers import tiny
+from helpers.s3_server import S3, serving
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

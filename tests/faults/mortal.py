@@ -9,6 +9,7 @@ longer than n bytes (`bytes`), or after a time (`time`).
 """
 
 import array
+import importlib
 import json
 import os
 import random
@@ -80,16 +81,19 @@ Choose = Callable[[Sequence[str]], Moment | None]
 def warm() -> None:
     """Import what the stages import, without starting a thread of torch's: a fork would not have it."""
 
-    import coldctl.cli.app
-    import coldctl.core.model
-    import coldctl.core.probe
-    import coldctl.core.proof
-    import coldctl.core.training
-    import coldctl.stages.evaluate
-    import coldctl.stages.finetune
-    import coldctl.stages.fuse
-    import coldctl.stages.plan
-    import coldctl.stages.publish  # noqa: F401
+    for name in (
+        "coldctl.cli.app",
+        "coldctl.training.model",
+        "coldctl.evaluation.probe",
+        "coldctl.publishing.load_check",
+        "coldctl.training.loop",
+        "coldctl.commands.evaluate",
+        "coldctl.commands.finetune",
+        "coldctl.commands.fuse",
+        "coldctl.commands.plan",
+        "coldctl.commands.publish",
+    ):
+        importlib.import_module(name)
 
 
 def run(

@@ -27,9 +27,9 @@ import mortal
 import pytest
 from mortal import KINDS, Kind, Moment, Script
 
-import tiny
-from coldctl.core import layout, manifest
+from coldctl.artifacts import layout, manifest
 from conftest import suite_text
+from helpers import tiny
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("KILLS", "200"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from targets import Target
 
-from coldctl.core.errors import ColdctlError
+from coldctl.common.errors import ColdctlError
 
 SECONDS = 1.0  # of processor time that one input may cost
 MEGABYTES = 200  # that all inputs together may add to the process, so that no single one can

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from coldctl.artifacts import signatures
+from coldctl.checkpoints import writer
 from coldctl.common.digests import digest_of
-from coldctl.core import signatures, weights
 
 BODY: dict[str, tuple[int, ...]] = {
     "embeddings.word_embeddings.weight": (6, 4),
@@ -33,8 +34,8 @@ ADAPTER = {
 
 
 def tensors_file(shapes: dict[str, tuple[int, ...]], dtype: str = "F32") -> bytes:
-    layouts = weights.file_order([weights.Layout(name, dtype, shape) for name, shape in shapes.items()])
-    return weights.header(layouts) + bytes(sum(item.nbytes for item in layouts))
+    layouts = writer.file_order([writer.Layout(name, dtype, shape) for name, shape in shapes.items()])
+    return writer.header(layouts) + bytes(sum(item.nbytes for item in layouts))
 
 
 def prefixed(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -325,10 +326,10 @@ DELTA_INT8: dict[str, tuple[int, ...]] = {
 
 def delta_int8() -> bytes:
     wide = [
-        weights.Layout(name, "F32" if name.endswith(".scale") else "I8", shape) for name, shape in DELTA_INT8.items()
+        writer.Layout(name, "F32" if name.endswith(".scale") else "I8", shape) for name, shape in DELTA_INT8.items()
     ]
-    ordered = weights.file_order(wide)
-    return weights.header(ordered) + bytes(np.zeros(sum(item.nbytes for item in ordered), np.uint8))
+    ordered = writer.file_order(wide)
+    return writer.header(ordered) + bytes(np.zeros(sum(item.nbytes for item in ordered), np.uint8))
 
 
 LORA_NAME = "base_model.model.bert.encoder.layer.0.attention.self.query"

@@ -17,29 +17,19 @@ from pathlib import Path
 import mutations
 import samples
 
+from coldctl.artifacts import layout, lineage, manifest, run, signatures
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
+from coldctl.checkpoints.formats import open_contribution
 from coldctl.config import loading
 from coldctl.config.settings import SECTIONS, DatasetConfig, contributors_of
-from coldctl.core import (
-    data,
-    experiment,
-    foreign,
-    fusing,
-    history,
-    layout,
-    licenses,
-    lineage,
-    manifest,
-    report,
-    results,
-    run,
-    signatures,
-    tokenizer_files,
-)
-from coldctl.core.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
-from coldctl.core.compatibility import compare
-from coldctl.core.encodings import open_contribution
-from coldctl.core.sources import FORMATS
-from coldctl.core.storage import LocalFolder
+from coldctl.data import datasets as data
+from coldctl.data.sources import FORMATS
+from coldctl.evaluation import markdown, results
+from coldctl.fusing import fusion
+from coldctl.fusing.compatibility import compare
+from coldctl.publishing import experiment, history, licenses, tokenizer
+from coldctl.storage.files import LocalFolder
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ def examine(folder: Path) -> None:
     """Open a contribution, hold it against the base, and read all of it, as fuse and check do."""
     found = open_contribution(LocalFolder(folder), "it", base(), allow_pickle=True)
     compare(base(), found, None, allow_other_base=False)
-    foreign.note(found.config)
+    sanitize.note(found.config)
     try:
         body_digest(found)
     finally:
@@ -106,10 +96,10 @@ def read_run(folder: Path) -> None:
 
 def show_results(folder: Path) -> None:
     found = results.read(folder)
-    report.markdown(found, [])
+    markdown.markdown(found, [])
     for model in found["models"]:
-        for protocol in report.protocols_of(found, model["name"]):
-            report.headline(found, model["name"], protocol)
+        for protocol in markdown.protocols_of(found, model["name"]):
+            markdown.headline(found, model["name"], protocol)
 
 
 def of_parquet(rng: random.Random, data_: bytes) -> bytes:
@@ -141,13 +131,13 @@ def read_experiment(folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> None:
-    fusing._weights_file(next(path for path in folder.iterdir() if path.stem == "weights"))
+    fusion._weights_file(next(path for path in folder.iterdir() if path.stem == "weights"))
 
 
 def copy_tokenizer(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="coldctl-fuzz-", dir=folder.parent) as target:
-        tokenizer_files.copy(LocalFolder(folder), Path(target))
-    with foreign.tokenizer_of(LocalFolder(folder)):
+        tokenizer.copy(LocalFolder(folder), Path(target))
+    with sanitize.tokenizer_of(LocalFolder(folder)):
         pass
 
 

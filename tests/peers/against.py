@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import tiny
 from conftest import Ran, run_coldctl
+from helpers import tiny
 
 Body = dict[str, NDArray[np.float64]]  # tensors by name without the body's prefix, widened to float64
 

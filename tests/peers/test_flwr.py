@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from against import Body, Siblings, assert_equal, fuse, make_siblings, read_body, write_weights
 
-import tiny
+from helpers import tiny
 
 aggregate: Any = pytest.importorskip("flwr.server.strategy.aggregate")
 

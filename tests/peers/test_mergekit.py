@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from against import Body, Siblings, assert_equal, fuse, make_siblings, read_body, write_weights
 
-import tiny
+from helpers import tiny
 
 pytest.importorskip("mergekit")
 

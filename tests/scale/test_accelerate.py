@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import test_finetune
+
 from conftest import Ran
 
 

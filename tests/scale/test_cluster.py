@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 import test_ray
-import tiny
-from conftest import Ran, suite_text
-from made import contents
-from s3_server import S3
 from test_ray import KINDS, KINDS_IN_A_STORE
+
+from conftest import Ran, suite_text
+from helpers import tiny
+from helpers.made import contents
+from helpers.s3_server import S3
 
 pytest.importorskip("ray")
 

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from conftest import Ran, suite_text
-from offers import offer
+from helpers.offers import offer
 
 Run = Callable[..., Ran]
 CONTRIBUTORS, ITERATIONS = 1000, 8

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import tiny
 from conftest import Ran
+from helpers import tiny
 
 PYTHON = os.environ.get("TENSORFLOW_PYTHON", "")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="TENSORFLOW_PYTHON is not set: see make test-tensorflow")

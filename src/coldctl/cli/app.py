@@ -14,7 +14,7 @@ from coldctl import __version__
 from coldctl.cli import check, evaluate, finetune, fuse, publish, runs
 from coldctl.cli.boundary import INTERRUPTED, interrupted
 from coldctl.cli.options import with_options
-from coldctl.core.text import printable
+from coldctl.common.text import printable
 
 app = typer.Typer(
     name="coldctl",

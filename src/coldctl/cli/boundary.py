@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from coldctl.cli.options import Common
-from coldctl.core.errors import ColdctlError, OutputError
-from coldctl.core.location import raised_by_store
+from coldctl.common.errors import ColdctlError, OutputError
+from coldctl.storage.location import raised_by_store
 
 if TYPE_CHECKING:
     from coldctl.cli.screen import Screen

@@ -7,7 +7,7 @@ import typer
 
 from coldctl.cli.boundary import boundary
 from coldctl.cli.options import Common, Revision
-from coldctl.core.errors import ConfigError, DeclinedError
+from coldctl.common.errors import ConfigError, DeclinedError
 
 
 def check(
@@ -33,11 +33,11 @@ def check(
 ) -> None:
     """Say whether checkpoints would fuse, from their headers alone, in milliseconds."""
     with boundary(common) as screen:
+        from coldctl.artifacts import model_ref
         from coldctl.cli.tables import check_table
-        from coldctl.core import reference
-        from coldctl.stages import check as stage
+        from coldctl.commands import check as stage
 
-        model = reference.resolve(base, revision) if base else None
+        model = model_ref.resolve(base, revision) if base else None
         with screen.progress() as progress:
             report = stage.check(
                 checkpoints, model, deep=deep, verify_key=verify_key, trusted_keys=trusted_keys, progress=progress
@@ -65,9 +65,9 @@ def lineage(
 ) -> None:
     """Show where a model came from: pretrained model, iterations, contributions accepted and refused."""
     with boundary(common) as screen:
+        from coldctl.artifacts import model_ref
         from coldctl.cli.tables import carriers_table, lineage_tree
-        from coldctl.core import reference
-        from coldctl.stages import lineage as stage
+        from coldctl.commands import lineage as stage
 
         if signer is not None:
             carriers = stage.carriers(models, signer)
@@ -84,6 +84,6 @@ def lineage(
             return
         if len(models) > 1:
             raise ConfigError("the lineage of one MODEL is shown at a time: give one, or --signer to search several")
-        generations = stage.lineage(reference.resolve(models[0]))
+        generations = stage.lineage(model_ref.resolve(models[0]))
         screen.show(lineage_tree(generations))
         screen.result({"lineage": generations})

@@ -8,10 +8,10 @@ import typer
 
 from coldctl.cli.boundary import boundary
 from coldctl.cli.options import Flags, Revision, Workers, suite_of
+from coldctl.common.errors import DeclinedError
 from coldctl.config.loading import resolve
 from coldctl.config.settings import EvaluateConfig, FinetuneConfig
-from coldctl.core.errors import DeclinedError
-from coldctl.core.location import locate
+from coldctl.storage.location import locate
 
 
 def evaluate(
@@ -42,16 +42,17 @@ def evaluate(
 ) -> None:
     """Measure whether models are better base models than a baseline, with intervals, on a suite of datasets."""
     with boundary(common) as screen:
+        from coldctl.artifacts import model_ref
         from coldctl.cli.tables import evaluation_tables
-        from coldctl.core import reference, scoring
-        from coldctl.stages import evaluate as stage
+        from coldctl.commands import evaluate as stage
+        from coldctl.evaluation import scoring
 
         engine = common.workers(threads=common.threads)
         datasets, file = suite_of(suite, common.config)
         settings = resolve(EvaluateConfig, file, {**flags, "seed": common.seed})
         finetuning = resolve(FinetuneConfig, file, {"seed": common.seed})
         candidates = stage.candidates_of(models, revision)
-        against = reference.resolve(baseline, revision) if baseline else stage.default_baseline(candidates[0].model)
+        against = model_ref.resolve(baseline, revision) if baseline else stage.default_baseline(candidates[0].model)
         with screen.progress() as progress, closing(engine):
             done = stage.evaluate(
                 candidates, against, datasets, locate(output), settings, finetuning,

@@ -12,14 +12,14 @@ import typer
 
 from coldctl.cli.boundary import boundary
 from coldctl.cli.options import Base, Flags, Workers, suite_of
+from coldctl.common.errors import ColdctlError, ConfigError, DeclinedError, OutputError
 from coldctl.config.loading import resolve
 from coldctl.config.settings import DatasetConfig, FinetuneConfig
-from coldctl.core.errors import ColdctlError, ConfigError, DeclinedError, OutputError
-from coldctl.core.location import locate
+from coldctl.storage.location import locate
 
 if TYPE_CHECKING:
     from coldctl.cli.screen import Screen
-    from coldctl.stages.finetune import Job, Watching
+    from coldctl.commands.finetune import Job, Watching
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Logs:
 
     def watching(self) -> "Watching":
         """Return what the training needs to know of it. Raises ConfigError."""
-        from coldctl.core.training_log import check_kind
-        from coldctl.stages.finetune import Watching
+        from coldctl.commands.finetune import Watching
+        from coldctl.training.logs import check_kind
 
         if self.log is not None:
             check_kind(self.log)
@@ -95,15 +95,15 @@ def finetune(
     ] = None,
 ) -> None:
     """Make a contribution: train body and head on one dataset, or one contribution per seen dataset of a suite."""
-    from coldctl.core import team
+    from coldctl.training import distributed
 
     rank = os.environ.get("RANK", "0")
     follows = rank.isdecimal() and rank != "0" and "WORLD_SIZE" in os.environ
     with boundary(common, mute=follows) as screen:
-        from coldctl.core import data as datasets
-        from coldctl.stages import finetune as stage
+        from coldctl.commands import finetune as stage
+        from coldctl.data import datasets
 
-        alone = team.find().size == 1
+        alone = distributed.find().size == 1
         if not alone and common.engine != "local":
             raise ConfigError(f"--engine {common.engine} does not go with torchrun: leave one of them out")
         engine = common.workers(threads=common.threads if alone else None, jobs=None if alone else 1)
@@ -129,7 +129,7 @@ def finetune(
             work = [stage.single_job(dataset, model, output, settings, name=target.name, **more)]
         with screen.progress() as progress, closing(engine):
             outcomes = stage.finetune_all(work, engine, progress, lambda done: progress.note(_line(done)))
-            team.disband()
+            distributed.disband()
         _show(screen, work, outcomes)
 
 

@@ -8,10 +8,10 @@ import typer
 
 from coldctl.cli.boundary import boundary
 from coldctl.cli.options import Base, Distributed, Flags
+from coldctl.common.errors import ConfigError
 from coldctl.config.loading import read, resolve
 from coldctl.config.settings import FuseConfig
-from coldctl.core.errors import ConfigError
-from coldctl.core.location import locate
+from coldctl.storage.location import locate
 
 
 def fuse(
@@ -37,8 +37,8 @@ def fuse(
 ) -> None:
     """Average the bodies of contributions into a better base model."""
     with boundary(common) as screen:
-        from coldctl.core import reference
-        from coldctl.stages import fuse as stage
+        from coldctl.artifacts import model_ref
+        from coldctl.commands import fuse as stage
 
         engine = common.workers(threads=1)
         file = read(common.config)
@@ -51,7 +51,7 @@ def fuse(
                 "overwrite": common.overwrite, "progress": progress, "old_bases": old_base or (), "engine": engine,
             }  # fmt: skip
             if without is not None:
-                fused = reference.resolve(contributions[0])
+                fused = model_ref.resolve(contributions[0])
                 done = stage.withdraw(fused, without, contributions[1:], model, place, settings, **more)
             else:
                 done = stage.fuse(contributions, model, place, settings, **more)

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coldctl.common.errors import ConfigError
 from coldctl.config.fields import Setting, settings_of
 from coldctl.config.loading import ConfigFile, read
 from coldctl.config.settings import SECTIONS, DatasetConfig
-from coldctl.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from coldctl.core.reference import Model
-    from coldctl.engines.jobs import Engine
+    from coldctl.artifacts.model_ref import Model
+    from coldctl.workers.jobs import Engine
 
 Flags = Mapping[str, Any]  # settings by name, as flags gave them
 Revision = Annotated[
@@ -169,7 +169,7 @@ class Distributed(Common):
 
     def workers(self, *, threads: int | None = None, jobs: int | None = None) -> "Engine":
         """Return the engine that was asked for. Raises ConfigError."""
-        from coldctl.engines import choose
+        from coldctl.workers import choose
 
         jobs = self.jobs if jobs is None else jobs
         return choose(self.engine, jobs=jobs, threads=threads, ray_address=self.ray_address)
@@ -199,9 +199,9 @@ class Base:
 
     def model(self) -> "Model":
         """Find the model. Raises ModelError."""
-        from coldctl.core import reference
+        from coldctl.artifacts import model_ref
 
-        return reference.resolve(self.base, self.revision)
+        return model_ref.resolve(self.base, self.revision)
 
 
 def suite_of(suite: Path | None, config: Path | None) -> tuple[tuple[DatasetConfig, ...], ConfigFile]:

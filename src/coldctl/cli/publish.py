@@ -10,7 +10,7 @@ from coldctl.cli.boundary import boundary
 from coldctl.cli.options import Common, Flags, Revision
 from coldctl.config.loading import read, resolve
 from coldctl.config.settings import PublishConfig
-from coldctl.core.location import locate
+from coldctl.storage.location import locate
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ def publish(
 ) -> None:
     """Turn a fused model into a repository that anyone can load, with a model card: here, in a store or on the Hub."""
     with boundary(common) as screen:
+        from coldctl.artifacts import model_ref
         from coldctl.cli.tables import files_table
-        from coldctl.core import reference
-        from coldctl.stages import publish as stage
+        from coldctl.commands import publish as stage
 
         settings = resolve(PublishConfig, read(common.config), flags)
-        source = reference.resolve(model, revision)
+        source = model_ref.resolve(model, revision)
         with screen.progress() as progress:
             target = stage.target_of(
                 sending.to, progress, private=sending.private, create_pr=sending.create_pr, dry_run=sending.dry_run

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coldctl.artifacts import layout
 from coldctl.cli.boundary import boundary
 from coldctl.cli.options import Common, Flags, Workers, suite_of
+from coldctl.common.errors import ConfigError
 from coldctl.config.loading import located, read, resolve
 from coldctl.config.settings import EvaluateConfig, FinetuneConfig, FuseConfig, RunConfig
 from coldctl.config.values import seconds_in
-from coldctl.core import layout
-from coldctl.core.errors import ConfigError
-from coldctl.core.location import locate
+from coldctl.storage.location import locate
 
 if TYPE_CHECKING:
     from coldctl.cli.screen import Screen
@@ -37,7 +37,7 @@ def status(
     """Show a run's iterations: what is complete, missing, running."""
     with boundary(common) as screen:
         from coldctl.cli.tables import status_table
-        from coldctl.stages import status as stage
+        from coldctl.commands import status as stage
 
         current = stage.status(locate(run))
         if evaluation and current.evaluation is None:
@@ -67,7 +67,7 @@ def plan(
 ) -> None:
     """Start or extend a run, and print the numbers of the iterations still to be made."""
     with boundary(common) as screen:
-        from coldctl.stages import plan as stage
+        from coldctl.commands import plan as stage
 
         if common.config is None:
             raise ConfigError("give --config FILE.toml: it names the suite and the settings of the run")
@@ -98,7 +98,7 @@ def variants(
 ) -> None:
     """Write the configurations that an experiment compares, and print each one's name and iterations."""
     with boundary(common) as screen:
-        from coldctl.stages import plan as stage
+        from coldctl.commands import plan as stage
 
         made = stage.variants(experiment, output)
         if common.as_json:
@@ -110,7 +110,7 @@ def variants(
 def promote(run: RunArgument, common: Plain) -> None:
     """Decide about the newest fused model of a run: it becomes the base, unless the gate says no."""
     with boundary(common) as screen:
-        from coldctl.stages import plan as stage
+        from coldctl.commands import plan as stage
 
         folder = locate(run)
         decision = stage.promote(folder)
@@ -150,7 +150,7 @@ def watch(
 ) -> None:
     """Fuse whenever enough contributions have come to a run, evaluate, promote, and wait for the next ones."""
     with boundary(common) as screen:
-        from coldctl import watch as watching
+        from coldctl.commands import watch as watching
 
         datasets, file = suite_of(suite, common.config)
         # Strangers may write to what is watched: unless the file says otherwise, what is bad is dropped and stops nobody.

@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-from coldctl.core.errors import ColdctlError, TeamError
-from coldctl.core.progress import SILENT, Progress
-from coldctl.core.text import json_document, printable
+from coldctl.common.errors import ColdctlError, TeamError
+from coldctl.common.progress import SILENT, Progress
+from coldctl.common.text import json_document, printable
 
 _LOG_WIDTH = 120  # columns of tables in logs, where nothing says how wide the reader is
 

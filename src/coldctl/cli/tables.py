@@ -8,8 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from coldctl.core.report import group_name
-from coldctl.core.text import printable
+from coldctl.common.text import printable
+from coldctl.evaluation.markdown import group_name
 
 _VERDICT_STYLE = {"better": "green", "worse": "red"}
 _SHORT_VERDICT = {"better": "better", "worse": "worse", "indistinguishable": "within noise", None: "one seed"}

@@ -1,1 +1,1 @@
-"""What every room needs: it imports nothing of ours."""
+"""Errors, progress, text, parsing and digests: what every room may use. It imports nothing of ours."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from coldctl.core.errors import ConfigError
+from coldctl.common.errors import ConfigError
 
 _TOO_LARGE = 1 << 63  # for any whole number
 _TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

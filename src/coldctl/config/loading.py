@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from coldctl.common.digests import LONGEST_NAME, digest_of
+from coldctl.common.errors import ConfigError
+from coldctl.common.parsing import TOML_LIMIT, toml_table
 from coldctl.config.fields import settings_of
 from coldctl.config.settings import SECTIONS, DatasetConfig, contributors_of
 from coldctl.config.values import Scale, Size
-from coldctl.core.documents import TOML_LIMIT, toml_table
-from coldctl.core.errors import ConfigError
 
 MOST_CONTRIBUTORS = 10_000  # of a suite
 _SHOWN = 60  # characters of a wrong key that a message spells out

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from coldctl.common.errors import ConfigError
 from coldctl.config.fields import about
 from coldctl.config.values import Scale, Size
-from coldctl.core.errors import ConfigError
 
 HIGHEST_RANK = 4096  # of a low-rank adapter
 _STEP = Scale(1.0)

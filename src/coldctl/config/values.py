@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from coldctl.core.errors import ConfigError
+from coldctl.common.errors import ConfigError
 
 _UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
 

@@ -1,0 +1,1 @@
+"""The directory contract: names, manifests, runs, atomic outputs, signatures."""

@@ -1,0 +1,98 @@
+"""What a MODEL on the command line means: a directory, a Hub id, a URL, or a RUN."""
+
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from coldctl.artifacts import layout, model_cache, run
+from coldctl.common.errors import ColdctlError, ModelError
+from coldctl.storage.files import Folder, open_folder
+from coldctl.storage.location import Location, is_url, locate
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A MODEL that was found: `place` is its local directory or URL, `name` how reports and manifests call it."""
+
+    name: str
+    place: str
+
+    @property
+    def folder(self) -> Folder:
+        """For reading ranges, without a copy."""
+        return open_folder(self.place)
+
+    def local(self) -> Path:
+        """A local directory with its files: a copy in the user's cache if it is in a store. Raises ModelError."""
+        return model_cache.fetched(self.place) if is_url(self.place) else Path(self.place)
+
+
+def memory_needed(model: Model, *, training: bool) -> int:
+    """About how many bytes a process takes that computes with a model, or trains it: what a cluster should keep free.
+
+    Training holds weights, gradients, AdamW's two states, the best weights so far and a copy to be written.
+    """
+    weights = 0
+    with suppress(ColdctlError):  # whoever opens the model in earnest says what is wrong with it
+        folder = model.folder
+        for name in folder.names():
+            if name.endswith(".safetensors"):
+                reader = folder.open(name)
+                weights += reader.size
+                reader.close()
+    return 6 * weights + (2 << 30) if training else 2 * weights + (1 << 30)
+
+
+def resolve(reference: str, revision: str | None = None) -> Model:
+    """Find a MODEL. A RUN stands for its newest promoted fused model, else its pretrained model.
+
+    Raises ModelError if it is nowhere, with what was tried.
+    """
+    path = locate(reference)
+    if is_url(reference) or path.is_dir():
+        if run.is_run(path):
+            found = run.read(path)
+            return resolve(found.base_model, found.revision)
+        return Model(_directory_name(path), str(path))
+    if path.exists():
+        raise ModelError(f"{reference} is a file: give the directory that holds the model")
+    if reference.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(reference):
+        raise ModelError(f"no directory {reference}: check the path")
+    return Model(reference, _from_hub(reference, revision))
+
+
+def _directory_name(path: Location) -> str:
+    """A directory's own name, or what it is inside a RUN; never more of the path."""
+    whole = path.resolve()
+    if whole.name == "fused" and whole.parent.name.startswith("iteration-"):
+        return whole.parent.name
+    return as_text(whole.name)
+
+
+def as_text(name: str) -> str:
+    """A file's name as text: one whose bytes are not UTF-8 could not be written down.
+
+    >>> as_text("a" + chr(0xDCFF))
+    'a?'
+    """
+    return name.encode("utf-8", "replace").decode()
+
+
+def _from_hub(name: str, revision: str | None) -> str:
+    """The local snapshot of a Hub model, downloaded if need be: weights as safetensors, config, tokenizer."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(layout.MODEL_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name!r} is no directory here and could not be fetched from the Hub{offline}: {reason}: "
+            "check the name, or give a local directory"
+        ) from None

@@ -1,0 +1,170 @@
+"""`run.json`: a run's pretrained model, config, target and decisions. Everything else is read off the folders.
+
+An iteration is decided when it stands in `iterations`; its fused model is then promoted or not. The next
+base model is the last promoted one, else the pretrained model.
+"""
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from coldctl.artifacts import layout
+from coldctl.common.errors import ConfigError, ManifestError, OutputError
+from coldctl.common.parsing import MAYBE_TEXT, json_value, misfit
+from coldctl.storage import conditional_write
+from coldctl.storage.conditional_write import Version
+from coldctl.storage.location import Location
+
+SCHEMA = 1
+_ITERATION = {"number!": int, "promoted!": bool, "body_digest!": str, "reason": MAYBE_TEXT}
+_SHAPE = {
+    "schema!": int, "base!": lambda text: isinstance(text, str) and text.isprintable(), "revision!": MAYBE_TEXT,
+    "config_digest!": str, "sample!": int, "seed!": int, "gate!": bool, "target!": int, "iterations!": [_ITERATION],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What was decided about one iteration."""
+
+    number: int
+    promoted: bool
+    body_digest: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as `run.json` holds it. `base` is a MODEL; a path in it is relative to the run's folder.
+
+    `version` is the file that it was read from: nobody else's decision is written over.
+    """
+
+    folder: Location
+    base: str
+    revision: str | None
+    config_digest: str
+    sample: int
+    seed: int
+    gate: bool
+    target: int
+    iterations: tuple[Iteration, ...] = ()
+    version: Version | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def decided(self) -> int:
+        """Number of iterations that are finished and decided."""
+        return len(self.iterations)
+
+    @property
+    def pretrained(self) -> str:
+        """The MODEL where iteration 1 starts, with a relative path made absolute."""
+        if self.base.startswith("."):
+            return str((self.folder / self.base).resolve())
+        return self.base
+
+    @property
+    def bases(self) -> dict[int, str]:
+        """The MODELs that contributors have started from, and will now, newest first.
+
+        By the newest iteration that starts from each: a contribution to it is made on that base.
+        """
+        place, newest = self.pretrained, {self.pretrained: 1}
+        for item in self.iterations:
+            place = str(layout.fused(self.folder, item.number)) if item.promoted else place
+            newest[place] = item.number + 1
+        return {number: place for place, number in reversed(newest.items())}
+
+    @property
+    def base_model(self) -> str:
+        """The MODEL that contributors start from now: the last promoted fused model, else the pretrained one."""
+        return next(iter(self.bases.values()))
+
+
+def is_run(path: Location) -> bool:
+    """Whether a directory is a RUN."""
+    return (path / layout.RUN).is_file()
+
+
+def _begun(folder: Location, number: int, own: Collection[str]) -> list[Location]:
+    """What an iteration has made itself so far, unfinished work included."""
+    contributions = layout.contributions(folder, number)
+    pieces = [
+        *(contributions / name for name in sorted(own)),
+        layout.fused(folder, number),
+        layout.evaluation(folder, number),
+    ]
+    return [place for piece in pieces for place in (piece, layout.partial(piece)) if place.exists()]
+
+
+def read(folder: Location) -> Run:
+    """Read `folder/run.json`. Raises ManifestError."""
+    path = folder / layout.RUN
+    version = conditional_write.read(path)
+    if version is None:
+        raise ManifestError(f"{folder} is not a run (it has no {layout.RUN}): start one with `coldctl plan`")
+    try:
+        document = json_value(version.data)
+        if place := misfit(document, _SHAPE):
+            raise ValueError(f"{place} is not what it should be")
+        if document["schema"] > SCHEMA:
+            raise ManifestError(f"{path} has schema {document['schema']}, newer than this program's: update coldctl")
+        return Run(
+            folder,
+            base=document["base"],
+            revision=document["revision"],
+            config_digest=document["config_digest"],
+            sample=document["sample"],
+            seed=document["seed"],
+            gate=document["gate"],
+            target=document["target"],
+            iterations=tuple(Iteration(**entry) for entry in document["iterations"]),
+            version=version,
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{path} is not a readable run file ({error}): restore it or start a new RUN") from None
+
+
+def write(run: Run) -> None:
+    """Write `run.json`, if it still is as `run` was read from it. Raises OutputError if another command was quicker."""
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "base": run.base,
+        "revision": run.revision,
+        "config_digest": run.config_digest,
+        "sample": run.sample,
+        "seed": run.seed,
+        "gate": run.gate,
+        "target": run.target,
+        "iterations": [vars(iteration) for iteration in run.iterations],
+    }
+    path, data = run.folder / layout.RUN, (json.dumps(document, indent=2) + "\n").encode()
+    version = run.version
+    if not (
+        conditional_write.create(path, data) if version is None else conditional_write.replace(path, data, version)
+    ):
+        raise OutputError(f"{path} was changed by another command at the same time: run the same command again")
+
+
+def extended(run: Run, planned: Run, iterations: int, own: Collection[str]) -> Run:
+    """An existing run, asked for `iterations` new ones under the settings of `planned`.
+
+    A target that is not met yet is kept, so that an interrupted call is finished and none is added.
+    `own` are the names of the suite's datasets: contributions that others have dropped begin no iteration.
+    Raises ConfigError if the base changed, or the settings changed in the middle of an iteration.
+    """
+    if planned.pretrained != run.pretrained or planned.revision != run.revision:
+        raise ConfigError(
+            f"{run.folder} started from {run.base}, the config now says {planned.base}: give a new RUN, or restore `base`"
+        )
+    number = run.decided + 1
+    begun = _begun(run.folder, number, own)
+    settings = (planned.config_digest, planned.sample, planned.seed)
+    if settings != (run.config_digest, run.sample, run.seed) and begun:
+        raise ConfigError(
+            f"the config changed in the middle of iteration {number} of {run.folder}: "
+            f"restore it to finish that iteration, or remove {', '.join(map(str, begun))} to start it again"
+        )
+    target = run.target if run.decided < run.target else run.decided + iterations
+    return replace(planned, iterations=run.iterations, target=target, version=run.version)

@@ -1,0 +1,1 @@
+"""Open, decode, verify and write tensors in files."""

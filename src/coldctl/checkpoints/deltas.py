@@ -1,0 +1,255 @@
+"""Contributions as differences from their base: bfloat16, or 8-bit integers with a scale per row.
+
+`delta.safetensors` names its tensors as the base's body does, without prefix, and holds the floating ones:
+
+- `delta-bf16`: NAME, the difference rounded to bfloat16;
+- `delta-int8`: NAME, 8-bit integers, and NAME.scale, float32, one number per row (the first dimension; a vector or a
+  scalar is one row). The difference is the product of both.
+
+There is never a head in it. A pooler may be missing, and then counts as the base's own.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coldctl.artifacts import layout
+from coldctl.checkpoints import header
+from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, read_manifest
+from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
+from coldctl.checkpoints.header import DTYPES, Tensor, read_header
+from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
+from coldctl.common.errors import CheckpointError
+from coldctl.storage.files import Folder
+
+ENCODINGS: Mapping[str, str] = {"delta-bf16": "BF16", "delta-int8": "I8"}  # and the dtype of their tensors
+_SCALE = ".scale"
+_LARGEST = 127  # of an 8-bit integer, on both sides of zero
+_PIECE = 1 << 20  # elements encoded at a time, in whole rows
+
+Array = NDArray[np.float64]
+
+
+@dataclass
+class DeltaCheckpoint(RelativeCheckpoint):
+    """The base plus a difference that is read, block by block, from `stored`, and multiplied by `scales` if there are any."""
+
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
+        """Decode elements from `start` on: base + difference in float64, rounded once."""
+        assert self.base is not None
+        name, dtype = tensor.file.removeprefix(DECODED), DTYPES[tensor.dtype]
+        stop = start + len(buffer) // dtype.itemsize
+        if stop == start:
+            return
+        step = self._stored(self.stored[name], start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named elsewhere
+            if name in self.scales:
+                columns = rows_of(tensor.shape)[1]
+                first, last = start // columns, -(-stop // columns)
+                counts = np.full(last - first, columns)
+                counts[0] = min(stop, (first + 1) * columns) - start
+                counts[-1] = stop - max(start, (last - 1) * columns)
+                step *= np.repeat(self._stored(self.scales[name], first, last), counts)
+            step += elements(self.base, name, start, stop)
+        buffer[:] = _bytes(header.rounded(step, dtype))
+
+    def _stored(self, tensor: Tensor, start: int, stop: int) -> Array:
+        values = np.empty(stop - start, DTYPES[tensor.dtype])
+        self.read_file(tensor.file, tensor.offset + start * values.itemsize, _bytes(values))
+        return values.astype(np.float64)
+
+
+def open_delta(folder: Folder, name: str, base: Checkpoint, encoding: str | None = None) -> DeltaCheckpoint:
+    """A difference as a checkpoint whose body is `base`'s with the difference added.
+
+    Everything that the header says is held against the base before anything is read. That `base` is the one it was made
+    from, its manifest says: `manifest["base"]`. `encoding` is given for what has no manifest yet. Raises CheckpointError.
+    """
+    where = f"{folder.label}/{layout.DELTA_WEIGHTS}"
+    manifest = read_manifest(folder) if encoding is None else None
+    if encoding is None:
+        if manifest is None:
+            raise CheckpointError(
+                f"{folder.label} has no {layout.MANIFEST}, which says from what it differs: fetch it again"
+            )
+        encoding = manifest.get("encoding", "")
+    if encoding not in ENCODINGS:
+        known_ones = ", ".join(ENCODINGS)
+        raise CheckpointError(f"{where} has the encoding {encoding!r}, this program knows {known_ones}: update coldctl")
+    reader = folder.open(layout.DELTA_WEIGHTS)
+    try:
+        tensors = read_header(reader, layout.DELTA_WEIGHTS, where)
+    finally:
+        reader.close()
+    _check_names(base, encoding)
+    stored: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    body: dict[str, Tensor] = {}
+    for tensor_name, known in base.body.items():
+        if not known.floating or (tensor_name not in tensors and is_pooler(tensor_name)):
+            continue
+        stored[tensor_name] = _expected(tensors, tensor_name, ENCODINGS[encoding], known.shape, where)
+        if encoding == "delta-int8":
+            scale_shape = (rows_of(known.shape)[0],)
+            scales[tensor_name] = _expected(tensors, tensor_name + _SCALE, "F32", scale_shape, where)
+        body[tensor_name] = Tensor(DECODED + tensor_name, 0, decoded_dtype(known), known.shape)
+    if odd := sorted(set(tensors).difference(stored, (item + _SCALE for item in scales))):
+        raise CheckpointError(f"{where} has {odd[0]!r}, which the base lacks: give the base it was made from")
+    files = {layout.DELTA_WEIGHTS: reader.size}
+    return DeltaCheckpoint(
+        folder, name, dict(base.config), body, (), "", files, manifest, base=base, stored=stored, scales=scales
+    )
+
+
+def write_delta(
+    source: Checkpoint,
+    base: Checkpoint,
+    folder: Path,
+    encoding: str,
+    *,
+    owed: Sequence[Checkpoint] = (),
+    residual: Path | None = None,
+) -> None:
+    """Write what the body of `source` differs from `base` by into `folder`, in bounded memory.
+
+    Of each row (float64) `delta-int8` stores q = round(row / s), s = max |row| / 127 as float32; s is 0 where that is too
+    small for a float32, and then so is q. Tensors that only one of the two has (poolers, integers) are left out. Before
+    it is encoded, the tensors of `owed` are added to the difference; what of the sum is lost is written to the file
+    `residual`, float32 (see `training/residuals.py`). Raises CheckpointError for a difference that is no finite number.
+    """
+    _check_names(base, encoding)
+    names = [name for name, tensor in base.body.items() if tensor.floating and name in source.body]
+    layouts = [Layout(name, ENCODINGS[encoding], base.body[name].shape) for name in names]
+    difference = _Difference(source, base, owed)
+    scales: dict[str, NDArray[np.float32]] = {}
+    if encoding == "delta-int8":
+        scales = {name + _SCALE: difference.scales(name) for name in names}
+        layouts += [Layout(name, "F32", found.shape) for name, found in scales.items()]
+    writers = [WeightsWriter(folder, layouts, 0, single=layout.DELTA_WEIGHTS)]
+    if residual is not None:
+        wide = [Layout(name, "F32", base.body[name].shape) for name in names]
+        writers.append(WeightsWriter(residual.parent, wide, 0, single=residual.name))
+    try:
+        for item in file_order(layouts):
+            if item.name in scales:
+                writers[0].write(_bytes(scales[item.name]))
+                continue
+            for first, rows in difference.rows(item.name):
+                if scales:
+                    own = scales[item.name + _SCALE][first : first + len(rows)]
+                    made: NDArray[Any] = quantised(rows, own)
+                    sent = made * own.astype(np.float64)[:, None]
+                else:
+                    made = header.rounded(rows, DTYPES["BF16"])
+                    sent = made.astype(np.float64)
+                    difference.check_finite(made, item.name)
+                writers[0].write(_bytes(made))
+                if residual is not None:
+                    writers[1].write(_bytes(header.rounded(rows - sent, DTYPES["F32"])))
+        for writer in writers:
+            writer.close()
+    finally:
+        for writer in writers:
+            writer.abandon()
+
+
+def rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns that a tensor has for `delta-int8`: a vector or a scalar is one row.
+
+    >>> rows_of((3, 4, 5)), rows_of((7,)), rows_of(())
+    ((3, 20), (1, 7), (1, 1))
+    """
+    flat = Tensor("", 0, "F32", shape[1:] if len(shape) > 1 else shape).size
+    return (shape[0] if len(shape) > 1 else 1), flat
+
+
+def quantised(rows: Array, scales: NDArray[np.float32]) -> NDArray[np.int8]:
+    """The integers nearest to rows [r, c] divided by their scales [r]; 0 where the scale is 0."""
+    wide = scales.astype(np.float64)[:, None]
+    steps = np.divide(rows, wide, out=np.zeros_like(rows), where=wide > 0)
+    return np.clip(np.rint(steps), -_LARGEST, _LARGEST).astype(np.int8)
+
+
+def decoded_dtype(tensor: Tensor) -> str:
+    """The dtype that a difference is decoded to: the base's, but float32 where that is narrower.
+
+    A 16-bit base is finetuned in float32, and most of what one contribution learns is less than the rounding to 16 bits.
+    """
+    return tensor.dtype if DTYPES[tensor.dtype].itemsize >= DTYPES["F32"].itemsize else "F32"
+
+
+def elements(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Array:
+    """Elements `start:stop` (row-major) of a body tensor, float64."""
+    tensor = checkpoint.body[name]
+    values = np.empty(stop - start, DTYPES[tensor.dtype])
+    checkpoint.read_into(tensor, start, _bytes(values))
+    return values.astype(np.float64)
+
+
+def _expected(tensors: Mapping[str, Tensor], name: str, dtype: str, shape: tuple[int, ...], where: str) -> Tensor:
+    """The tensor of a delta's file that must be there as the base and the encoding say."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        raise CheckpointError(f"{where} has no {name}: give the base it was made from, or fetch it again")
+    if tensor.dtype != dtype or tensor.shape != shape:
+        found, wanted = (f"{kind} {list(size)}" for kind, size in ((tensor.dtype, tensor.shape), (dtype, shape)))
+        raise CheckpointError(
+            f"{where}: {name} is {found}, not {wanted}: give the base it was made from, or fetch it again"
+        )
+    return tensor
+
+
+def _check_names(base: Checkpoint, encoding: str) -> None:
+    """Refuse a base in which one tensor is called as another one's scale would be."""
+    doubled = [name for name in base.body if encoding == "delta-int8" and name + _SCALE in base.body]
+    if doubled:
+        raise CheckpointError(f"{base.label} has both {doubled[0]} and {doubled[0]}{_SCALE}: take delta-bf16")
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """What one body differs from another by, and what is added to that, in whole rows."""
+
+    source: Checkpoint
+    base: Checkpoint
+    owed: Sequence[Checkpoint]
+
+    def rows(self, name: str) -> Iterator[tuple[int, Array]]:
+        """Pieces of a tensor: the first row's number, and float64 [rows, columns]."""
+        count, columns = rows_of(self.base.body[name].shape)
+        step = max(1, _PIECE // max(1, columns))
+        for first in range(0, count if columns else 0, step):
+            last = min(first + step, count)
+            start, stop = first * columns, last * columns
+            found = elements(self.source, name, start, stop) - elements(self.base, name, start, stop)
+            for item in self.owed:
+                if name in item.body:
+                    found += elements(item, name, start, stop)
+            yield first, found.reshape(last - first, columns)
+
+    def scales(self, name: str) -> NDArray[np.float32]:
+        """The scale of each row of a tensor: float32 [rows]. Raises CheckpointError where it is not finite."""
+        scales = np.zeros(rows_of(self.base.body[name].shape)[0], np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for first, rows in self.rows(name):
+                scales[first : first + len(rows)] = np.abs(rows).max(axis=1) / _LARGEST
+        self.check_finite(scales, name)
+        return scales
+
+    def check_finite(self, values: NDArray[Any], name: str) -> None:
+        """Raise CheckpointError if an encoded difference is no finite number."""
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise CheckpointError(
+                f"{self.source.name}: {name} differs from the base by what is no finite number: lower --learning-rate"
+            )
+
+
+def _bytes(values: NDArray[Any]) -> memoryview:
+    return values.reshape(-1).view(np.uint8).data

@@ -1,0 +1,1 @@
+"""One module per subcommand, one public function each. No terminal."""

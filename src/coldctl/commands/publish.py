@@ -1,0 +1,321 @@
+"""`coldctl publish`: a repository that others can find, load, trust and build on, with a card that says what it is."""
+
+import json
+import re
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from coldctl.artifacts import layout, manifest, output
+from coldctl.artifacts.manifest import Manifest
+from coldctl.artifacts.model_ref import Model
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.body_export import WrittenBody, write_body, write_config
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.header import DTYPE_NAMES
+from coldctl.common.errors import CheckpointError, ConfigError, ManifestError
+from coldctl.common.progress import Progress
+from coldctl.config.loading import as_record, check_name, identity
+from coldctl.config.settings import PublishConfig
+from coldctl.evaluation import results
+from coldctl.evaluation.charts import gain_chart
+from coldctl.fusing.passes import prove
+from coldctl.publishing import privacy, tokenizer
+from coldctl.publishing.card import Subject, card
+from coldctl.publishing.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
+from coldctl.storage.files import open_folder
+from coldctl.storage.location import Location, is_url
+
+# What an evaluation's directory gives to the published one.
+_EVALUATION_FILES = (layout.RESULTS, layout.REPORT, layout.PAGE)
+_POOLING = "1_Pooling"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What was published where, and whether it already stood there. `files` are names and sizes in bytes."""
+
+    place: str
+    manifest: Manifest
+    unchanged: bool
+    files: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Work:
+    """One publication on its way: what goes in, and what was found out about it."""
+
+    model: Model
+    source: Checkpoint
+    config: PublishConfig
+    license: str
+    name: str
+    digest: str  # of the source's body
+    results: dict[str, Any] | None  # of this model alone
+    evaluation: Location | None
+    sign_key: Path | None
+    key: str
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def converted_from(self) -> str | None:
+        """The dtype of the source's weights, if they are published in another one."""
+        names = {code: name for name, code in DTYPE_NAMES.items()}
+        before = {names.get(tensor.dtype, tensor.dtype) for tensor in self.source.body.values() if tensor.floating}
+        return ", ".join(sorted(before)) if self.config.dtype and before != {self.config.dtype} else None
+
+
+def target_of(to: str, progress: Progress, *, private: bool, create_pr: bool, dry_run: bool) -> Target:
+    """The target that `--to` means; with `dry_run` one that is only looked at.
+
+    Raises ConfigError for a name that the Hub refuses, or a flag that only the Hub knows.
+    """
+    target: Target
+    if to.startswith("hf://"):
+        from coldctl.publishing import hub
+
+        target = hub.target(to, progress, private=private, create_pr=create_pr)
+    elif private or create_pr:
+        flag = "--private" if private else "--create-pr"
+        raise ConfigError(f"{flag} is about repositories on the Hub: give --to hf://ORG/NAME, or leave it out")
+    elif to.startswith("hf:"):
+        raise ConfigError(f"--to {to}: write hf://{to.removeprefix('hf:').lstrip('/')}")
+    else:
+        target = StoreTarget(to, progress) if is_url(to) else LocalTarget(Path(to).expanduser())
+    return DryTarget(target) if dry_run else target
+
+
+def publish(
+    model: Model,
+    target: Target,
+    config: PublishConfig,
+    *,
+    evaluation: Location | None,
+    sign_key: Path | None,
+    overwrite: bool,
+    progress: Progress,
+) -> Published:
+    """Publish `model` at `target`: weights, config, tokenizer, card and manifest, loaded once as its users will load it.
+
+    Raises ConfigError without a licence, ManifestError for an evaluation of another model, CheckpointError if the
+    written model does not give the source model's features, OutputError if the target cannot be written.
+    """
+    if isinstance(target, LocalTarget):
+        output.refuse_overlap(target.path, [model.place, *([evaluation] if evaluation else [])], flag="--to")
+    work = _prepared(model, target, config, evaluation, sign_key, progress)
+    if target.is_done(work.key, overwrite=overwrite):
+        standing = target.standing()[1]
+        assert standing is not None
+        target.settle(_tag(standing))
+        return Published(target.label, standing, unchanged=True)
+    with target.writing() as sending:
+        document = _fill(work, target, sending)
+        files = {
+            path.relative_to(sending.folder).as_posix(): path.stat().st_size
+            for path in sorted(sending.folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(".")
+        }
+    return Published(sending.place, document, unchanged=False, files=files, seconds=work.seconds)
+
+
+def _prepared(
+    model: Model,
+    target: Target,
+    config: PublishConfig,
+    evaluation: Location | None,
+    sign_key: Path | None,
+    progress: Progress,
+) -> _Work:
+    """Everything that can be refused before a byte is written."""
+    if sign_key is not None:
+        from coldctl.artifacts import signing
+
+        signing.check_key(sign_key)
+    if config.name is not None:
+        check_name(config.name, "--name")
+    if config.base_model is not None and _hub_id(config.base_model) is None:
+        raise ConfigError(f"--base-model {config.base_model} is no name on the Hub: write ORG/NAME")
+    source = open_checkpoint(model.folder, model.name)
+    stated = source.manifest
+    if _has_card(source) and config.base_model is None:  # said when it was published first
+        config = replace(config, base_model=_hub_id((stated or {}).get("config", {}).get("base_model")))
+    license_ = config.license or (stated.get("license") if stated else None)
+    if not license_:
+        raise ConfigError("no licence: give --license, for example --license apache-2.0 (an SPDX id)")
+    if not any(source.folder.has(name) for name in layout.VOCABULARY_FILES):
+        raise CheckpointError(f"{source.label} has no tokenizer: copy the base model's tokenizer files there")
+    digest = stated["body_digest"] if stated else body_digest(source)  # what is stated is proven while it is copied
+    results = _evaluation(evaluation, digest) if evaluation else None
+    own = {"card": source.folder.read(layout.CARD).decode("utf-8", "replace")} if _has_card(source) else {}
+    key = identity("publish", config, body=digest, evaluation=results or {}, signed=sign_key is not None, **own)
+    name = config.name or _name(stated["name"] if stated else model.name, target)
+    return _Work(model, source, config, license_, name, digest, results, evaluation, sign_key, key, progress)
+
+
+def _hub_id(name: object) -> str | None:
+    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
+
+
+def _name(given: str, target: Target) -> str:
+    """What the model is called: iterations of a run have only numbers, so these are called as their users will load them."""
+    return target.reference if re.fullmatch(r"iteration-\d+", given) else given
+
+
+def _evaluation(folder: Location, digest: str) -> dict[str, Any]:
+    """What an evaluation says about the body of this digest. Raises ManifestError if it says nothing."""
+    if not (folder / layout.MANIFEST).is_file() or not (folder / layout.RESULTS).is_file():
+        raise ManifestError(
+            f"--evaluation {folder} holds no evaluation: give the directory that `coldctl evaluate` wrote"
+        )
+    stated, there = manifest.read_unchanged(folder)["files"], open_folder(folder)
+    for file in (*_EVALUATION_FILES, layout.GAIN_CHART):  # a link to a file of ours would be published, too
+        if file not in stated and there.has(file):
+            raise ManifestError(f"{folder}: its manifest does not name {file}: evaluate again, or take it out")
+    found = results.read(folder)
+    measured = [item["body_digest"] for item in found["models"]]
+    if digest in measured:
+        name = found["models"][measured.index(digest)]["name"]
+        return {
+            **found,
+            "models": [item for item in found["models"] if item["name"] == name],
+            "results": [entry for entry in found["results"] if entry["model"] == name],
+            "averages": [entry for entry in found["averages"] if entry["model"] == name],
+        }
+    other = "".join(f"{item[:19]}…, " for item in measured[-1:])
+    raise ManifestError(
+        f"{folder} evaluates {other}not this model's body {digest[:19]}…: give the evaluation of this model"
+    )
+
+
+def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
+    """Make the whole repository in the directory of `sending`. Returns its manifest."""
+    folder, config, progress = sending.folder, work.config, work.progress
+    started = time.perf_counter()
+    body = write_body(work.source, folder, config.dtype, config.max_shard_size, progress)
+    prove(work.source, body.source_digest)
+    write_config(work.source, folder, config.dtype)
+    if words := sanitize.note_on(work.source.folder):
+        progress.note(f"{work.name} {words}")
+    for lack in tokenizer.copy(work.source.folder, folder):
+        progress.note(f"the tokenizer is complete but for {lack}")
+    _describe_pooling(work.source, folder)
+    _copy_evaluation(work, folder)
+    work.seconds["copy"] = time.perf_counter() - started
+    _prove(work, folder)
+    document = _document(work, body)
+    earlier = [target.standing(), *([standing_in(work.source.folder)] if _has_card(work.source) else [])]
+    subject = Subject(
+        name=work.name,
+        reference=target.reference,
+        page=target.page,
+        language=config.language,
+        base_model=config.base_model,
+        model_config=json.loads((folder / layout.MODEL_CONFIG).read_text(encoding="utf-8")),
+        document=document,
+        results=work.results,
+        converted_from=work.converted_from,
+        onnx=config.onnx,
+    )
+    written = card(
+        subject, [(text, before.get("card_blocks", []) if before else []) for text, before in earlier if text]
+    )
+    (folder / layout.CARD).write_text(written.text, encoding="utf-8")
+    document["card_blocks"] = written.blocks
+    for words in written.license_warnings:
+        progress.note(f"licence: {words}")
+    document = manifest.write(folder, document, body.files)
+    privacy.search(folder, [work.model.place, *([str(work.evaluation)] if work.evaluation else [])])
+    if work.sign_key is not None:
+        from coldctl.artifacts import signing
+
+        signing.sign(folder, work.sign_key)
+    number = document.get("iteration")
+    sending.tag = _tag(document)
+    sending.message = f"{work.name}, iteration {number}" if number else work.name
+    return document
+
+
+def _has_card(source: Checkpoint) -> bool:
+    """Whether it was published before, so that people may have written into its card."""
+    stated = source.manifest
+    return stated is not None and stated["kind"] == "published" and source.folder.has(layout.CARD)
+
+
+def _tag(document: Manifest) -> str | None:
+    number = document.get("iteration")
+    return f"iteration-{number:03d}" if number else None
+
+
+def _document(work: _Work, body: WrittenBody) -> Manifest:
+    """The manifest of what is published, as far as it is known before the card is written."""
+    stated = work.source.manifest
+    document: Manifest = {
+        "kind": "published",
+        "name": work.name,
+        "iteration": stated.get("iteration") if stated else None,
+        "encoding": "full",
+        "created": manifest.now(),
+        "identity": work.key,
+        "body_digest": body.body_digest,
+        "config": as_record(work.config),
+        "environment": manifest.environment(["torch", "transformers"]),
+        "license": work.license,
+    }
+    if stated is None:
+        return document
+    if work.converted_from:  # other weights: the model they were rounded from is an ancestor of its own
+        document["base"] = {"name": stated["name"], "body_digest": body.source_digest}
+        document["ancestors"] = [*stated.get("ancestors", []), manifest.shortened(stated)]
+    else:
+        for field_ in ("base", "contributions", "ancestors", "fused_by"):
+            if field_ in stated:
+                document[field_] = stated[field_]
+        if stated["kind"] == "fused":  # its own settings and versions, which the publication's do not replace
+            document["fused_by"] = {key: stated.get(key, {}) for key in ("config", "environment")}
+    cleaned: Manifest = privacy.without_paths(document)
+    return cleaned
+
+
+def _describe_pooling(source: Checkpoint, folder: Path) -> None:
+    """What sentence-transformers reads: the encoder, then the mean over its tokens."""
+    width = source.config.get("hidden_size") or source.config.get("dim") or source.config.get("d_model")
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": _POOLING, "type": "sentence_transformers.models.Pooling"},
+    ]
+    pooling = {"word_embedding_dimension": width, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    for name, content in (("modules.json", modules), (f"{_POOLING}/config.json", pooling)):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_evaluation(work: _Work, folder: Path) -> None:
+    if work.evaluation is None or work.results is None:
+        return
+    source = open_folder(work.evaluation)
+    alone = len(results.read(work.evaluation)["models"]) == 1
+    for file in (*_EVALUATION_FILES, *([layout.GAIN_CHART] if alone else [])):
+        (folder / file).write_bytes(source.read(file))
+    if not (folder / layout.GAIN_CHART).exists():  # the card's picture is of this model alone
+        gain_chart(work.results, folder / layout.GAIN_CHART)
+
+
+def _prove(work: _Work, folder: Path) -> None:
+    """Load what was written, and with `onnx` export and run it."""
+    started = time.perf_counter()  # importing torch and transformers is part of it
+    from coldctl.publishing.load_check import prove_loading
+
+    prove_loading(work.model.local(), folder, work.config.dtype)
+    work.seconds["loading"] = time.perf_counter() - started
+    work.progress.note(f"loaded as its users will load it, features compared: {work.seconds['loading']:.1f} s")
+    if work.config.onnx:
+        from coldctl.publishing.onnx import export
+
+        started = time.perf_counter()
+        worst = export(folder, folder / layout.ONNX_MODEL)
+        work.seconds["onnx"] = time.perf_counter() - started
+        work.progress.note(f"exported to ONNX and run: features differ by at most {worst:.1g}")

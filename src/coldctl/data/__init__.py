@@ -1,0 +1,1 @@
+"""Turn files or Hub datasets into three labelled splits."""

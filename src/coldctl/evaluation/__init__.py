@@ -1,0 +1,1 @@
+"""Measure models, judge gains and write the report."""

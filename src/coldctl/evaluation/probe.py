@@ -1,0 +1,135 @@
+"""Linear probing: features of the frozen body, then a solve to convergence, not a training run.
+
+Features are the mean (or the first) of the last hidden state, standardised by train statistics; the head is
+multinomial logistic regression over a fixed grid of C, chosen on validation, not refitted (ridge for numbers, one
+logistic regression per class for multi-label).
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+from torch import nn
+
+from coldctl.common.progress import Progress
+from coldctl.training.loop import sorted_batches
+from coldctl.training.model import Encoded, collate
+
+GRID = (0.001, 0.01, 0.1, 1.0)  # C, the inverse strength of the L2 penalty per example sum
+_ITERATIONS = 1000
+_TOLERANCE = 1e-5  # of the gradient
+_BATCH = 32
+
+Array = NDArray[Any]
+
+
+def features(
+    body: nn.Module,
+    encoded: Encoded,
+    pooling: str,
+    padding: int,
+    device: torch.device,
+    progress: Progress,
+    task: str,
+) -> NDArray[np.float32]:
+    """Pooled last hidden states, float32 [examples, hidden size]; `pooling` is "mean" (over real tokens) or "first"."""
+    rows: Array = np.empty((0, 0), np.float32)
+    with torch.inference_mode():
+        for batch in sorted_batches(encoded.lengths, _BATCH):
+            inputs = collate(encoded, batch, padding, device)
+            hidden = body(**inputs).last_hidden_state
+            if pooling == "first":
+                pooled = hidden[:, 0]
+            else:
+                mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+                pooled = (hidden * mask).sum(1) / mask.sum(1)
+            if not rows.size:
+                rows = np.empty((len(encoded), pooled.shape[-1]), np.float32)
+            rows[batch] = pooled.float().cpu().numpy()
+            progress.advance(task, len(batch))
+    return rows
+
+
+def probe(
+    train: tuple[Array, Array],
+    validation: tuple[Array, Array],
+    test: Array,
+    measure: Callable[[Array, Array], float],
+) -> tuple[Array, float, float]:
+    """Fit the head and predict: test predictions, the C that validation chose, and its validation score.
+
+    `train` and `validation` are (features [n, hidden], labels); labels are class indices int64 [n], numbers float64
+    [n], or uint8 [n, classes] for multi-label, and predictions are alike. `measure(truth, predictions)` is higher for
+    better. The smallest C wins a tie. Deterministic.
+    """
+    centre, spread = train[0].mean(0, dtype=np.float64), train[0].std(0, dtype=np.float64)
+    spread[spread == 0] = 1.0
+    inputs, known, unknown = [((part - centre) / spread).astype(np.float64) for part in (train[0], validation[0], test)]
+    best: tuple[float, float, Array] | None = None
+    head = _head(train[1])
+    for strength in GRID:
+        # One thread: products this small take several times as long on two, and the result depends on no thread count.
+        with warnings.catch_warnings(), threadpool_limits(1):
+            warnings.simplefilter("ignore")  # what stops short of convergence still is a probe; validation judges it
+            head.fit(inputs, train[1], strength)
+        reached = measure(validation[1], head.predict(known))
+        if best is None or reached > best[0]:
+            best = (reached, strength, head.predict(unknown))
+    assert best is not None
+    return best[2], best[1], best[0]
+
+
+def _head(labels: Array) -> "_Ridge | _Logistic | _PerClass":
+    if labels.ndim == 2:
+        return _PerClass(labels.shape[1])
+    return _Ridge() if labels.dtype.kind == "f" else _Logistic()
+
+
+class _Ridge:
+    def fit(self, inputs: Array, labels: Array, strength: float) -> None:
+        from sklearn.linear_model import Ridge
+
+        self._model = Ridge(alpha=1 / strength).fit(inputs, labels)
+
+    def predict(self, inputs: Array) -> Array:
+        found: Array = self._model.predict(inputs)
+        return found
+
+
+class _Logistic:
+    """Each fit goes on from the one before, which the next C is not far from."""
+
+    def __init__(self) -> None:
+        from sklearn.linear_model import LogisticRegression
+
+        self._model = LogisticRegression(max_iter=_ITERATIONS, tol=_TOLERANCE, warm_start=True)
+
+    def fit(self, inputs: Array, labels: Array, strength: float) -> None:
+        self._model.set_params(C=strength).fit(inputs, labels)
+
+    def predict(self, inputs: Array) -> Array:
+        found: Array = self._model.predict(inputs)
+        return found
+
+
+class _PerClass:
+    """One logistic regression per column. What all training examples have, or none, is predicted for all."""
+
+    def __init__(self, classes: int) -> None:
+        self._columns = [_Logistic() for _ in range(classes)]
+
+    def fit(self, inputs: Array, labels: Array, strength: float) -> None:
+        share = labels.mean(0)
+        self._constant, self._varied = share == 1, (share > 0) & (share < 1)
+        for column in np.flatnonzero(self._varied):
+            self._columns[column].fit(inputs, labels[:, column], strength)
+
+    def predict(self, inputs: Array) -> Array:
+        found = np.tile(self._constant.astype(np.uint8), (len(inputs), 1))
+        for column in np.flatnonzero(self._varied):
+            found[:, column] = self._columns[column].predict(inputs)
+        return found

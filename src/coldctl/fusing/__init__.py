@@ -1,0 +1,1 @@
+"""From folders of contributions to one fused body. Never imports torch."""

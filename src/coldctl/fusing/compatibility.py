@@ -1,0 +1,113 @@
+"""Whether a contribution can be fused with a base, judged from headers, configs and manifests alone."""
+
+from dataclasses import dataclass, field
+
+from coldctl.checkpoints import sanitize
+from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, is_vocabulary
+from coldctl.checkpoints.decoded import RelativeCheckpoint
+from coldctl.fusing.staleness import generations
+
+_LISTED = 3  # names that one finding spells out
+
+
+@dataclass
+class Verdict:
+    """What speaks against fusing a checkpoint, and what is only worth knowing."""
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, allow_other_base: bool) -> Verdict:
+    """Compare a checkpoint's body with the base's by names, shapes and declared base.
+
+    `base_digest` is the base's body digest where it is known; None leaves that comparison out.
+    """
+    verdict = Verdict()
+    kinds = base.config["model_type"], other.config["model_type"]
+    if kinds[0] != kinds[1]:
+        verdict.problems.append(
+            f"is a {kinds[1]} model, the base a {kinds[0]} model: take contributions finetuned from this base"
+        )
+        return verdict
+    _compare_tensors(base, other, verdict)
+    if finding := other_base(other, base_digest):
+        remedy = "give that base as --base, or --allow-other-base to fuse it all the same"
+        if isinstance(other, RelativeCheckpoint):
+            remedy = "it is a difference from that one, give it as --base"
+        declared = other.manifest["base"].get("body_digest", "") if other.manifest else ""
+        if age := generations(base.manifest).get(declared):
+            remedy = f"that was the base {age} iteration{'s' if age > 1 else ''} ago, --stale discount takes it"
+        if allow_other_base and not isinstance(other, RelativeCheckpoint):
+            verdict.notes.append(finding)
+        else:
+            verdict.problems.append(f"{finding}: {remedy}")
+    if other.original is not None:
+        verdict.notes.append("has another vocabulary: only the common rows are taken")
+    if other.manifest is None:
+        verdict.notes.append("has no manifest: unverified")
+    if words := sanitize.note(other.config):
+        verdict.notes.append(words)
+    return verdict
+
+
+def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> None:
+    missing = [name for name, tensor in base.body.items() if tensor.floating and name not in other.body]
+    if lost := [name for name in missing if not is_pooler(name)]:
+        verdict.problems.append(f"lacks {_some(lost)} of the base's body: save the whole body")
+    elif missing:
+        verdict.notes.append("has no pooler: it counts as the base's")
+    extra = [name for name, tensor in other.body.items() if tensor.floating and name not in base.body]
+    if odd := [name for name in extra if not is_pooler(name)]:
+        verdict.problems.append(f"has {_some(odd)}, which the base lacks: take contributions finetuned from this base")
+    elif extra:
+        verdict.notes.append("has a pooler that the base lacks: it is left out")
+    shapes: list[str] = []
+    for name, tensor in other.body.items():
+        known = base.body.get(name)
+        if known is None or not known.floating:
+            continue
+        if tensor.shape != known.shape and not (other.original and is_vocabulary(name)):
+            what = "another shape"
+            if is_vocabulary(name) and tensor.shape[1:] == known.shape[1:]:
+                rows = min(tensor.shape[0], known.shape[0])
+                what = f"another vocabulary, --common-rows takes the {rows} rows they share"
+            shapes.append(f"{name} is {_shape(tensor.shape)}, the base's is {_shape(known.shape)}: {what}")
+        elif not tensor.floating:
+            verdict.problems.append(
+                f"{name} is stored as {tensor.dtype}, the base's as {known.dtype}: save it in a floating dtype"
+            )
+    if shapes:
+        more = f" (and {len(shapes) - 1} more tensors)" if len(shapes) > 1 else ""
+        verdict.problems.append(shapes[0] + more)
+    if dtypes := {tensor.dtype for tensor in other.body.values() if tensor.floating} - {
+        tensor.dtype for tensor in base.body.values() if tensor.floating
+    }:
+        verdict.notes.append(f"is stored as {', '.join(sorted(dtypes))}, unlike the base")
+
+
+def other_base(other: Checkpoint, base_digest: str | None) -> str | None:
+    """The finding that a checkpoint's manifest names another base than this one; None if it does not, or says nothing."""
+    if other.manifest is None or base_digest is None or "base" not in other.manifest:
+        return None
+    declared = other.manifest["base"].get("body_digest")
+    if declared == base_digest:
+        return None
+    number = other.manifest.get("iteration")
+    return (
+        f"was finetuned from another base: {_short(declared)}"
+        f"{f' (iteration {number})' if number is not None else ''}, not {_short(base_digest)}"
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "a scalar"
+
+
+def _short(digest: object) -> str:
+    return f"{digest[:19]}…" if isinstance(digest, str) else "none"

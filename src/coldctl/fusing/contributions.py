@@ -1,0 +1,243 @@
+"""Finding the checkpoints that a list of arguments means, in an order that no caller can influence."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from coldctl.artifacts import layout, signatures
+from coldctl.artifacts.model_ref import as_text, resolve
+from coldctl.artifacts.signatures import Signed, TrustedKey
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, read_manifest
+from coldctl.checkpoints.decoded import shared
+from coldctl.checkpoints.formats import open_contribution
+from coldctl.common.errors import CheckpointError, ColdctlError, ModelError
+from coldctl.common.progress import Progress
+from coldctl.fusing.staleness import Ancestry
+from coldctl.storage.files import Folder, LocalFolder, RemoteFolder, look_ahead, open_folder, remote_folders
+from coldctl.storage.location import is_url
+
+_OTHER_FILES = 256  # that a process has open beside its inputs: libraries, sockets, the output
+_AT_ONCE = 16  # checkpoints in a store that are opened side by side
+
+
+@dataclass
+class Candidate:
+    """A contribution on its way into a fused model, with everything found out about it so far."""
+
+    name: str
+    place: str
+    checkpoint: Checkpoint | None  # None if it could not even be opened
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    digest: str | None = None  # of the body, computed or (unverified) stated
+    verified: bool = False
+    signed: Signed | None = None  # where only signed ones are accepted: by whom, and what the signature covers
+    update_norm: float | None = None
+    cosine_to_mean: float | None = None
+    update_share: dict[str, float] | None = None  # of the squared norm, per group of layers
+    age: int = 0  # how many generations ago its base was the base
+    base_then: Checkpoint | None = None  # that base, where it is not the one of now
+    late: bool = False  # found in an earlier iteration: what is wrong with it stops nobody
+    attacking: bool = False  # by what its weights hold: one of those that multi-krum is told to expect
+
+    @property
+    def contributor(self) -> str:
+        """Its name without what is added to a late one's."""
+        manifest = self.checkpoint.manifest if self.checkpoint else None
+        return manifest["name"] if self.late and manifest else self.name
+
+    @property
+    def stated_digest(self) -> str | None:
+        """The body digest that its manifest states."""
+        return self.checkpoint.manifest["body_digest"] if self.checkpoint and self.checkpoint.manifest else None
+
+
+def gather(
+    references: Sequence[str],
+    progress: Progress,
+    base: Checkpoint | None = None,
+    *,
+    allow_pickle: bool = False,
+    trusted: Sequence[TrustedKey] | None = None,
+    ancestry: Ancestry | None = None,
+    late: Mapping[str, str] | None = None,
+    to_read: bool = False,
+) -> list[Candidate]:
+    """Open checkpoints, and the checkpoints directly inside folders. Adapters and differences need `base` to be decoded.
+
+    With `trusted` keys nothing of a checkpoint is opened unless one of them signed it and it is as it was signed, but for
+    the files that a signed manifest names: these are proven against it by whoever reads them.
+    With an `ancestry` those made on one of its bodies are opened on that. `late` are the places, by name, of
+    contributions that belong to earlier iterations. `to_read` says that the weights will be read, not their headers alone.
+
+    The order is that of the digests that the manifests state, of the names where there is none, whatever the
+    order of the arguments. A checkpoint that cannot be opened is a candidate with a problem. Raises ModelError
+    for an argument that holds none.
+    """
+    given = [place for reference in references for place in _found_at(reference, progress, needed=not late)]
+    found = _once(given, progress)
+    after = [_Found(name, open_folder(place)) for name, place in (late or {}).items()]
+    _allow_files(len(found) + len(after))
+    remote = [item.folder for item in (*found, *after) if isinstance(item.folder, RemoteFolder)]
+    if to_read:  # a header comes with what is read after it
+        look_ahead(remote)
+    decoder = shared(base) if base is not None else None
+    opened = partial(_open, base=decoder, allow_pickle=allow_pickle, trusted=trusted, ancestry=ancestry)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store answers many requests in the time of one
+        candidates = list(pool.map(opened, (*found, *after)) if remote else map(opened, (*found, *after)))
+    for place, index in zip(after, range(len(found), len(candidates)), strict=True):
+        candidates[index] = replace(candidates[index], name=place.name, late=True)
+    names = [item.name for item in candidates]
+    for item in candidates:
+        if names.count(item.name) > 1 and item.checkpoint is not None and item.stated_digest is None:
+            item.digest = body_digest(item.checkpoint)  # equal names do not order: their bodies do
+    candidates.sort(key=lambda item: (item.stated_digest or item.name, item.digest or "", item.name))
+    _refuse_copies(candidates)
+    taken: set[str] = set()
+    for item in sorted(candidates, key=lambda item: bool(item.problems)):  # what is refused takes nobody's name
+        item.name = next(name for name in free_names(item.name) if name not in taken)
+        taken.add(item.name)
+    return candidates
+
+
+def free_names(name: str) -> Iterator[str]:
+    """A name, then the same with -2, -3 … behind it, for whoever comes later under the same name."""
+    yield name
+    yield from (f"{name}-{number}" for number in itertools.count(2))
+
+
+def _allow_files(count: int) -> None:
+    """Let this process hold `count` checkpoints open side by side. Raises ModelError where the system forbids it."""
+    try:
+        import resource
+    except ImportError:  # pragma: no cover - a system that knows no such limit
+        return
+    needed = count + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ModelError(
+            f"{count} contributions are more files than one process may open here ({hard}): raise that limit (`ulimit -n`), or "
+            "fuse them in groups and then the groups (docs/scale.md)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A folder that holds a checkpoint, and what it is called."""
+
+    name: str
+    folder: Folder
+
+    @property
+    def place(self) -> str:
+        return self.folder.label
+
+
+def _once(found: Sequence[_Found], progress: Progress) -> list[_Found]:
+    """Each place one time: a checkpoint that two arguments mean must not count twice."""
+    seen: set[str] = set()
+    kept = []
+    for item in found:
+        real = item.place if is_url(item.place) else str(Path(item.place).resolve())
+        if real in seen:
+            progress.note(f"{item.place} was given twice: it counts once")
+        else:
+            kept.append(item)
+        seen.add(real)
+    return kept
+
+
+def _found_at(reference: str, progress: Progress, *, needed: bool) -> list[_Found]:
+    """The checkpoints that one argument means."""
+    model = resolve(reference)
+    whole: Folder
+    if is_url(model.place):
+        whole, children = remote_folders(model.place)
+    else:
+        whole = LocalFolder(Path(model.place))
+        children = {} if _is_checkpoint(whole) else _children(Path(model.place))
+    if _is_checkpoint(whole):
+        return [_Found(model.name, whole)]
+    found = []
+    for name, folder in children.items():
+        being_put = f".{name}.partial" in children and not folder.has(layout.MANIFEST)  # in a store, file by file
+        if name.startswith(".") or being_put:
+            progress.note(f"skipped {name}: unfinished work")
+        elif not _is_checkpoint(folder):
+            progress.note(f"skipped {name}: not a checkpoint")
+        else:
+            found.append(_Found(name, folder))
+    if needed and not found:
+        raise ModelError(f"{reference} holds no checkpoint and no folder that does: give contributions")
+    return found
+
+
+def _children(folder: Path) -> dict[str, Folder]:
+    """The directories directly inside a local folder, sorted by name. Raises ModelError."""
+    try:
+        return {as_text(child.name): LocalFolder(child) for child in sorted(folder.iterdir()) if child.is_dir()}
+    except OSError as error:
+        raise ModelError(f"cannot read {folder}: {error.strerror}: check the path") from None
+
+
+def _is_checkpoint(folder: Folder) -> bool:
+    if folder.has(layout.MODEL_CONFIG) or folder.has(layout.ADAPTER_CONFIG):
+        return True
+    return folder.has(layout.MANIFEST) and not folder.has(layout.RESULTS)  # an evaluation has a manifest, too
+
+
+def _refuse_copies(candidates: Sequence[Candidate]) -> None:
+    """What somebody signed once counts once: a copy of it needs no key, and would give its signer's word more weight.
+
+    A copy that was changed must not stand in the way of the sound one, so all of them are read.
+    """
+    alike: dict[tuple[tuple[str, str], ...], list[Candidate]] = {}
+    for item in candidates:
+        if item.signed is not None:
+            alike.setdefault(tuple(sorted(item.signed.files.items())), []).append(item)
+    for copies in alike.values():
+        kept: Candidate | None = None
+        for item in copies if len(copies) > 1 else ():
+            assert item.signed is not None
+            if problems := signatures.differences(open_folder(item.place), item.signed, manifest_proves=False):
+                item.problems += problems
+                item.signed = None
+            elif kept is not None:
+                item.problems.append(f"is a copy of {kept.name}, which {item.signed.key.name} signed once: remove it")
+            kept = kept or (item if item.signed is not None else None)
+
+
+def _open(
+    found: _Found,
+    base: Checkpoint | None,
+    *,
+    allow_pickle: bool,
+    trusted: Sequence[TrustedKey] | None,
+    ancestry: Ancestry | None,
+) -> Candidate:
+    """The one place where a contribution is opened: on the base it was made on, if that can be had."""
+    signed, age, base_then = None, 0, None
+    try:
+        if trusted is not None:
+            signed = signatures.read(found.folder, trusted)
+            if problems := signatures.differences(found.folder, signed, manifest_proves=True):
+                return Candidate(found.name, found.place, None, problems=problems)
+        stated = read_manifest(found.folder) if ancestry is not None else None
+        if ancestry is not None and stated is not None:
+            digest = stated.get("base", {}).get("body_digest", "")
+            age = ancestry.age(digest)
+            base_then = ancestry.open(digest) if age else None
+        checkpoint = open_contribution(found.folder, found.name, base_then or base, allow_pickle=allow_pickle)
+        unsigned = sorted(set(checkpoint.files) - set(signed.files)) if signed is not None else []
+        if unsigned:  # in git's folder, say, which no signature covers
+            raise CheckpointError(f"{unsigned[0]} was not there when it was signed")
+    except ColdctlError as error:
+        return Candidate(found.name, found.place, None, problems=[error.message], age=age)
+    name = checkpoint.manifest["name"] if checkpoint.manifest is not None else found.name
+    return Candidate(name, found.place, checkpoint, signed=signed, age=age, base_then=base_then)

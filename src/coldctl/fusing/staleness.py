@@ -1,0 +1,131 @@
+"""Contributions that were made on an earlier base: how old they are, and how they enter a fuse all the same.
+
+Notation: θ is the base that is fused into now, θ′ the base that a contribution x was made on, k generations earlier.
+It enters as θ + s(k) · (x − θ′) with s(k) = (1 + k)^-½: the polynomial staleness of FedAsync (Xie et al. 2019, arXiv
+1903.03934) with the exponent of FedBuff (Nguyen et al. 2022, arXiv 2106.06639).
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coldctl.artifacts.manifest import Manifest
+from coldctl.artifacts.model_ref import resolve
+from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.decoded import shared
+from coldctl.checkpoints.header import DTYPES, Tensor
+from coldctl.common.errors import CheckpointError, ColdctlError
+
+_DOUBLE = "F64"
+
+
+def discount(age: int) -> float:
+    """s(k) = (1 + k)^-½, what the update of a contribution counts that is k generations old.
+
+    >>> discount(0), discount(3)
+    (1.0, 0.5)
+    """
+    return float((1 + age) ** -0.5)
+
+
+def generations(base: Manifest | None) -> dict[str, int]:
+    """The body digests of a base's ancestors, each with how many generations ago it was the base: 1 for its own base."""
+    if base is None:
+        return {}
+    known = [base.get("base", {}), *reversed(base.get("ancestors", []))]
+    digests = dict.fromkeys(item.get("body_digest") for item in known)
+    own = base["body_digest"]  # a model that was fused to what it came from has no age
+    return {digest: age for age, digest in enumerate(digests, start=1) if isinstance(digest, str) and digest != own}
+
+
+@dataclass
+class Ancestry:
+    """The ancestors of a base by body digest, each opened when the first contribution needs it.
+
+    `places` are the MODELs among which they are looked for, with their revisions. With `verify` their bodies are read and proved.
+    """
+
+    base: Manifest | None
+    places: Sequence[tuple[str, str | None]]
+    verify: bool = True
+    _opened: dict[str, Checkpoint] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def age(self, digest: str | None) -> int:
+        """How many generations ago a body was the base; 0 for the base itself and for a body that never was."""
+        return generations(self.base).get(digest or "", 0)
+
+    def open(self, digest: str) -> Checkpoint:
+        """The ancestor with this body. Raises CheckpointError if it is not at hand, or not what its manifest says."""
+        with self._lock:
+            if digest not in self._opened:
+                self._opened[digest] = shared(self._found(digest))
+            return self._opened[digest]
+
+    def _found(self, digest: str) -> Checkpoint:
+        for place, revision in self.places:
+            try:
+                model = resolve(place, revision)
+                checkpoint = open_checkpoint(model.folder, model.name)
+            except ColdctlError:
+                continue  # another one may be there
+            stated = checkpoint.manifest["body_digest"] if checkpoint.manifest else None
+            if (stated or body_digest(checkpoint)) != digest:
+                continue
+            if stated and self.verify and body_digest(checkpoint) != stated:
+                raise CheckpointError(f"{checkpoint.label}, its base, is not what its manifest says: fetch it again")
+            return checkpoint
+        raise CheckpointError(f"its base {digest[:19]}… is not at hand: give it as --old-base")
+
+
+@dataclass
+class StaleCheckpoint(Checkpoint):
+    """A contribution moved to another base: θ + share · (x − θ′), decoded block by block in float64."""
+
+    base: Checkpoint | None = None
+    base_then: Checkpoint | None = None
+    source: Checkpoint | None = None
+    share: float = 1.0
+
+    def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
+        """Decode elements of `tensor` (its `file` is its name) from `start` on, without rounding in between."""
+        assert self.base is not None
+        assert self.base_then is not None
+        assert self.source is not None
+        result = np.frombuffer(buffer, np.float64)
+        result[:] = _read(self.source, tensor.file, start, result.size)
+        with np.errstate(all="ignore"):  # values that are not finite are found and named elsewhere
+            result -= _read(self.base_then, tensor.file, start, result.size)
+            result *= self.share
+            result += _read(self.base, tensor.file, start, result.size)
+
+
+def _read(checkpoint: Checkpoint, name: str, start: int, size: int) -> NDArray[np.float64]:
+    stored = checkpoint.body[name]
+    values = np.empty(size, DTYPES[stored.dtype])
+    checkpoint.read_into(stored, start, values.view(np.uint8).data)
+    return values.astype(np.float64)
+
+
+def moved(source: Checkpoint, base: Checkpoint, base_then: Checkpoint, age: int) -> Checkpoint:
+    """`source`, made on `base_then` that was the base `age` generations ago, as a contribution to `base`.
+
+    Tensors that only one of them has (poolers) are left out, as they are of any contribution. Raises CheckpointError if
+    `base_then` has not the tensors that the difference needs.
+    """
+    body = {}
+    for name, tensor in source.body.items():
+        known = base.body.get(name)
+        if known is None or not known.floating or not tensor.floating:
+            continue
+        before = base_then.body.get(name)
+        if before is None or before.shape[1:] != tensor.shape[1:] or before.size < tensor.size:
+            raise CheckpointError(f"its base {base_then.label} has no tensor {name} of its shape: give the right one")
+        body[name] = replace(tensor, file=name, offset=0, dtype=_DOUBLE)
+    return StaleCheckpoint(
+        source.folder, source.name, source.config, body, source.heads, "", source.files, source.manifest,
+        original=source.original or source, base=base, base_then=base_then, source=source, share=discount(age),
+    )  # fmt: skip

@@ -1,0 +1,340 @@
+"""Publishing to the Hugging Face Hub with the user's own token: one commit, and a tag per iteration."""
+
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from coldctl.artifacts import layout
+from coldctl.artifacts.manifest import Manifest, parse
+from coldctl.common.errors import ColdctlError, ConfigError, ManifestError, OutputError
+from coldctl.common.progress import Drawing, Progress
+from coldctl.publishing.targets import Sending
+
+_REFERENCE = re.compile(r"hf://(?P<name>[^@]+?)/?(?:@(?P<revision>.+))?")
+_MAIN = "main"
+_INITIAL = {".gitattributes"}  # what a new repository holds
+_LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token of yours that may write"
+_AGAIN = "run the same command again"
+_TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "hf_xet")
+
+
+def target(reference: str, progress: Progress, *, private: bool, create_pr: bool) -> "HubTarget":
+    """The repository that `hf://ORG/NAME[@REVISION]` means. Raises ConfigError for a name that the Hub refuses."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise ConfigError(f"--to {reference} names no repository: write hf://ORG/NAME or hf://ORG/NAME@REVISION")
+    name, revision = match["name"], match["revision"] or _MAIN
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(f"--to {reference} is no name for the Hub ({reason}): write hf://ORG/NAME") from None
+    if name.count("/") != 1:
+        raise ConfigError(f"--to {reference} names no owner: write hf://ORG/NAME, with your user name or organisation")
+    if create_pr and revision != _MAIN:
+        raise ConfigError(f"--create-pr asks to change main, not {revision}: leave --create-pr or @{revision} out")
+    return HubTarget(name, revision, private, create_pr, progress)
+
+
+@dataclass
+class HubTarget:
+    """A model repository. The address is the library's own (`HF_ENDPOINT`), and so is the token (`HF_TOKEN`, or a login).
+
+    What breaks leaves the repository as it was: there is one commit, and a repository or branch that was made for it is
+    deleted again. Where the connection is gone for that, too, they stay empty, and the same command goes on with them.
+    """
+
+    name: str
+    revision: str
+    private: bool
+    create_pr: bool
+    progress: Progress
+    label: str = field(init=False)
+    reference: str = field(init=False)
+    page: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        import huggingface_hub
+
+        self._api = huggingface_hub.HfApi(library_name="coldctl")
+        self.label = f"hf://{self.name}" + (f"@{self.revision}" if self.revision != _MAIN else "")
+        self.reference = self.name
+        self.page = f"{self._api.endpoint}/{self.name}/blob/{self.revision}"
+        self._head: str | None = None  # the commit that stands there, or that the branch will begin with
+        self._is_new_branch = False
+        self._is_public = False
+        self._files: set[str] = set()
+        self._manifest: Manifest | None = None
+        self._card: str | None = None
+        self._asked = False
+
+    def is_done(self, identity: str, *, overwrite: bool) -> bool:
+        """Whether this very work stands there. Raises OutputError if files that coldctl did not write would be replaced.
+
+        A model that coldctl published needs no `overwrite`: the Hub keeps every earlier commit.
+        """
+        self._ask()
+        if self.private and self._is_public:
+            raise OutputError(
+                f"{self.label} is public already: make it private in its settings on the Hub, or leave --private out"
+            )
+        if self._manifest is not None:
+            complete = set(self._manifest["files"]) <= self._files  # somebody may have deleted one by hand
+            return complete and not self._is_new_branch and self._manifest.get("identity") == identity
+        if self._files - _INITIAL - {layout.CARD} and not overwrite:
+            raise OutputError(
+                f"{self.label} holds files that coldctl did not write: give --overwrite to commit on top of them, or "
+                "another --to"
+            )
+        return False
+
+    def standing(self) -> tuple[str | None, Manifest | None]:
+        """The card and the manifest of the revision, if it has them."""
+        self._ask()
+        return self._card, self._manifest
+
+    def settle(self, tag: str | None) -> None:
+        """Set the tag that an earlier call, broken off after its commit, could not set."""
+        self._ask()
+        if tag is None or self.create_pr or self._manifest is None or self._head is None:
+            return
+        with self._library("tag"):
+            if tag in self._tags():
+                document = self._read(layout.MANIFEST, tag)
+                if document is not None and document.get("identity") == self._manifest.get("identity"):
+                    return  # people may have committed on top since
+            self._tag(tag, self._head)
+
+    @contextmanager
+    def writing(self) -> Iterator[Sending]:
+        """A temporary directory, sent as one commit when the block ends well."""
+        self._ask()
+        self._check_token()  # filling the directory may take long
+        with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+            sending = Sending(Path(scratch) / "published")
+            sending.folder.mkdir()
+            yield sending
+            self._send(sending)
+
+    def _send(self, sending: Sending) -> None:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+        names = {path.relative_to(sending.folder).as_posix() for path in sending.folder.rglob("*") if path.is_file()}
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=sending.folder / name) for name in sorted(names)]
+        ours = (
+            {*self._manifest["files"], layout.SIGNATURE} if self._manifest else set()
+        )  # it signs other bytes than these
+        deleted = [CommitOperationDelete(path_in_repo=name) for name in sorted((ours & self._files) - names)]
+        operations: list[Any] = [*added, *deleted]
+        with self._library("write to", bars=True), self._made():
+            # Sent by itself for one argument: without it a .gitignore on the Hub would leave files out in silence.
+            self._api.preupload_lfs_files(
+                self.name, added, revision=self.revision, create_pr=self.create_pr or None, free_memory=False,
+                gitignore_content="",
+            )  # fmt: skip
+            commit = self._api.create_commit(
+                self.name, operations, commit_message=sending.message, revision=self.revision,
+                create_pr=self.create_pr or None, parent_commit=self._head,
+            )  # fmt: skip
+        sending.place = commit.pr_url or f"{self._api.endpoint}/{self.name}"
+        if sending.tag and not self.create_pr:
+            with self._library("tag"):
+                self._tag(sending.tag, commit.oid)
+
+    def _tags(self) -> dict[str, str]:
+        return {ref.name: ref.target_commit for ref in self._api.list_repo_refs(self.name).tags}
+
+    def _tag(self, tag: str, commit: str) -> None:
+        """Tag a commit. The tag of an iteration follows what main holds of it; other branches do not take it away."""
+        before = self._tags().get(tag)
+        if before == commit or (before is not None and self.revision != _MAIN):
+            return
+        if before is not None:
+            self._api.delete_tag(self.name, tag=tag)
+        self._api.create_tag(self.name, tag=tag, revision=commit)
+
+    def _ask(self) -> None:
+        """Find out what stands there, once."""
+        if self._asked:
+            return
+        with self._library("read"):
+            info = self._info(self.revision)
+            if info is None and self.revision != _MAIN:
+                info = self._info(_MAIN)  # what a new branch begins with
+                self._is_new_branch = True
+            if info is not None:
+                self._head, self._is_public = info.sha, info.private is False
+                self._files = {item.rfilename for item in info.siblings or []}
+                self._card = self._text(layout.CARD, self._head) if layout.CARD in self._files else None
+                self._manifest = self._read(layout.MANIFEST, self._head) if layout.MANIFEST in self._files else None
+        self._asked = True
+
+    def _info(self, revision: str) -> Any:
+        """What the Hub says of a revision; None if there is none."""
+        from huggingface_hub import get_token
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            return self._api.model_info(self.name, revision=revision)
+        except HfHubHTTPError as error:
+            if error.response.status_code == 401:  # to strangers the Hub does not say what exists
+                if get_token() is None:
+                    raise self._without_token("read") from None
+                self._api.whoami()
+            elif error.response.status_code != 404:
+                raise
+            return None
+
+    def _text(self, name: str, revision: str | None) -> str:
+        with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+            path = self._api.hf_hub_download(self.name, name, revision=revision, local_dir=scratch)
+            return Path(path).read_text(encoding="utf-8", errors="replace")
+
+    def _read(self, name: str, revision: str | None) -> Manifest | None:
+        """A manifest of a revision; None for one that is not ours to judge, or not there."""
+        from huggingface_hub.errors import EntryNotFoundError
+
+        with suppress(ManifestError, EntryNotFoundError):
+            return parse(self._text(name, revision).encode(), f"{self.label}/{name}")
+        return None
+
+    def _without_token(self, verb: str) -> OutputError:
+        return OutputError(f"cannot {verb} {self.label}: there is no token: {_LOG_IN}")
+
+    def _check_token(self) -> None:
+        """Refuse what can be known to be refused later."""
+        from huggingface_hub import get_token
+        from huggingface_hub.errors import HfHubHTTPError
+
+        if get_token() is None:
+            raise self._without_token("write to")
+        with self._library("write to"):
+            try:
+                role = self._api.whoami().get("auth", {}).get("accessToken", {}).get("role")
+            except HfHubHTTPError as error:
+                if error.response.status_code == 401:
+                    raise
+                return  # asked too often, or of a token that may not ask: the commit will tell
+        if role == "read":
+            raise OutputError(
+                f"cannot write to {self.label}: this token may only read: take a token that may write to {self.name}"
+            )
+
+    @contextmanager
+    def _made(self) -> Iterator[None]:
+        """The repository and its branch, made where they are missing; taken back if the block fails."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        is_new = self._head is None
+        if is_new:
+            try:
+                self._api.create_repo(self.name, private=self.private or None)
+            except HfHubHTTPError as error:
+                if error.response.status_code != 409:
+                    raise
+                raise OutputError(
+                    f"cannot make {self.label}: the name is taken by a repository that this token may not see: take a "
+                    "token of its owner, or another name"
+                ) from None
+        try:
+            if self._is_new_branch:
+                self._api.create_branch(self.name, branch=self.revision, revision=self._head)
+            yield
+        except BaseException:
+            with suppress(Exception):  # what went wrong first is what is told
+                self._take_back(is_new)
+            raise
+
+    def _take_back(self, is_new: bool) -> None:
+        """Delete what this call made, if it is still as empty as it was made: the commit may have arrived after all."""
+        heads = {ref.name: ref.target_commit for ref in self._api.list_repo_refs(self.name).branches}
+        info = self._api.model_info(self.name)
+        if is_new:
+            if set(heads.values()) <= {info.sha} and {item.rfilename for item in info.siblings or []} <= _INITIAL:
+                self._api.delete_repo(self.name, missing_ok=True)
+        elif self._is_new_branch and heads.get(self.revision) == self._head:
+            self._api.delete_branch(self.name, branch=self.revision)
+
+    @contextmanager
+    def _library(self, verb: str, *, bars: bool = False) -> Iterator[None]:
+        """Calls of the library: silent but for `bars` on a terminal, their errors in one line. Raises OutputError."""
+        from huggingface_hub import constants
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+        drawing = self.progress if bars and isinstance(self.progress, Drawing) else None
+        shown: AbstractContextManager[Any] = nullcontext()
+        if drawing is not None:
+            shown = _bars_shown()
+        elif constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:  # the user's own word
+            shown = disable_progress_bars()
+        logger = logging.getLogger("huggingface_hub")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # it prints each of its retries
+        try:
+            with (
+                warnings.catch_warnings(),
+                shown,
+                drawing.aside() if drawing is not None else nullcontext(),
+            ):
+                warnings.simplefilter("ignore")
+                yield
+        except ColdctlError:
+            raise
+        except Exception as error:
+            raise self._in_words(verb, error) from None
+        finally:
+            logger.setLevel(level)
+
+    def _in_words(self, verb: str, error: BaseException) -> BaseException:
+        """What the Hub or the way to it answered, in one line with its remedy; a defect of ours as it is."""
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+        while (
+            isinstance(error, RuntimeError) and error.__cause__ is not None
+        ):  # "Error while uploading", from the cause
+            error = error.__cause__
+        said = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, HfHubHTTPError):
+            code = error.response.status_code
+            said = " ".join((error.server_message or said).split()).rstrip(".")
+            remedy = {
+                401: _LOG_IN,
+                403: f"take a token that may write to {self.name} (a fine-grained one needs write access to it)",
+                409: f"somebody else committed at the same time: {_AGAIN}",
+                412: f"somebody else committed at the same time: {_AGAIN}",
+                429: f"the Hub has had too many requests of yours: wait some minutes and {_AGAIN}",
+            }.get(code, _AGAIN)
+            return OutputError(f"cannot {verb} {self.label}: the Hub answered {code} ({said}): {remedy}")
+        if isinstance(error, OfflineModeIsEnabled):
+            return OutputError(f"cannot {verb} {self.label}: HF_HUB_OFFLINE is set: unset it and {_AGAIN}")
+        if isinstance(error, ValueError) and said.startswith("Invalid metadata"):
+            return OutputError(f"cannot {verb} {self.label}: {said}: correct the front matter of its {layout.CARD}")
+        if isinstance(error, OSError | ValueError | RuntimeError) or type(error).__module__.split(".")[0] in _TRANSPORT:
+            return OutputError(f"cannot {verb} {self.label}: {said}: check the connection and {_AGAIN}")
+        return error  # pragma: no cover - a defect of ours
+
+
+@contextmanager
+def _bars_shown() -> Iterator[None]:
+    """The library's bars, which transformers hides together with its own, unless the user wants none."""
+    from huggingface_hub import constants, utils
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        yield
+        return
+    hidden = utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    utils.enable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if hidden:
+            utils.disable_progress_bars()  # type: ignore[attr-defined]

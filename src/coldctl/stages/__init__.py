@@ -1,1 +1,0 @@
-"""One module per subcommand, one public function each; checkpoints on disk are their only link."""

@@ -1,0 +1,1 @@
+"""Read and write bytes on a disk or in a store that fsspec knows."""

@@ -1,0 +1,124 @@
+"""Several processes that train one model together, as `torchrun` and `accelerate launch` start them.
+
+Each computes its share of every batch; gradients are summed, so the step is that of the whole batch. The first
+process (rank 0) reads, decides and writes; the others follow. Without such a launcher the team has one member.
+"""
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from coldctl.common.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Team:
+    """The place of this process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on this machine
+    local_size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def agreed(self, value: T) -> T:
+        """The leader's value, everywhere."""
+        if self.size == 1:
+            return value
+        from torch import distributed
+
+        self._meet()
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def share(self, tensors: Iterable[Any]) -> None:
+        """Overwrite tensors by the leader's."""
+        if self.size > 1:
+            from torch import distributed
+
+            for tensor in tensors:
+                distributed.broadcast(tensor, src=0)
+
+    def gathered(self, value: T) -> list[T]:
+        """Everyone's value, by rank, of a team of more than one."""
+        from torch import distributed
+
+        self._meet()
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def sum_gradients(self, parameters: Iterable[Any], loss: Any) -> Any:
+        """Replace each gradient by the sum over the team; return the sum of the losses."""
+        if self.size == 1:
+            return loss
+        import torch
+        from torch import distributed
+
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([loss.reshape(1), *(gradient.reshape(-1) for gradient in gradients)])
+        distributed.all_reduce(flat)
+        total, *parts = torch.split(flat, [1, *(gradient.numel() for gradient in gradients)])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return total.reshape(())
+
+    def summed(self, array: NDArray[Any], device: Any) -> NDArray[np.float64]:
+        """The sum of everyone's array, float64."""
+        if self.size == 1:
+            return array.astype(np.float64)
+        import torch
+        from torch import distributed
+
+        tensor = torch.from_numpy(array.astype(np.float64 if device.type != "mps" else np.float32)).to(device)
+        distributed.all_reduce(tensor)
+        result: NDArray[np.float64] = tensor.cpu().numpy().astype(np.float64)
+        return result
+
+    def _meet(self) -> None:
+        import torch
+        from torch import distributed
+
+        if not distributed.is_initialized():
+            if torch.cuda.is_available():  # pragma: no cover  (needs a GPU)
+                torch.cuda.set_device(self.local_rank)
+            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def find() -> Team:
+    """The team that a launcher's environment describes. Raises ConfigError."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
+        return Team()
+    size = os.environ["WORLD_SIZE"]
+    try:
+        return Team(
+            int(os.environ["RANK"]),
+            int(size),
+            int(os.environ.get("LOCAL_RANK", "0")),
+            int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        )
+    except ValueError:
+        raise ConfigError(
+            "RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: start with torchrun, or unset them"
+        ) from None
+
+
+def disband() -> None:
+    """Leave the team in order, if there is one."""
+    if "torch.distributed" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()

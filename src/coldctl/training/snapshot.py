@@ -1,0 +1,56 @@
+"""Checkpoints of a training: written so that a kill or a crash leaves the old one or the new one, read only if whole."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from coldctl.common.disk_errors import as_os_errors
+from coldctl.common.errors import CheckpointError
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def write(path: Path, tensors: Tensors, state: Mapping[str, Any]) -> None:
+    """Write tensors and what else a training must know, with a digest of both. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.partial")
+    kept = {name: value.contiguous() for name, value in tensors.items()}
+    text = json.dumps(state)
+    with as_os_errors():
+        save_file(kept, unfinished, {"state": text, "digest": _digest(kept, text)})
+    descriptor = os.open(unfinished, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # else a crash of the machine may leave the name and nothing behind it
+    finally:
+        os.close(descriptor)
+    unfinished.replace(path)
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors, on the CPU, and the state of a checkpoint. Raises CheckpointError unless it is as it was written."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no dict
+        text, stated = metadata["state"], metadata["digest"]
+    except (OSError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path} ({error}): start this training again") from None
+    if stated != _digest(tensors, text):
+        raise CheckpointError(f"{path} was changed after it was written: start this training again")
+    state: dict[str, Any] = json.loads(text)
+    return tensors, state
+
+
+def _digest(tensors: Tensors, text: str) -> str:
+    hasher = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        hasher.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        hasher.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
