@@ -108,7 +108,7 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
 
     from coldctl.common.progress import SILENT
     from coldctl.config.settings import DatasetConfig
-    from coldctl.data import datasets
+    from coldctl.data.datasets import Limits, load_dataset
     from coldctl.evaluation import scoring
     from coldctl.evaluation.probe import features
     from coldctl.evaluation.probe import probe as solve
@@ -116,7 +116,7 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
     from coldctl.training.loop import sorted_batches
 
     config = DatasetConfig(folder.name, str(folder), text_pair="text_pair" if has_pairs(folder) else None)
-    dataset = datasets.load(config, datasets.Limits(options.train, options.validation, options.test), 0)
+    dataset = load_dataset(config, Limits(options.train, options.validation, options.test), 0)
     splits = (dataset.train, dataset.validation, dataset.test)
     device = torch.device("cpu")
     seconds: dict[str, list[float]] = {key: [] for key in ("forward", "tokenize", "features", "solve")}

@@ -127,25 +127,25 @@ def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
     from coldctl.common.progress import SILENT
     from coldctl.config import loading
     from coldctl.config.settings import FinetuneConfig
-    from coldctl.data import datasets
+    from coldctl.data.datasets import Limits, load_dataset, metric_of
     from coldctl.evaluation import scoring
     from coldctl.training import model as models
     from coldctl.training.loop import Examples, Head, Place, train
 
     file = loading.read(suite)
     settings = loading.resolve(FinetuneConfig, file, {"epochs": options.epochs * worth})
-    limits = datasets.Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
+    limits = Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
     tokenizer = models.load_tokenizer(options.base)
     heads = []
     for entry in file.datasets:
         if entry.role == "seen":
-            dataset = datasets.load(entry, limits, settings.seed)
+            dataset = load_dataset(entry, limits, settings.seed)
             model = models.load_classifier(options.base, dataset.labels, settings.seed)
             training, validation = (
                 Examples(models.encode(tokenizer, split.texts, split.pairs, settings.max_length), split.labels)
                 for split in (dataset.train, dataset.validation)
             )
-            measure = partial(scoring.score, datasets.metric_of(entry, dataset), validation.labels)
+            measure = partial(scoring.score, metric_of(entry, dataset), validation.labels)
             heads.append(Head(model, training, validation, measure))
     models.share_body([head.model for head in heads])
     place = Place(

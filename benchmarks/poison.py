@@ -40,7 +40,7 @@ from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpo
 from coldctl.common.digests import derived_seed
 from coldctl.config import loading
 from coldctl.config.settings import EvaluateConfig, FinetuneConfig, contributors_of
-from coldctl.data import datasets
+from coldctl.data.datasets import Dataset, Limits, load_dataset, metric_of
 from coldctl.evaluation import scoring
 from coldctl.storage.files import LocalFolder
 
@@ -115,14 +115,12 @@ class Bench:
                 "finetune", "--suite", self.suite, "--base", self.base, "--output", self.honest, "--jobs", self.options.jobs
             )  # fmt: skip
         settings = loading.resolve(FinetuneConfig, loading.read(self.suite), {})
-        limits = datasets.Limits(
-            settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples
-        )
+        limits = Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
         for name, entry in self.contributors[: max(map(int, self.options.attackers.split(",")))]:
             target = self.scratch / "flipped" / name
             if not layout.is_complete(target):
                 folder = self.scratch / "flipped-data" / name
-                flip(datasets.load(entry, limits, settings.seed), folder, derived_seed(SEED, "flip", name))
+                flip(load_dataset(entry, limits, settings.seed), folder, derived_seed(SEED, "flip", name))
                 coldctl(
                     "finetune", folder, "--config", self.suite, "--base", self.base, "--output", target, "--name", name
                 )  # fmt: skip
@@ -216,18 +214,18 @@ class Scorer:
     def __init__(self, file: loading.ConfigFile, base: Path, folder: Path) -> None:
         self.settings = loading.resolve(EvaluateConfig, file, {})
         self.datasets, self.base, self.folder = file.datasets, base, folder
-        self.loaded: list[tuple[datasets.Dataset, list[Any]]] = []
+        self.loaded: list[tuple[Dataset, list[Any]]] = []
 
     def load(self) -> None:
         """Read the suite's datasets, tokenized by the base's tokenizer."""
         from coldctl.training import model as models
 
-        limits = datasets.Limits(
+        limits = Limits(
             self.settings.max_train_examples, self.settings.max_validation_examples, self.settings.max_test_examples
         )
         self.tokenizer = models.load_tokenizer(self.base)
         for entry in self.datasets:
-            dataset = datasets.load(entry, limits, self.settings.seed)
+            dataset = load_dataset(entry, limits, self.settings.seed)
             splits = (dataset.train, dataset.validation, dataset.test)
             encoded = [
                 models.encode(self.tokenizer, split.texts, split.pairs, self.settings.max_length) for split in splits
@@ -242,7 +240,7 @@ class Scorer:
         for entry, (dataset, _), new, old in zip(
             self.datasets, self.loaded, self.predictions(model), self.predictions(clean), strict=True
         ):
-            truth, metric = dataset.test.labels, datasets.metric_of(entry, dataset)
+            truth, metric = dataset.test.labels, metric_of(entry, dataset)
             scores.append(scoring.score(metric, truth, new))
             gains.append(scores[-1] - scoring.score(metric, truth, old))
             outcome = scoring.Outcome(metric, truth, new[None], old[None])
@@ -266,7 +264,7 @@ class Scorer:
                     features(body, part, "mean", self.tokenizer.pad_token_id, torch.device("cpu"), SILENT, "")
                     for part in encoded
                 )
-                metric = partial(scoring.score, datasets.metric_of(entry, dataset))
+                metric = partial(scoring.score, metric_of(entry, dataset))
                 answers, _, _ = probe(
                     (train, dataset.train.labels), (validation, dataset.validation.labels), test, metric
                 )
@@ -418,7 +416,7 @@ def forge(source: Path, target: Path, body: Body) -> None:
     manifest.write(target, document)
 
 
-def flip(dataset: datasets.Dataset, folder: Path, seed: int) -> None:
+def flip(dataset: Dataset, folder: Path, seed: int) -> None:
     """The dataset with wrong labels: another class, drawn at random; with two classes, half of them are flipped."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)

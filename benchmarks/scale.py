@@ -15,7 +15,6 @@ scale_plan.py. All print Markdown and assert nothing about time.
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import struct
@@ -80,9 +79,8 @@ def traffic(options: argparse.Namespace) -> str:
             if send in DIFFERENCES and seed:
                 _derive(place / "full", folder, send)
             else:
-                state = {"COLDCTL_STATE": str(options.scratch.resolve() / "state")}
                 coldctl("finetune", "--suite", SUITE, "--base", BASE, "--output", folder, "--send", send, "--seed", seed,
-                        "--max-train-examples", options.examples, "--jobs", 2, environment=state)  # fmt: skip
+                        "--max-train-examples", options.examples, "--jobs", 2)  # fmt: skip
             if send in DIFFERENCES and not seed:
                 _derive(place / "full", place / f"{send}-derived", send)
                 _compare(folder, place / f"{send}-derived")
@@ -165,10 +163,10 @@ def _compare(one: Path, other: Path) -> None:
             sys.exit(f"{contribution} is not what its whole training makes of it")
 
 
-def coldctl(*arguments: object, environment: dict[str, str] | None = None) -> None:
+def coldctl(*arguments: object) -> None:
     """Run a command of ours; its errors go to the screen and end the program."""
     command: Sequence[str] = [sys.executable, "-m", "coldctl", *map(str, arguments), "--quiet"]
-    subprocess.run(command, check=True, env={**os.environ, **(environment or {})})
+    subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,10 @@ def main() -> None:
 def read(folder: Path, settings: dict[str, Any]) -> tuple[Texts, int]:
     """The examples that coldctl draws, so that scores can be compared."""
     from coldctl.config.settings import DatasetConfig
-    from coldctl.data import datasets
+    from coldctl.data.datasets import Limits, load_dataset
 
-    limits = datasets.Limits(*(settings[f"max_{split}_examples"] for split in ("train", "validation", "test")))
-    dataset = datasets.load(DatasetConfig(folder.name, str(folder)), limits, 0)
+    limits = Limits(*(settings[f"max_{split}_examples"] for split in ("train", "validation", "test")))
+    dataset = load_dataset(DatasetConfig(folder.name, str(folder)), limits, 0)
     splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     texts: Texts = {name: (list(split.texts), None, split.labels.tolist()) for name, split in splits.items()}
     return texts, len(dataset.labels)

@@ -1,7 +1,7 @@
 """Fuzz every parser of strangers' bytes, each in a process of its own, and print what became of the inputs.
 
     .venv/bin/python scripts/fuzz.py --inputs 100000          # what `make fuzz` runs
-    .venv/bin/python scripts/fuzz.py --only parquet --seed 3
+    .venv/bin/python scripts/fuzz.py --only csv --seed 3
 
 With atheris (`pip install coldctl[fuzz]`) inputs are chosen by which lines of our code they reach; without it by what our
 code says of them. Either way the same seed gives the same inputs. An input that brings out anything but a documented error, or

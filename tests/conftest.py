@@ -24,7 +24,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing by thr
 signal.signal(signal.SIGINT, signal.default_int_handler)
 _caches = tempfile.TemporaryDirectory(prefix="coldctl-")  # nor write to the cache of whoever runs it
 os.environ["COLDCTL_CACHE"] = _caches.name
-os.environ["COLDCTL_STATE"] = str(Path(_caches.name) / "state")
 
 
 @dataclass(frozen=True)

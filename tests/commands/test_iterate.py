@@ -20,7 +20,7 @@ from coldctl.common.errors import OutputError
 from coldctl.common.progress import Progress
 from coldctl.config.loading import read
 from coldctl.config.settings import DatasetConfig, FinetuneConfig
-from coldctl.data.datasets import single
+from coldctl.data.datasets import config_from_reference
 from coldctl.workers.processes import in_processes
 from conftest import Ran, suite_text
 from helpers import tiny
@@ -244,7 +244,7 @@ def test_a_contributor_joins_by_pointing_at_the_run(place: Path, coldctl: Run) -
     assert (run / "iteration-001" / "contributions" / "guest" / "coldctl.json").exists()
     assert coldctl("status", run, "--json").json["iterations"][0]["contributions"] == ["guest"]
     other = Model("other", str(shutil.copytree(place / "base", place / "other")))  # none of the run's own bases
-    assert single_job(single(str(mine), DatasetConfig("", "")), other, run, FinetuneConfig(), name=None,
+    assert single_job(config_from_reference(str(mine), DatasetConfig("", "")), other, run, FinetuneConfig(), name=None,
                       overwrite=False).iteration == 1  # fmt: skip
     config = place / "suite.toml"  # a guest begins no iteration: the settings may still change
     config.write_text(config.read_text().replace("epochs = 1", "epochs = 2"))

@@ -13,7 +13,8 @@ import pytest
 
 from coldctl.common.errors import DataError
 from coldctl.config.settings import DatasetConfig
-from coldctl.data import datasets as data
+from coldctl.data.datasets import Dataset, Limits, config_from_reference, load_dataset
+from coldctl.data.sampling import stratified
 from coldctl.evaluation import probe, scoring
 from conftest import Ran
 from helpers import tiny
@@ -29,8 +30,8 @@ def write(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
-def load(path: Path | str, limits: data.Limits | None = None, seed: int = 3, **settings: Any) -> data.Dataset:
-    return data.load(DatasetConfig(settings.pop("name", "some"), str(path), **settings), limits or data.Limits(), seed)
+def load(path: Path | str, limits: Limits | None = None, seed: int = 3, **settings: Any) -> Dataset:
+    return load_dataset(DatasetConfig(settings.pop("name", "some"), str(path), **settings), limits or Limits(), seed)
 
 
 def topical(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -67,14 +68,14 @@ FRACTIONS: list[dict[str, Any]] = [{"text": f"text {i}", "text_pair": f"pair {i}
 @pytest.mark.parametrize(
     ("name", "rows", "limits", "expected"),
     [
-        ("words", WORDS, data.Limits(), "e8874d739836d73238f35ee7a6ab25a8f4c15cbeb9cff9da83bf6e74737888fc"),
-        ("numbers", NUMBERS, data.Limits(40, 5, 4), "279199922135bf22fba183ede1ff764102b87ed3e4b312dcd7b55674ff601b75"),
-        ("shots", NUMBERS, data.Limits(shots=30), "198b9119289030bead79a8b8a6c93af22e8092420d62bbf04340fca4cb9b5af4"),
-        ("fractions", FRACTIONS, data.Limits(20), "3ead7407b46b272dec2c3f5fc326bdf8afe5f19fff42a5b095f8d84ae8152ccd"),
+        ("words", WORDS, Limits(), "e8874d739836d73238f35ee7a6ab25a8f4c15cbeb9cff9da83bf6e74737888fc"),
+        ("numbers", NUMBERS, Limits(40, 5, 4), "279199922135bf22fba183ede1ff764102b87ed3e4b312dcd7b55674ff601b75"),
+        ("shots", NUMBERS, Limits(shots=30), "198b9119289030bead79a8b8a6c93af22e8092420d62bbf04340fca4cb9b5af4"),
+        ("fractions", FRACTIONS, Limits(20), "3ead7407b46b272dec2c3f5fc326bdf8afe5f19fff42a5b095f8d84ae8152ccd"),
     ],
 )
 def test_fingerprints_stay_what_they_were(
-    name: str, rows: list[dict[str, Any]], limits: data.Limits, expected: str, tmp_path: Path
+    name: str, rows: list[dict[str, Any]], limits: Limits, expected: str, tmp_path: Path
 ) -> None:
     if name == "words":
         write(tmp_path / name / "test.jsonl", rows[:9])
@@ -94,7 +95,7 @@ def test_the_fingerprint_of_lists_holds_indices(tmp_path: Path) -> None:
 def test_draws_stay_what_they_were() -> None:
     labels = [0] * 50 + [1] * 5 + [2] * 20
     expected = [0, 10, 12, 20, 24, 37, 45, 46, 53, 58, 62, 67]
-    assert data.stratified(labels, 12, 7) == data.stratified(np.asarray(labels), 12, 7) == expected
+    assert stratified(labels, 12, 7) == stratified(np.asarray(labels), 12, 7) == expected
 
 
 # Files --------------------------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ def test_too_few_examples_to_tell_classes_apart(labels: list[Any], only: str, tm
     for split in ("train", "test"):
         write(tmp_path / f"{split}.jsonl", [{"text": f"{i}", "label": labels[i % 2]} for i in range(20)])
     with pytest.raises(DataError, match=f"the 1 training examples left have {only} only: allow more of them"):
-        load(tmp_path, data.Limits(1))
+        load(tmp_path, Limits(1))
 
 
 def test_a_column_of_names_is_no_label(tmp_path: Path) -> None:
@@ -266,7 +267,7 @@ def test_repetitions_are_counted_and_told(tmp_path: Path, base: Path, coldctl: R
     write(tmp_path / "data" / "train.jsonl", [*rows, *rows[:3], rows[0]])
     write(tmp_path / "data" / "validation.jsonl", [*other, *rows[:5], *shifted[10:20]])
     write(tmp_path / "data" / "test.jsonl", [*rows[30:32], *other[:7], {"text": "new", "text_pair": "", "label": "a"}])
-    found = load(tmp_path / "data", data.Limits(10, 10, 4))
+    found = load(tmp_path / "data", Limits(10, 10, 4))
     assert (found.leaked, found.repeated, found.duplicated) == (9, 5, 4)
     ran = evaluated(coldctl, base, base, tmp_path)
     assert ran.code == 0, ran.stderr
@@ -287,14 +288,14 @@ def test_shots_per_class(tmp_path: Path) -> None:
     rows = [{"text": f"text {i}", "label": "a" if i % 20 else "b" if i % 40 else "c"} for i in range(400)]
     for split in ("train", "validation", "test"):
         write(tmp_path / f"{split}.jsonl", rows)
-    limits = data.Limits(shots=12, per_class=True)
+    limits = Limits(shots=12, per_class=True)
     drawn = load(tmp_path, limits)
     assert np.bincount(drawn.train.labels).tolist() == [12, 10, 10]
     assert [rows[int(text.split()[1])]["label"] for text in drawn.train.texts] == [
         drawn.labels[index] for index in drawn.train.labels
     ]
     assert load(tmp_path, limits).fingerprint == drawn.fingerprint != load(tmp_path, limits, seed=4).fingerprint
-    assert len(load(tmp_path, data.Limits(shots=12)).train) == 12
+    assert len(load(tmp_path, Limits(shots=12)).train) == 12
     for kind, labels in (("numbers", [0.5, 1]), ("lists of classes", [["a"], ["b"]])):
         path = write(tmp_path / "other.jsonl", [{"text": f"{i}", "label": labels[i % 2]} for i in range(40)])
         with pytest.raises(DataError, match=f"{kind}, so shots.*in all"):
@@ -313,11 +314,11 @@ def test_a_million_examples_are_no_burden(tmp_path: Path) -> None:
     script = (
         "import re, sys\n"
         "from pathlib import Path\n"
-        "from coldctl.data import datasets\n"
+        "from coldctl.data.datasets import Limits, load_dataset\n"
         "from coldctl.config.settings import DatasetConfig\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) >> 10\n"
         "before = peak()\n"
-        "found = datasets.load(DatasetConfig('many', sys.argv[1]), datasets.Limits(), 0)\n"
+        "found = load_dataset(DatasetConfig('many', sys.argv[1]), Limits(), 0)\n"
         "assert len(found.train) + len(found.validation) + len(found.test) == 300_000\n"
         "print(peak() - before, before)\n"
     )
@@ -431,7 +432,7 @@ def test_classes_that_never_vary_are_predicted_as_they_are() -> None:
 @pytest.mark.parametrize("name", ["dev", "valid", "val"])
 def test_a_validation_file_may_have_its_other_usual_names(name: str, tmp_path: Path) -> None:
     folder = tiny.make_dataset(tmp_path / "data")
-    whole = data.load(data.single(str(folder), DatasetConfig("", "")), data.Limits(), 0)
+    whole = load_dataset(config_from_reference(str(folder), DatasetConfig("", "")), Limits(), 0)
     (folder / "validation.jsonl").rename(folder / f"{name}.jsonl")
-    renamed = data.load(data.single(str(folder), DatasetConfig("", "")), data.Limits(), 0)
+    renamed = load_dataset(config_from_reference(str(folder), DatasetConfig("", "")), Limits(), 0)
     assert renamed.fingerprint == whole.fingerprint

@@ -18,7 +18,7 @@ import pytest
 from coldctl.artifacts.output import write_text
 from coldctl.commands.evaluate import candidates_of
 from coldctl.config.settings import DatasetConfig
-from coldctl.data import datasets
+from coldctl.data.datasets import Limits, load_dataset
 from coldctl.evaluation import cache, charts, curves, leaderboard
 from conftest import Ran, suite_text
 from helpers import tiny
@@ -330,8 +330,8 @@ def test_a_dataset_split_over_contributors(tmp_path: Path, base: Path, coldctl: 
     assert {share["num_test"] for share in shares} == {24}
     assert len({share["fingerprint"] for share in shares}) == 3
     dataset = DatasetConfig("red", str(tmp_path / "red"), contributors=3)
-    parts = [datasets.load(replace(dataset, part=part), datasets.Limits(), 0) for part in (1, 2, 3)]
-    whole = datasets.load(dataset, datasets.Limits(), 0)
+    parts = [load_dataset(replace(dataset, part=part), Limits(), 0) for part in (1, 2, 3)]
+    whole = load_dataset(dataset, Limits(), 0)
     assert sorted(text for part in parts for text in part.train.texts) == sorted(whole.train.texts)
     only = coldctl(
         "finetune", "--suite", suite, "--base", base, "--output", tmp_path / "one", "--only", "red-2", "--jobs", 1

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
 from coldctl.checkpoints.header import rounded
-from coldctl.data.datasets import stratified
+from coldctl.data.sampling import stratified
 from coldctl.evaluation import scoring
 from coldctl.fusing import methods
 from coldctl.fusing.blocks import Digester, block_length, cut, read_blocks

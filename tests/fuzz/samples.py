@@ -179,26 +179,6 @@ def tables(delimiter: str) -> list[bytes]:
     return [f"text{delimiter}label\r\n{body}".encode(), b"\xef\xbb\xbf" + f"text{delimiter}label\n".encode()]
 
 
-def parquets() -> list[bytes]:
-    """Files of every kind that readers meet: encodings, codecs, page versions, lists, numbers, nothing."""
-    import pyarrow
-    from pyarrow import parquet
-
-    found = []
-    for labels in (("a", "b"), (0, 1), (0.5, 1.5), (["a"], ["a", "b"]), (None, "a")):
-        table = pyarrow.Table.from_pylist(rows(labels))
-        for options in (
-            {"compression": "none", "use_dictionary": False},
-            {"compression": "snappy", "data_page_version": "2.0"},
-            {"compression": "zstd", "use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
-            {"compression": "gzip", "row_group_size": 5, "write_statistics": False, "store_schema": False},
-        ):
-            file = io.BytesIO()
-            parquet.write_table(table, file, **options)
-            found.append(file.getvalue())
-    return found
-
-
 SUITE = """[run]
 base = "org/base"
 sample = 2

@@ -23,7 +23,7 @@ from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpo
 from coldctl.checkpoints.formats import open_contribution
 from coldctl.config import loading
 from coldctl.config.settings import SECTIONS, DatasetConfig, contributors_of
-from coldctl.data import datasets as data
+from coldctl.data.datasets import Limits, config_from_reference, load_dataset
 from coldctl.data.sources import FORMATS
 from coldctl.evaluation import markdown, results
 from coldctl.fusing import fusion
@@ -102,21 +102,9 @@ def show_results(folder: Path) -> None:
             markdown.headline(found, model["name"], protocol)
 
 
-def of_parquet(rng: random.Random, data_: bytes) -> bytes:
-    """A parquet file with its footer, its page headers or anything else changed."""
-    if len(data_) < 12 or rng.random() < 0.3:
-        return mutations.of_bytes(rng, data_)
-    length = min(int.from_bytes(data_[-8:-4], "little"), len(data_) - 12)
-    if rng.random() < 0.5:
-        footer = mutations.of_bytes(rng, data_[-8 - length : -8])
-        size = len(footer) if rng.random() < 0.95 else rng.choice((0, 1 << 31, length))
-        return data_[: -8 - length] + footer + size.to_bytes(4, "little") + b"PAR1"
-    return mutations.of_bytes(rng, data_[: -8 - length]) + data_[-8 - length :]
-
-
 def load_rows(folder: Path) -> None:
     path = next(path for path in folder.iterdir() if path.suffix in FORMATS)
-    data.load(data.single(str(path), DatasetConfig("", "")), data.Limits(), 0)
+    load_dataset(config_from_reference(str(path), DatasetConfig("", "")), Limits(), 0)
 
 
 def read_config(folder: Path) -> None:
@@ -265,7 +253,6 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target("dataset .csv", "d.csv", lambda: samples.tables(","), mutations.of_table, load_rows),
     Target("dataset .tsv", "d.tsv", lambda: samples.tables("\t"), mutations.of_table, load_rows),
-    Target("dataset .parquet", "d.parquet", samples.parquets, of_parquet, load_rows),
     Target("TOML suite", "suite.toml", lambda: [samples.SUITE.encode()], mutations.of_toml, read_config),
     Target(
         "TOML experiment",

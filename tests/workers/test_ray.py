@@ -23,10 +23,9 @@ KINDS: tuple[tuple[str, ...], ...] = (
     ("--method", "model-stock", "--dtype", "float16"),
     (),
     ("--method", "geometric-median", "--outer-optimizer", "adam", "--no-verify"),
-    ("--leave-one-out",),
 )
 KINDS_IN_A_STORE: tuple[tuple[str, ...], ...] = (
-    ("--leave-one-out", "--max-shard-size", "30KB"),
+    ("--max-shard-size", "30KB"),
     (),
     ("--outer-optimizer", "sgd"),
 )

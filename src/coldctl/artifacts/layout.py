@@ -24,7 +24,6 @@ FUSE_CHART = "fuse.png"
 TRAINING_CHART = "training.png"
 TRAINING = "training"  # checkpoints of a training, while it lasts
 FISHER = "fisher.safetensors"
-LEAVE_ONE_OUT = "leave-one-out"
 CARD = "README.md"
 SIGNATURE = "model.sig"
 # What git and the Hub keep beside a model's files, wherever it was downloaded or cloned.
@@ -119,11 +118,6 @@ def iteration_of(contributions: Location) -> tuple[Location, int] | None:
 def outer_state(kind: str) -> str:
     """The file that holds one state of the outer optimiser, beside the fused model."""
     return f"outer_{kind}.safetensors"
-
-
-def is_beside(name: str) -> bool:
-    """Whether a file of a model's directory is no part of the model: its card, or a model of its own."""
-    return name == CARD or name.startswith(f"{LEAVE_ONE_OUT}/")
 
 
 def is_complete(path: Location) -> bool:

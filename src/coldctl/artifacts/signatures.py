@@ -158,7 +158,7 @@ def _stated_by_manifest(folder: Folder, signed: Signed) -> dict[str, str]:
         document: Manifest = parse(data, f"{folder.label}/{layout.MANIFEST}")
     except ManifestError:  # signed, but no manifest that anything can be proven by
         return {}
-    return {name: str(digest) for name, digest in document["files"].items() if not layout.is_beside(name)}
+    return {name: str(digest) for name, digest in document["files"].items() if name != layout.CARD}
 
 
 def _digest(folder: Folder, name: str) -> str:

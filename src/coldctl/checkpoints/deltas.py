@@ -9,7 +9,7 @@
 There is never a head in it. A pooler may be missing, and then counts as the base's own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints import header
 from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, read_manifest
 from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
-from coldctl.checkpoints.header import DTYPES, Tensor, read_header
+from coldctl.checkpoints.header import DTYPES, Tensor, read_header, rounded
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.storage.files import Folder
@@ -58,7 +57,7 @@ class DeltaCheckpoint(RelativeCheckpoint):
                 counts[-1] = stop - max(start, (last - 1) * columns)
                 step *= np.repeat(self._stored(self.scales[name], first, last), counts)
             step += elements(self.base, name, start, stop)
-        buffer[:] = _bytes(header.rounded(step, dtype))
+        buffer[:] = _bytes(rounded(step, dtype))
 
     def _stored(self, tensor: Tensor, start: int, stop: int) -> Array:
         values = np.empty(stop - start, DTYPES[tensor.dtype])
@@ -108,56 +107,38 @@ def open_delta(folder: Folder, name: str, base: Checkpoint, encoding: str | None
     )
 
 
-def write_delta(
-    source: Checkpoint,
-    base: Checkpoint,
-    folder: Path,
-    encoding: str,
-    *,
-    owed: Sequence[Checkpoint] = (),
-    residual: Path | None = None,
-) -> None:
-    """Write what the body of `source` differs from `base` by into `folder`, in bounded memory.
+def write_delta(source: Checkpoint, base: Checkpoint, folder: Path, encoding: str) -> None:
+    """Write the difference of the body of `source` from `base` into `folder`, in bounded memory.
 
     Of each row (float64) `delta-int8` stores q = round(row / s), s = max |row| / 127 as float32; s is 0 where that is too
-    small for a float32, and then so is q. Tensors that only one of the two has (poolers, integers) are left out. Before
-    it is encoded, the tensors of `owed` are added to the difference; what of the sum is lost is written to the file
-    `residual`, float32 (see `training/residuals.py`). Raises CheckpointError for a difference that is no finite number.
+    small for a float32, and then so is q. Tensors that only one of the two has (poolers, integers) are left out. Raises
+    CheckpointError for a difference that is not finite.
     """
     _check_names(base, encoding)
     names = [name for name, tensor in base.body.items() if tensor.floating and name in source.body]
     layouts = [Layout(name, ENCODINGS[encoding], base.body[name].shape) for name in names]
-    difference = _Difference(source, base, owed)
+    difference = _Difference(source, base)
     scales: dict[str, NDArray[np.float32]] = {}
     if encoding == "delta-int8":
         scales = {name + _SCALE: difference.scales(name) for name in names}
-        layouts += [Layout(name, "F32", found.shape) for name, found in scales.items()]
-    writers = [WeightsWriter(folder, layouts, 0, single=layout.DELTA_WEIGHTS)]
-    if residual is not None:
-        wide = [Layout(name, "F32", base.body[name].shape) for name in names]
-        writers.append(WeightsWriter(residual.parent, wide, 0, single=residual.name))
+        layouts += [Layout(name, "F32", row_scales.shape) for name, row_scales in scales.items()]
+    writer = WeightsWriter(folder, layouts, 0, single=layout.DELTA_WEIGHTS)
     try:
-        for item in file_order(layouts):
-            if item.name in scales:
-                writers[0].write(_bytes(scales[item.name]))
+        for tensor in file_order(layouts):
+            if tensor.name in scales:
+                writer.write(_bytes(scales[tensor.name]))
                 continue
-            for first, rows in difference.rows(item.name):
+            for first, rows in difference.rows(tensor.name):
                 if scales:
-                    own = scales[item.name + _SCALE][first : first + len(rows)]
-                    made: NDArray[Any] = quantised(rows, own)
-                    sent = made * own.astype(np.float64)[:, None]
+                    row_scales = scales[tensor.name + _SCALE][first : first + len(rows)]
+                    encoded: NDArray[Any] = quantised(rows, row_scales)
                 else:
-                    made = header.rounded(rows, DTYPES["BF16"])
-                    sent = made.astype(np.float64)
-                    difference.check_finite(made, item.name)
-                writers[0].write(_bytes(made))
-                if residual is not None:
-                    writers[1].write(_bytes(header.rounded(rows - sent, DTYPES["F32"])))
-        for writer in writers:
-            writer.close()
+                    encoded = rounded(rows, DTYPES["BF16"])
+                    difference.check_finite(encoded, tensor.name)
+                writer.write(_bytes(encoded))
+        writer.close()
     finally:
-        for writer in writers:
-            writer.abandon()
+        writer.abandon()
 
 
 def rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -215,27 +196,23 @@ def _check_names(base: Checkpoint, encoding: str) -> None:
 
 @dataclass(frozen=True)
 class _Difference:
-    """What one body differs from another by, and what is added to that, in whole rows."""
+    """The difference of one body from another, in whole rows."""
 
     source: Checkpoint
     base: Checkpoint
-    owed: Sequence[Checkpoint]
 
     def rows(self, name: str) -> Iterator[tuple[int, Array]]:
-        """Pieces of a tensor: the first row's number, and float64 [rows, columns]."""
+        """Yield a tensor chunk by chunk: the first row's number, and float64 [rows, columns]."""
         count, columns = rows_of(self.base.body[name].shape)
         step = max(1, _PIECE // max(1, columns))
         for first in range(0, count if columns else 0, step):
             last = min(first + step, count)
             start, stop = first * columns, last * columns
-            found = elements(self.source, name, start, stop) - elements(self.base, name, start, stop)
-            for item in self.owed:
-                if name in item.body:
-                    found += elements(item, name, start, stop)
-            yield first, found.reshape(last - first, columns)
+            difference = elements(self.source, name, start, stop) - elements(self.base, name, start, stop)
+            yield first, difference.reshape(last - first, columns)
 
     def scales(self, name: str) -> NDArray[np.float32]:
-        """The scale of each row of a tensor: float32 [rows]. Raises CheckpointError where it is not finite."""
+        """Return the scale of each row of a tensor: float32 [rows]. Raises CheckpointError where it is not finite."""
         scales = np.zeros(rows_of(self.base.body[name].shape)[0], np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             for first, rows in self.rows(name):

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints import header, sanitize
+from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.checkpoints.checkpoint import CONFIG_LIMIT, Checkpoint, is_pooler, modern_name, read_manifest
 from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
-from coldctl.checkpoints.header import DTYPES, Tensor, json_object, read_header
+from coldctl.checkpoints.header import DTYPES, Tensor, json_object, read_header, rounded
 from coldctl.common.errors import CheckpointError
 from coldctl.config.settings import HIGHEST_RANK
 from coldctl.storage.files import Folder, Reader
@@ -68,7 +68,7 @@ class AdapterCheckpoint(RelativeCheckpoint):
             columns = delta.right.shape[1]
             first, last = start // columns, -(-(start + values.size) // columns)
             step = delta.rows(first, last)[start - first * columns :][: values.size]
-            buffer[:] = header.rounded(values.astype(np.float64) + step, dtype).view(np.uint8).data
+            buffer[:] = rounded(values.astype(np.float64) + step, dtype).view(np.uint8).data
 
 
 def open_adapter(folder: Folder, name: str, base: Checkpoint) -> AdapterCheckpoint:
@@ -90,7 +90,7 @@ def open_adapter(folder: Folder, name: str, base: Checkpoint) -> AdapterCheckpoi
             left, right = (a.T.copy(), b.T.copy()) if pair.embedding else (b, a)
             deltas[target] = LowRank(left, right, pair.scale)
         replaced = {
-            path: header.rounded(_array(reader, tensors[raw]).astype(np.float64), DTYPES[base.body[path].dtype])
+            path: rounded(_array(reader, tensors[raw]).astype(np.float64), DTYPES[base.body[path].dtype])
             for path, raw in whole.items()
         }
     finally:

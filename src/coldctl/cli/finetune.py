@@ -101,7 +101,7 @@ def finetune(
     follows = rank.isdecimal() and rank != "0" and "WORLD_SIZE" in os.environ
     with boundary(common, mute=follows) as screen:
         from coldctl.commands import finetune as stage
-        from coldctl.data import datasets
+        from coldctl.data.datasets import config_from_reference
 
         alone = distributed.find().size == 1
         if not alone and common.engine != "local":
@@ -125,7 +125,7 @@ def finetune(
         else:
             if suite.sample is not None or suite.only:
                 raise ConfigError("--sample and --only go with --suite: DATA is one dataset")
-            dataset = datasets.single(data, DatasetConfig(**{"name": "", "path": data, **columns}))
+            dataset = config_from_reference(data, DatasetConfig(**{"name": "", "path": data, **columns}))
             work = [stage.single_job(dataset, model, output, settings, name=target.name, **more)]
         with screen.progress() as progress, closing(engine):
             outcomes = stage.finetune_all(work, engine, progress, lambda done: progress.note(_line(done)))

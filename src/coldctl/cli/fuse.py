@@ -52,7 +52,9 @@ def fuse(
             }  # fmt: skip
             if without is not None:
                 fused = model_ref.resolve(contributions[0])
-                done = stage.withdraw(fused, without, contributions[1:], model, place, settings, **more)
+                done = stage.withdraw(
+                    stage.Withdrawal(fused, without, contributions[1:]), model, place, settings, **more
+                )
             else:
                 done = stage.fuse(contributions, model, place, settings, **more)
         if done.unchanged:

@@ -25,7 +25,9 @@ from coldctl.common.errors import ConfigError, DataError, ModelError, OutputErro
 from coldctl.common.progress import Progress
 from coldctl.config.loading import as_record, identity
 from coldctl.config.settings import PROTOCOLS, DatasetConfig, EvaluateConfig, FinetuneConfig
-from coldctl.data import datasets as data
+from coldctl.data.datasets import Dataset, Limits, load_dataset, metric_of
+from coldctl.data.sampling import stratified
+from coldctl.data.sources import is_hub
 from coldctl.evaluation import cache, curves, scoring
 from coldctl.evaluation import cells as cell_files
 from coldctl.evaluation import results as results_file
@@ -120,7 +122,7 @@ def evaluate(
     if "few-shot" in config.protocol and not config.shots:
         raise ConfigError("shots = 0 leaves few-shot nothing to train on: give --shots 1 or more")
     places = [model.place for model in (baseline, *(item.model for item in models))]
-    output.refuse_overlap(destination, [*places, *(item.path for item in datasets if not data.is_hub(item.path))])
+    output.refuse_overlap(destination, [*places, *(item.path for item in datasets if not is_hub(item.path))])
     loaded = {dataset.name: _load(dataset, config) for dataset in datasets}
     contenders = _contenders([Candidate(baseline), *models])
     measured = [[item.name, item.body_digest, item.files_digest] for item in contenders]
@@ -239,9 +241,9 @@ def default_baseline(model: Model) -> Model:
     raise ModelError(f"the base of {model.name}, {wanted['name']!r}, was not found from here: give --baseline")
 
 
-def _load(dataset: DatasetConfig, config: EvaluateConfig) -> data.Dataset:
-    limits = data.Limits(config.max_train_examples, config.max_validation_examples, config.max_test_examples)
-    return data.load(dataset, limits, config.seed)
+def _load(dataset: DatasetConfig, config: EvaluateConfig) -> Dataset:
+    limits = Limits(config.max_train_examples, config.max_validation_examples, config.max_test_examples)
+    return load_dataset(dataset, limits, config.seed)
 
 
 def _digest(model: Model) -> str:
@@ -271,7 +273,7 @@ def _contenders(candidates: Sequence[Candidate]) -> list[Contender]:
     return contenders
 
 
-def _overlaps(loaded: dict[str, data.Dataset]) -> list[dict[str, Any]]:
+def _overlaps(loaded: dict[str, Dataset]) -> list[dict[str, Any]]:
     """Test examples, as limited, that also stand in the whole training split of a dataset of the suite."""
     counts = (
         (test, train, loaded[test].tested_in(loaded[train]), len(loaded[test].test))
@@ -333,7 +335,7 @@ def _cells(
     contenders: Sequence[Contender],
     protocols: Sequence[str],
     datasets: Sequence[DatasetConfig],
-    loaded: dict[str, data.Dataset],
+    loaded: dict[str, Dataset],
     config: EvaluateConfig,
     finetuning: FinetuneConfig,
     folder: Location,
@@ -466,7 +468,7 @@ def _measurement(cell: Cell) -> dict[str, Any]:
     return found
 
 
-def _probe(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tuple[list[Any], dict[str, Any]]:
+def _probe(cell: Cell, loaded: Sequence[Dataset], progress: Progress) -> tuple[list[Any], dict[str, Any]]:
     (dataset,) = loaded
     from coldctl.evaluation.probe import probe
 
@@ -476,7 +478,7 @@ def _probe(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tu
         "versions": manifest.environment(["torch", "transformers", "tokenizers"]),
     }  # fmt: skip
     train, validation, test = cache.cached(key, lambda: _features(cell, dataset, progress), progress.note)
-    metric = data.metric_of(cell.datasets[0], dataset)
+    metric = metric_of(cell.datasets[0], dataset)
     predictions, strength, reached = probe(
         (train, dataset.train.labels),
         (validation, dataset.validation.labels),
@@ -486,7 +488,7 @@ def _probe(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tu
     return [predictions], {"c": strength, "validation": reached}
 
 
-def _features(cell: Cell, dataset: data.Dataset, progress: Progress) -> list[Any]:
+def _features(cell: Cell, dataset: Dataset, progress: Progress) -> list[Any]:
     """What the cell's model makes of train, validation and test: float32 [examples, hidden size] each."""
     from coldctl.evaluation.probe import features
     from coldctl.training import model as models
@@ -507,14 +509,14 @@ def _features(cell: Cell, dataset: data.Dataset, progress: Progress) -> list[Any
     return found
 
 
-def _finetune(cell: Cell, loaded: Sequence[data.Dataset], progress: Progress) -> tuple[list[Any], dict[str, Any]]:
+def _finetune(cell: Cell, loaded: Sequence[Dataset], progress: Progress) -> tuple[list[Any], dict[str, Any]]:
     """Finetune on one dataset, on few shots of it, or on all datasets with one body and a head for each."""
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
         return _trained(cell, loaded, cell.contender.model.local(), Path(scratch), progress)
 
 
 def _trained(
-    cell: Cell, loaded: Sequence[data.Dataset], folder: Path, scratch: Path, progress: Progress
+    cell: Cell, loaded: Sequence[Dataset], folder: Path, scratch: Path, progress: Progress
 ) -> tuple[list[Any], dict[str, Any]]:
     from coldctl.training import model as models
     from coldctl.training.loop import Examples, Head, Place, predict, train
@@ -525,14 +527,14 @@ def _trained(
         seed = derived_seed(cell.seed, "evaluate", cell.protocol, entry.name)
         training_split = dataset.train
         if cell.protocol == "few-shot":
-            training_split = training_split.take(data.stratified(training_split.labels, cell.evaluation.shots, seed))
+            training_split = training_split.take(stratified(training_split.labels, cell.evaluation.shots, seed))
         model = models.load_classifier(folder, dataset.labels, seed, multilabel=dataset.multilabel)
         length = models.length_limit(tokenizer, model.config, cell.finetuning.max_length)
         training, validation, test = (
             Examples(models.encode(tokenizer, split.texts, split.pairs, length), split.labels)
             for split in (training_split, dataset.validation, dataset.test)
         )
-        measured = partial(scoring.score, data.metric_of(entry, dataset), validation.labels)
+        measured = partial(scoring.score, metric_of(entry, dataset), validation.labels)
         heads.append(Head(model, training, validation, measured))
         tests.append(test)
     models.share_body([head.model for head in heads])
@@ -553,7 +555,7 @@ def _trained(
 def _results(
     contenders: Sequence[Contender],
     datasets: Sequence[DatasetConfig],
-    loaded: dict[str, data.Dataset],
+    loaded: dict[str, Dataset],
     cells: Sequence[Cell],
     config: EvaluateConfig,
 ) -> dict[str, Any]:
@@ -585,7 +587,7 @@ def _results(
                     for item in (contender, baseline)
                 ]
                 source = loaded[dataset.name]
-                outcome = scoring.Outcome(data.metric_of(dataset, source), source.test.labels, rows[0], rows[1])
+                outcome = scoring.Outcome(metric_of(dataset, source), source.test.labels, rows[0], rows[1])
                 drawn = scoring.resampled_gains(
                     outcome,
                     derived_seed(config.seed, "bootstrap", dataset.name),

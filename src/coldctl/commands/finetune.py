@@ -24,13 +24,15 @@ from coldctl.common.errors import ColdctlError, ConfigError, DataError, Declined
 from coldctl.common.progress import Progress
 from coldctl.config.loading import as_record, check_name, identity
 from coldctl.config.settings import DatasetConfig, FinetuneConfig, contributors_of, settled_finetuning
-from coldctl.data import datasets as data
+from coldctl.data.datasets import Dataset, Limits, load_dataset, metric_of
+from coldctl.data.labels import REGRESSION_METRICS
+from coldctl.data.sources import is_hub
 from coldctl.evaluation import scoring
 from coldctl.evaluation.charts import training_chart
 from coldctl.fusing.passes import prove
 from coldctl.storage.files import LocalFolder
 from coldctl.storage.location import Location, is_url, locate
-from coldctl.training import distributed, residuals
+from coldctl.training import distributed
 from coldctl.training.logs import Log, open_log
 from coldctl.workers.jobs import Engine, Needs, Outcome
 
@@ -112,8 +114,6 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             job, work = _gone_on_with(job, _prepared(job), progress)
             destination = locate(job.destination)
             if peers.leads and not output.is_done(destination, work.key, overwrite=job.overwrite):
-                if job.config.send == "delta-int8":
-                    residuals.prepare(job.name)  # a training whose rounding errors cannot be kept is not worth its time
                 working = output.working(destination, work.key, overwrite=job.overwrite, progress=progress)
                 folder = stack.enter_context(working)
         except OutputError as caught:
@@ -294,7 +294,7 @@ def finetune_all(
 class _Prepared:
     """What a job is made from, and its identity."""
 
-    dataset: data.Dataset
+    dataset: Dataset
     source: Checkpoint
     base_digest: str
     number: int
@@ -315,13 +315,13 @@ class _Learned:
 def _prepared(job: Job) -> _Prepared:
     """Read the dataset and the base's headers."""
     output.refuse_overlap(
-        locate(job.destination), [job.base.place, *([] if data.is_hub(job.dataset.path) else [job.dataset.path])]
+        locate(job.destination), [job.base.place, *([] if is_hub(job.dataset.path) else [job.dataset.path])]
     )
     if job.sign_key is not None:
         _signing().check_key(job.sign_key)
     if job.watching.log:
         _refuse_log_inside(job)
-    dataset = data.load(job.dataset, _limits(job.config), job.config.seed)
+    dataset = load_dataset(job.dataset, _limits(job.config), job.config.seed)
     if dataset.regression or dataset.multilabel:
         for flag, given in (
             ("--class-weights", job.config.class_weights != "none"),
@@ -336,7 +336,7 @@ def _prepared(job: Job) -> _Prepared:
     return _identified(job, dataset, source)
 
 
-def _identified(job: Job, dataset: data.Dataset, source: Checkpoint) -> _Prepared:
+def _identified(job: Job, dataset: Dataset, source: Checkpoint) -> _Prepared:
     base_digest = source.manifest["body_digest"] if source.manifest else body_digest(source)
     number = job.iteration or (((source.manifest or {}).get("iteration") or 0) + 1)
     key = identity(
@@ -377,8 +377,8 @@ def _together(peers: distributed.Team, work: _Prepared | None, error: ColdctlErr
     return peers.agreed(done)
 
 
-def _limits(config: FinetuneConfig) -> data.Limits:
-    return data.Limits(
+def _limits(config: FinetuneConfig) -> Limits:
+    return Limits(
         config.max_train_examples,
         config.max_validation_examples,
         config.max_test_examples,
@@ -387,13 +387,13 @@ def _limits(config: FinetuneConfig) -> data.Limits:
     )
 
 
-def _tell(job: Job, dataset: data.Dataset, progress: Progress) -> None:
+def _tell(job: Job, dataset: Dataset, progress: Progress) -> None:
     """What a person should know about the dataset before trusting the scores."""
     for sentence in dataset.overlaps():
         progress.note(f"{job.name}: {sentence}")
     if dataset.unlabelled:
         progress.note(f"{job.name}: {dataset.unlabelled} examples without a label are left out")
-    if dataset.regression and job.dataset.metric not in data.REGRESSION_METRICS:
+    if dataset.regression and job.dataset.metric not in REGRESSION_METRICS:
         progress.note(f"{job.name}: the labels are numbers with fractions, so this is a regression, scored by spearman")
 
 
@@ -428,7 +428,7 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
         "license": job.dataset.license,
         "dataset": {
             "name": job.dataset.name,
-            **({"source": job.dataset.path.removeprefix("hf:")} if data.is_hub(job.dataset.path) else {}),
+            **({"source": job.dataset.path.removeprefix("hf:")} if is_hub(job.dataset.path) else {}),
             "fingerprint": work.dataset.fingerprint,
             "num_train": len(work.dataset.train),
             "num_validation": len(work.dataset.validation),
@@ -465,7 +465,7 @@ def _train(
         Examples(models.encode(tokenizer, split.texts, split.pairs, length), split.labels)
         for split in (dataset.train, dataset.validation, dataset.test)
     )
-    metric = data.metric_of(job.dataset, dataset)
+    metric = metric_of(job.dataset, dataset)
     with _log(job, peers) as log:
         place = Place(
             models.device_of_choice(peers.local_rank), tokenizer.pad_token_id, folder / layout.TRAINING, progress,
@@ -480,7 +480,7 @@ def _train(
         if config.fisher:
             write_fisher(model, training, place, folder, seed)
         with as_os_errors():
-            write_weights(model, adapted, folder, work.source, work.base_digest, config, job.name, progress)
+            write_weights(model, adapted, folder, work.source, config, job.name, progress)
         training_chart(trained.curve, f"{job.name}: {trained.stopped}", metric, folder / layout.TRAINING_CHART)
     return _Learned(
         place.device.type,

@@ -149,7 +149,6 @@ class FuseConfig:
     outer_lr: Annotated[Number, about("Learning rate of the outer optimizer.")] = 0.7
     outer_momentum: Annotated[Number, about("Momentum of the outer optimizer.")] = 0.9
     seed: Annotated[Count, about("Random seed of everything that is drawn.")] = 0
-    leave_one_out: Annotated[bool, about("Also write the fused models that lack one contribution each.")] = False
     common_rows: Annotated[
         bool, about("Common rows: of another vocabulary take the rows it shares with the base's.")
     ] = False

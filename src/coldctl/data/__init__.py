@@ -1,1 +1,1 @@
-"""Turn files or Hub datasets into three labelled splits."""
+"""Read files or Hub datasets, and make three labelled splits of them."""

@@ -1,4 +1,4 @@
-"""Where rows come from: files of one split each, or a dataset of the Hub. Rows pass by one at a time."""
+"""Sources of rows: files of one split each, or a Hub dataset. Rows are read one at a time."""
 
 import csv
 import logging
@@ -9,17 +9,27 @@ from typing import IO, Any
 from coldctl.common.errors import DataError
 from coldctl.common.parsing import json_row
 from coldctl.config.settings import DatasetConfig
-from coldctl.core.parquet_pages import largest_repeated
 
 FORMATS = (".jsonl", ".csv", ".tsv", ".parquet")
 ROW_LIMIT = 4 << 20  # characters of one row
 _MOST_COLUMNS = 1000
-_BATCH = 1024  # rows that are taken out of a columnar file at a time
-_BATCH_BYTES = 64 << 20  # that they may come to, where a few bytes can stand for a long text
-_MOST_TIMES, _ANY_SIZE = 1000, 16 << 20  # how much larger than its file data may be, and bytes that it may always have
-_BUFFER = 1 << 20  # bytes of a column that are read at a time; without it a million rows may be read at once
+_BATCH = 1024  # rows of a Hub dataset that are read at a time
+_MOST_TIMES, _ANY_SIZE = 1000, 16 << 20  # characters of a parquet file per byte of it, and those always allowed
+# A row of more than `ROW_LIMIT` characters is refused, so a batch holds at most 256 Mi characters that are kept.
+_PARQUET_BATCH = 64  # rows
+_PARQUET_OPTIONS = {
+    "buffer_size": 1 << 20,  # bytes of a column that are read at a time; without it a whole row group is read at once
+    "pre_buffer": False,
+    "thrift_string_size_limit": 16 << 20,  # bytes of one text in the footer or in a page's header
+    "thrift_container_size_limit": 100_000,  # entries of one list there: columns, row groups
+}
 
 Row = Mapping[str, Any]
+
+
+def is_hub(reference: str) -> bool:
+    """Return True if a DATA reference names a Hub dataset, `hf:[ORG/]NAME[:CONFIG]`."""
+    return reference.startswith("hf:") and not reference.startswith("hf://")
 
 
 class FileSource:
@@ -29,7 +39,7 @@ class FileSource:
         path = Path(config.path)
         self.label = str(path)
         columns = (config.text, config.text_pair or "text_pair", config.label)
-        self._wanted = {name for item in columns for name in ((item,) if isinstance(item, str) else item)}
+        self._columns = {name for names in columns for name in ((names,) if isinstance(names, str) else names)}
         if path.is_file():
             if path.suffix not in FORMATS:
                 raise DataError(f"{path}: unknown format {path.suffix!r}: give one of {', '.join(FORMATS)}")
@@ -51,19 +61,19 @@ class FileSource:
             raise DataError(f"no data at {path}: check the path, or write hf:ORG/NAME for a Hub dataset")
 
     def splits(self) -> list[str]:
-        """The names of the splits that are there."""
+        """Return the names of the splits."""
         return list(self._files)
 
     def class_names(self) -> list[str] | None:
-        """Files do not name their classes."""
+        """Return None: files do not name their classes."""
         return None
 
     def rows(self, split: str) -> Iterator[Row]:
-        """The rows of a split in order. Raises DataError that says which line is wrong."""
+        """Yield the rows of a split in order. Raises DataError, which names the wrong line."""
         path = self._files[split]
         read = {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix, _read_table)
         try:
-            yield from read(path, self._wanted)
+            yield from read(path, self._columns)
         except UnicodeDecodeError:
             raise DataError(
                 f"{path} is not UTF-8 text (byte {_undecodable(path)}): convert it, for example with iconv"
@@ -73,7 +83,7 @@ class FileSource:
 
 
 def _undecodable(path: Path) -> int:
-    """The place in the file of the first byte that is not UTF-8; a decoder that streams knows only its own."""
+    """Return the offset in the file of the first byte that is not UTF-8; a stream's decoder knows only its own."""
     start = 0
     with path.open("rb") as file:
         for line in file:
@@ -86,7 +96,7 @@ def _undecodable(path: Path) -> int:
 
 
 def _lines(file: IO[str], label: str) -> Iterator[str]:
-    """A file's lines, none of them longer than `ROW_LIMIT` characters: who asks for more gets an error, not a full memory."""
+    """Yield the lines of a file. Raises DataError for one of more than `ROW_LIMIT` characters before all of it is read."""
     number = 0
     while line := file.readline(ROW_LIMIT + 1):
         number += 1
@@ -113,11 +123,11 @@ def _read_jsonl(path: Path, _: Collection[str]) -> Iterator[Row]:
 
 
 class _Records:
-    """Lines for the csv module, which joins several where a quoted field holds line ends: no more than one row may hold."""
+    """The lines of a table, for the csv module. A quoted field may span several, but not more than `ROW_LIMIT` characters."""
 
     def __init__(self, file: IO[str], label: str) -> None:
         self._lines, self._label = _lines(file, label), label
-        self.taken = 0  # characters since the last row was complete
+        self.taken = 0  # characters of the row that csv is reading
 
     def __iter__(self) -> Iterator[str]:
         for line in self._lines:
@@ -152,28 +162,28 @@ def _read_table(path: Path, _: Collection[str]) -> Iterator[Row]:
             raise DataError(f"{path}, line {reader.line_num}: {error}: mend that line") from None
 
 
-def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Row]:
-    """Rows with the columns that are wanted, or, where one is missing, one row with the names of those that are there."""
+def _read_parquet(path: Path, columns: Collection[str]) -> Iterator[Row]:
+    """Yield rows of these columns; if one is missing, one row with the names of all that the file has."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise DataError(f"reading {path} needs pyarrow: pip install 'coldctl[data]'") from None
     try:
-        with path.open("rb") as raw, pyarrow.parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+        with pyarrow.parquet.ParquetFile(path, **_PARQUET_OPTIONS) as file:
             names = file.schema_arrow.names
-            if set(wanted) - {"text_pair", *names}:
-                yield dict.fromkeys(names, "")  # who asks for its columns is told which there are
+            if set(columns) - {"text_pair", *names}:
+                yield dict.fromkeys(names, "")  # the caller's error lists them
                 return
-            chosen = [name for name in dict.fromkeys(names) if name in wanted]
+            chosen = [name for name in dict.fromkeys(names) if name in columns]
             if doubled := next((name for name in chosen if names.count(name) > 1), None):
                 raise DataError(f"{path}: two columns are called {doubled!r}: rename or remove one")
-            longest = largest_repeated(raw, chosen)
-            batch_size = max(1, min(_BATCH, _BATCH_BYTES // max(1, longest)))
             unpacked, size = 0, path.stat().st_size
-            for batch in file.iter_batches(batch_size=batch_size, columns=chosen):
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH, columns=chosen):
                 rows = batch.to_pylist()
-                unpacked += len(rows) + sum(len(item) for row in rows for item in row.values() if isinstance(item, str))
+                unpacked += len(rows) + sum(
+                    len(value) for row in rows for value in row.values() if isinstance(value, str)
+                )
                 if unpacked > max(_ANY_SIZE, _MOST_TIMES * size):
                     raise DataError(f"{path} unpacks to more than {_MOST_TIMES} times its size: do not use it")
                 yield from rows
@@ -183,7 +193,7 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> Iterator[Row]:
 
 
 class HubSource:
-    """A dataset of the Hugging Face Hub, through the `datasets` library, at a pinned revision if one is given."""
+    """A dataset of the Hugging Face Hub, read by the `datasets` library, at a pinned revision if one is configured."""
 
     def __init__(self, config: DatasetConfig) -> None:
         try:
@@ -191,7 +201,7 @@ class HubSource:
         except ImportError:
             raise DataError(f"{config.path} needs the datasets library: pip install 'coldctl[data]'") from None
         datasets.disable_progress_bars()
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it prints each of its retries
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each retry
         name, _, subset = config.path.removeprefix("hf:").partition(":")
         self.label = config.path
         self._label_column = config.label
@@ -203,17 +213,17 @@ class HubSource:
             raise DataError(f"{config.name}: cannot load {config.path} from the Hub: {reason}: {remedy}") from None
 
     def splits(self) -> list[str]:
-        """The names of the splits that are there."""
+        """Return the names of the splits."""
         return list(self._data)
 
     def class_names(self) -> list[str] | None:
-        """The classes that the labels, or the labels' lists, are indices of, where the dataset says so."""
+        """Return the classes that labels, or lists of labels, are indices of, if the dataset names them."""
         feature = next(iter(self._data.values())).features.get(self._label_column)
         names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
         return list(names) if names else None
 
     def rows(self, split: str) -> Iterator[Row]:
-        """The rows of a split in order."""
+        """Yield the rows of a split in order."""
         for batch in self._data[split].iter(batch_size=_BATCH):  # row by row it would take ten times as long
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))

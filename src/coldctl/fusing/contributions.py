@@ -1,4 +1,4 @@
-"""Finding the checkpoints that a list of arguments means, in an order that no caller can influence."""
+"""Find and open contributions. Their order depends on the contributions alone, not on the arguments' order."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ _AT_ONCE = 16  # checkpoints in a store that are opened side by side
 
 @dataclass
 class Candidate:
-    """A contribution on its way into a fused model, with everything found out about it so far."""
+    """A contribution that was offered to a fuse, with its problems, notes and statistics so far."""
 
     name: str
     place: str
@@ -39,19 +39,19 @@ class Candidate:
     cosine_to_mean: float | None = None
     update_share: dict[str, float] | None = None  # of the squared norm, per group of layers
     age: int = 0  # how many generations ago its base was the base
-    base_then: Checkpoint | None = None  # that base, where it is not the one of now
-    late: bool = False  # found in an earlier iteration: what is wrong with it stops nobody
-    attacking: bool = False  # by what its weights hold: one of those that multi-krum is told to expect
+    original_base: Checkpoint | None = None  # that base, if it is not the current one
+    late: bool = False  # from an earlier iteration: its problems do not stop the fuse
+    attacking: bool = False  # its weights are unsound: it counts among the attackers that multi-krum expects
 
     @property
     def contributor(self) -> str:
-        """Its name without what is added to a late one's."""
+        """Return its name without the suffix that a late contribution gets."""
         manifest = self.checkpoint.manifest if self.checkpoint else None
         return manifest["name"] if self.late and manifest else self.name
 
     @property
     def stated_digest(self) -> str | None:
-        """The body digest that its manifest states."""
+        """Return the body digest that its manifest states."""
         return self.checkpoint.manifest["body_digest"] if self.checkpoint and self.checkpoint.manifest else None
 
 
@@ -66,20 +66,19 @@ def gather(
     late: Mapping[str, str] | None = None,
     to_read: bool = False,
 ) -> list[Candidate]:
-    """Open checkpoints, and the checkpoints directly inside folders. Adapters and differences need `base` to be decoded.
+    """Open checkpoints, and the checkpoints directly inside folders. Adapters and deltas need `base` to be decoded.
 
-    With `trusted` keys nothing of a checkpoint is opened unless one of them signed it and it is as it was signed, but for
-    the files that a signed manifest names: these are proven against it by whoever reads them.
-    With an `ancestry` those made on one of its bodies are opened on that. `late` are the places, by name, of
-    contributions that belong to earlier iterations. `to_read` says that the weights will be read, not their headers alone.
+    With `trusted` keys a checkpoint is opened only if one of them signed it and its files are as signed. Files that a
+    signed manifest names are verified later, when they are read. With an `ancestry`, contributions made on one of its
+    bodies are opened on that body. `late` maps names to the places of contributions to earlier iterations. `to_read`
+    says that the weights will be read, not only the headers.
 
-    The order is that of the digests that the manifests state, of the names where there is none, whatever the
-    order of the arguments. A checkpoint that cannot be opened is a candidate with a problem. Raises ModelError
-    for an argument that holds none.
+    Returns the candidates sorted by stated body digest, or by name where no digest is stated. A checkpoint that cannot
+    be opened is a candidate with a problem. Raises ModelError for an argument that holds no checkpoint.
     """
-    given = [place for reference in references for place in _found_at(reference, progress, needed=not late)]
-    found = _once(given, progress)
-    after = [_Found(name, open_folder(place)) for name, place in (late or {}).items()]
+    offered = [folder for reference in references for folder in _folders_at(reference, progress, needed=not late)]
+    found = _without_duplicates(offered, progress)
+    after = [_ContributionFolder(name, open_folder(place)) for name, place in (late or {}).items()]
     _allow_files(len(found) + len(after))
     remote = [item.folder for item in (*found, *after) if isinstance(item.folder, RemoteFolder)]
     if to_read:  # a header comes with what is read after it
@@ -104,7 +103,7 @@ def gather(
 
 
 def free_names(name: str) -> Iterator[str]:
-    """A name, then the same with -2, -3 … behind it, for whoever comes later under the same name."""
+    """Yield a name, then the same name with the suffixes -2, -3 and so on."""
     yield name
     yield from (f"{name}-{number}" for number in itertools.count(2))
 
@@ -128,8 +127,8 @@ def _allow_files(count: int) -> None:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A folder that holds a checkpoint, and what it is called."""
+class _ContributionFolder:
+    """A folder that holds a checkpoint, and the checkpoint's name."""
 
     name: str
     folder: Folder
@@ -139,22 +138,22 @@ class _Found:
         return self.folder.label
 
 
-def _once(found: Sequence[_Found], progress: Progress) -> list[_Found]:
-    """Each place one time: a checkpoint that two arguments mean must not count twice."""
+def _without_duplicates(folders: Sequence[_ContributionFolder], progress: Progress) -> list[_ContributionFolder]:
+    """Return each folder once, so that a checkpoint that two arguments name does not count twice."""
     seen: set[str] = set()
     kept = []
-    for item in found:
-        real = item.place if is_url(item.place) else str(Path(item.place).resolve())
+    for folder in folders:
+        real = folder.place if is_url(folder.place) else str(Path(folder.place).resolve())
         if real in seen:
-            progress.note(f"{item.place} was given twice: it counts once")
+            progress.note(f"{folder.place} was given twice: it counts once")
         else:
-            kept.append(item)
+            kept.append(folder)
         seen.add(real)
     return kept
 
 
-def _found_at(reference: str, progress: Progress, *, needed: bool) -> list[_Found]:
-    """The checkpoints that one argument means."""
+def _folders_at(reference: str, progress: Progress, *, needed: bool) -> list[_ContributionFolder]:
+    """Return the checkpoint that an argument names, or those directly inside it. Raises ModelError if there is none."""
     model = resolve(reference)
     whole: Folder
     if is_url(model.place):
@@ -163,7 +162,7 @@ def _found_at(reference: str, progress: Progress, *, needed: bool) -> list[_Foun
         whole = LocalFolder(Path(model.place))
         children = {} if _is_checkpoint(whole) else _children(Path(model.place))
     if _is_checkpoint(whole):
-        return [_Found(model.name, whole)]
+        return [_ContributionFolder(model.name, whole)]
     found = []
     for name, folder in children.items():
         being_put = f".{name}.partial" in children and not folder.has(layout.MANIFEST)  # in a store, file by file
@@ -172,14 +171,14 @@ def _found_at(reference: str, progress: Progress, *, needed: bool) -> list[_Foun
         elif not _is_checkpoint(folder):
             progress.note(f"skipped {name}: not a checkpoint")
         else:
-            found.append(_Found(name, folder))
+            found.append(_ContributionFolder(name, folder))
     if needed and not found:
         raise ModelError(f"{reference} holds no checkpoint and no folder that does: give contributions")
     return found
 
 
 def _children(folder: Path) -> dict[str, Folder]:
-    """The directories directly inside a local folder, sorted by name. Raises ModelError."""
+    """Return the directories directly inside a local folder, sorted by name. Raises ModelError."""
     try:
         return {as_text(child.name): LocalFolder(child) for child in sorted(folder.iterdir()) if child.is_dir()}
     except OSError as error:
@@ -193,9 +192,9 @@ def _is_checkpoint(folder: Folder) -> bool:
 
 
 def _refuse_copies(candidates: Sequence[Candidate]) -> None:
-    """What somebody signed once counts once: a copy of it needs no key, and would give its signer's word more weight.
+    """Reject duplicates of a signed contribution: copying needs no key, so copies could multiply one signer's weight.
 
-    A copy that was changed must not stand in the way of the sound one, so all of them are read.
+    All copies are read, so that a changed copy is rejected instead of the sound one.
     """
     alike: dict[tuple[tuple[str, str], ...], list[Candidate]] = {}
     for item in candidates:
@@ -214,30 +213,30 @@ def _refuse_copies(candidates: Sequence[Candidate]) -> None:
 
 
 def _open(
-    found: _Found,
+    folder: _ContributionFolder,
     base: Checkpoint | None,
     *,
     allow_pickle: bool,
     trusted: Sequence[TrustedKey] | None,
     ancestry: Ancestry | None,
 ) -> Candidate:
-    """The one place where a contribution is opened: on the base it was made on, if that can be had."""
-    signed, age, base_then = None, 0, None
+    """Open one contribution on the base that it was made on. A failure becomes a problem of the candidate."""
+    signed, age, original_base = None, 0, None
     try:
         if trusted is not None:
-            signed = signatures.read(found.folder, trusted)
-            if problems := signatures.differences(found.folder, signed, manifest_proves=True):
-                return Candidate(found.name, found.place, None, problems=problems)
-        stated = read_manifest(found.folder) if ancestry is not None else None
+            signed = signatures.read(folder.folder, trusted)
+            if problems := signatures.differences(folder.folder, signed, manifest_proves=True):
+                return Candidate(folder.name, folder.place, None, problems=problems)
+        stated = read_manifest(folder.folder) if ancestry is not None else None
         if ancestry is not None and stated is not None:
             digest = stated.get("base", {}).get("body_digest", "")
             age = ancestry.age(digest)
-            base_then = ancestry.open(digest) if age else None
-        checkpoint = open_contribution(found.folder, found.name, base_then or base, allow_pickle=allow_pickle)
+            original_base = ancestry.open(digest) if age else None
+        checkpoint = open_contribution(folder.folder, folder.name, original_base or base, allow_pickle=allow_pickle)
         unsigned = sorted(set(checkpoint.files) - set(signed.files)) if signed is not None else []
         if unsigned:  # in git's folder, say, which no signature covers
             raise CheckpointError(f"{unsigned[0]} was not there when it was signed")
     except ColdctlError as error:
-        return Candidate(found.name, found.place, None, problems=[error.message], age=age)
-    name = checkpoint.manifest["name"] if checkpoint.manifest is not None else found.name
-    return Candidate(name, found.place, checkpoint, signed=signed, age=age, base_then=base_then)
+        return Candidate(folder.name, folder.place, None, problems=[error.message], age=age)
+    name = checkpoint.manifest["name"] if checkpoint.manifest is not None else folder.name
+    return Candidate(name, folder.place, checkpoint, signed=signed, age=age, original_base=original_base)

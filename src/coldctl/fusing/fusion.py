@@ -1,16 +1,13 @@
-"""One fuse as a whole: what is offered, what is accepted of it, the passes over it, and what is said of it.
+"""One fuse: accept contributions, compute weights and the length of the step, write the model and its manifest.
 
-The stage decides where inputs come from and where the result goes; the passes read and write. Here stands what
-lies between: verdicts, weights, the length of the step, the manifest.
+The stage decides where inputs come from and where the result goes. The passes read and write the weights.
 """
 
 import json
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,26 +46,29 @@ from coldctl.fusing.passes import (
     Prover,
     Spread,
     distance,
-    survey,
+    measure_updates,
     tensor_weights,
     thresholds,
 )
 from coldctl.fusing.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
 from coldctl.fusing.sinks import Written, output_dtype
-from coldctl.fusing.staleness import discount, moved
+from coldctl.fusing.staleness import rebase, staleness_weight
 from coldctl.fusing.statistics import UpdateStatistics, names_of, outliers
-from coldctl.fusing.writer import Without, write
+from coldctl.fusing.writer import write
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
 
-# What a fused model tells of its contributions' training.
+# Keys of a contribution's config and environment that the fused model's manifest repeats.
 _TRAINING = ("epochs", "batch_size", "learning_rate", "max_length", "lora_rank", "send", "seed")
 _HARDWARE = ("device", "machine", "threads", "training_seconds")
-_EXAMPLES_SHARE = 2.0  # with --weights examples nobody counts for more than this many equal shares
+_EXAMPLES_SHARE = 2.0  # with --weights examples no contribution gets more than this many equal shares
+
+
+DrawChart = Callable[[Sequence[ContributionRecord], Location], None]  # norms and angles of the updates, into a file
 
 
 def check_config(config: FuseConfig) -> Scale:
-    """Settings that do not go together are refused before anything is read. Raises ConfigError."""
+    """Return the scale. Raises ConfigError for settings that exclude each other, before anything is read."""
     scale = config.scale
     if config.outer_optimizer != "none" and scale != Scale():
         raise ConfigError("--scale and --outer-optimizer exclude each other: --outer-lr is the length of the step")
@@ -76,12 +76,6 @@ def check_config(config: FuseConfig) -> Scale:
         raise ConfigError(f"--scale auto does not go with {config.method}, which finds its own length: give a number")
     if config.weights != "equal" and config.method in UNWEIGHTED:
         raise ConfigError(f"{config.method} takes no --weights: leave them out, or take --method mean")
-    if config.leave_one_out and (
-        config.method not in ("mean", "task-arithmetic") or scale.automatic or config.outer_optimizer != "none"
-    ):
-        raise ConfigError(
-            "--leave-one-out goes with linear methods only: --method mean or task-arithmetic, a fixed --scale"
-        )
     if config.trusted_keys is not None and not config.verify:
         raise ConfigError(
             "--no-verify and --trusted-keys exclude each other: a signature says nothing of files not looked at"
@@ -90,7 +84,7 @@ def check_config(config: FuseConfig) -> Scale:
 
 
 def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: FuseConfig) -> None:
-    """Judge a candidate by its headers, after leaving out rows where that is asked for."""
+    """Check a candidate by its headers and add its problems and notes; with --common-rows leave out other rows first."""
     if item.checkpoint is None:
         return
     if config.common_rows:
@@ -100,9 +94,9 @@ def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: Fu
     )
     item.problems += verdict.problems
     item.notes += verdict.notes
-    if item.base_then is not None and not item.problems:
+    if item.original_base is not None and not item.problems:
         try:
-            item.checkpoint = moved(item.checkpoint, base, item.base_then, item.age)
+            item.checkpoint = rebase(item.checkpoint, base, item.original_base, item.age)
         except CheckpointError as error:
             item.problems.append(error.message)
     if config.method == "fisher":
@@ -113,145 +107,232 @@ def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: Fu
 
 
 def stated_digest(checkpoint: Checkpoint) -> str | None:
-    """The body digest that a checkpoint's manifest states, None without one."""
+    """Return the body digest that a checkpoint's manifest states, None without a manifest."""
     return checkpoint.manifest["body_digest"] if checkpoint.manifest else None
 
 
 def presumed_base(candidates: Sequence[Candidate], config: FuseConfig) -> str | None:
-    """The base that all manifests name alike, for a base that has no manifest itself.
+    """Return the body digest of the base that all manifests agree on, None if they do not agree.
 
-    Every other verdict can be given on it at once; that it is the base, the digest taken while reading proves.
+    It stands in for the digest of a base without a manifest. The digest that is taken while reading confirms it later.
     """
     if config.allow_other_base:
         return None
     manifests = [item.checkpoint.manifest for item in candidates if item.checkpoint and item.checkpoint.manifest]
-    named = {document.get("base", {}).get("body_digest") for document in manifests}
-    return named.pop() if len(named) == 1 else None
+    digests = {document.get("base", {}).get("body_digest") for document in manifests}
+    return digests.pop() if len(digests) == 1 else None
 
 
-@dataclass
+@dataclass(frozen=True)
+class FuseRequest:
+    """The settings and the contributions of one fuse, as they were before any weights were read.
+
+    The identity is computed from this object alone, so nothing that a pass finds out can change it.
+    """
+
+    config: FuseConfig
+    candidates: Sequence[Candidate]
+    trusted: Sequence[TrustedKey] | None
+    weights: Mapping[str, float] | None  # what the file of weights holds, if there is one
+    stated: Sequence[Any]  # what identifies each candidate; None where only its body's digest does
+    signers: Sequence[str | None]
+
+    @classmethod
+    def of(
+        cls, config: FuseConfig, candidates: Sequence[Candidate], trusted: Sequence[TrustedKey] | None
+    ) -> "FuseRequest":
+        """Record what is asked for. Raises ConfigError if the file of weights cannot be read."""
+        weights = _weights_file(Path(config.weights)) if config.weights not in ("equal", "examples") else None
+        stated = [_stated_identity(item, verify=config.verify) for item in candidates]
+        signers = [item.signed.key.fingerprint if item.signed else None for item in candidates]
+        return cls(config, candidates, trusted, weights, stated, signers)
+
+    def identity(self, base_digest: str) -> str:
+        """Return the digest of the config and of all that was offered, whether it was then fused or not.
+
+        Reads each body whose digest is neither stated nor computed yet.
+        """
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            contributions = list(pool.map(_identity_of, self.candidates, self.stated))
+        settings = replace(
+            self.config, weights="file" if self.weights is not None else self.config.weights, trusted_keys=None
+        )
+        keys = {} if self.trusted is None else {"trusted": _fingerprints(self.trusted), "signers": self.signers}
+        return identity("fuse", settings, base=base_digest, contributions=contributions, weights=self.weights, **keys)
+
+
+def _stated_identity(item: Candidate, *, verify: bool) -> Any:
+    """Return what identifies a candidate without reading its weights, None if only its body's digest does."""
+    if item.checkpoint is None:
+        return [item.name, *item.problems]
+    if digest := item.stated_digest or item.digest:
+        return digest
+    return None if verify else [item.name, item.checkpoint.files]
+
+
+def _identity_of(item: Candidate, stated: Any) -> Any:
+    if stated is not None or item.checkpoint is None:
+        return stated
+    return item.digest or body_digest(item.checkpoint)
+
+
+@dataclass(frozen=True)
 class Fusion:
-    """One fuse: what is offered, what is accepted of it, and the passes over it."""
+    """One fuse: its request, its base and destination, and where its passes run."""
 
     base: Model
     base_checkpoint: Checkpoint
-    candidates: list[Candidate]
-    config: FuseConfig
+    request: FuseRequest
     scale: Scale
     destination: Location
     progress: Progress
-    trusted: Sequence[TrustedKey] | None = None
     spread: Spread | None = None  # where the passes run, if not here
-    draw_chart: Callable[[Sequence[ContributionRecord], Location], None] | None = (
-        None  # of norms and angles, into a file
-    )
+    draw_chart: DrawChart | None = None
 
-    def run(self, partial: Location) -> Manifest:
-        """Accept, survey if something must be known first, write, prove, describe."""
-        config = self.config
-        self._look_at_late()
+    @property
+    def config(self) -> FuseConfig:
+        """Return the settings as they were given."""
+        return self.request.config
+
+    @property
+    def candidates(self) -> Sequence[Candidate]:
+        """Return all contributions that were offered."""
+        return self.request.candidates
+
+    def run(self, folder: Location) -> Manifest:
+        """Select, measure where something must be known before writing, write, verify, and describe the fused model.
+
+        Returns the manifest. Raises CheckpointError, DeclinedError or ConfigError before the manifest is written.
+        """
+        self._verify_late()
         accepted = [item for item in self.candidates if not item.problems]
-        suspicious = any(item.problems and not item.late for item in self.candidates)
         if not accepted:
-            self._accepted()
-        whole = self._in_name_order() and self.spread is None  # digests are taken by the way
+            self._accepted()  # raises
         statistics: UpdateStatistics | None = None
-        proof: Proof | None = None
-        gram, pairs = config.method in ("multi-krum", "geometric-median"), config.screen != "off"
+        base_digest: str | None = None
+        if self._measures_first:
+            accepted, statistics, base_digest = self._select(accepted)
+        recipe = self._recipe(accepted, statistics)
+        written, statistics, base_digest = self._write(folder, accepted, recipe, statistics, base_digest)
+        if statistics is not None:
+            self._note_statistics(accepted, statistics)
+        self._write_config(folder)
+        return self._describe(folder, written, accepted, recipe, base_digest)
+
+    @property
+    def _needs_gram(self) -> bool:
+        return self.config.method in ("multi-krum", "geometric-median")
+
+    @property
+    def _measures_first(self) -> bool:
+        """Return whether the updates are measured in a pass of its own, before the one that writes."""
         # Where one is refused already, the others are looked at, too, so that all findings are listed at once.
-        if suspicious or config.screen == "reject" or gram or (self.scale.automatic and config.method in WEIGHTED):
-            prover = Prover(self._inputs(accepted), verify=config.verify, whole=self.spread is None)
-            statistics = survey(
-                self._inputs(accepted), self._weights(accepted), prover, gram=gram, pairs=pairs, progress=self.progress,
-                spread=self.spread,
-            )  # fmt: skip
-            proof = prover.prove(self.spread)
-            self._learn(accepted, proof)
-            sound = [item for item in accepted if not item.problems]
-            if len(sound) < len(accepted) and sound:  # what was refused must not hide who else stands out
-                statistics = self._survey_again(sound, gram=gram)
-            if config.screen == "reject" and sound:
-                for index, reason in outliers(statistics, [item.name for item in sound], _discounts(sound)).items():
-                    sound[index].problems.append(f"outlier: {reason}")
-                    sound[index].attacking = True
-            accepted = self._accepted()
-            self._expect_fewer()
-            if len(accepted) < len(sound):
-                statistics = self._survey_again(accepted, gram=gram)
+        refused = any(item.problems and not item.late for item in self.candidates)
+        automatic = self.scale.automatic and self.config.method in WEIGHTED
+        return refused or automatic or self._needs_gram or self.config.screen == "reject"
+
+    def _select(self, accepted: Sequence[Candidate]) -> tuple[list[Candidate], UpdateStatistics, str]:
+        """Verify and measure the contributions, and drop those that screening rejects.
+
+        Returns the rest, the statistics of the rest, and the base's body digest. Raises as `_accepted` does.
+        """
+        prover = Prover(self._inputs(accepted), verify=self.config.verify, whole=self.spread is None)
+        statistics = self._measure(accepted, prover)
+        proof = prover.prove(self.spread)
+        self._learn(accepted, proof)
+        sound = [item for item in accepted if not item.problems]
+        if len(sound) < len(accepted) and sound:  # what was refused must not hide who else stands out
+            statistics = self._measure(sound)
+        if self.config.screen == "reject" and sound:
+            for index, reason in outliers(statistics, [item.name for item in sound], _discounts(sound)).items():
+                sound[index].problems.append(f"outlier: {reason}")
+                sound[index].attacking = True
+        kept = self._accepted()
+        if len(kept) < len(sound):
+            statistics = self._measure(kept)
+        return kept, statistics, proof.base_digest
+
+    def _measure(self, accepted: Sequence[Candidate], prover: Prover | None = None) -> UpdateStatistics:
+        """Read the contributions once, for the statistics of their updates and for `prover`, if there is one."""
         inputs = self._inputs(accepted)
-        recipe = self._recipe(accepted, inputs, statistics)
-        writing_prover = Prover(inputs, verify=config.verify, whole=whole) if proof is None else None
-        fresh = UpdateStatistics(len(recipe.weights), pairs=pairs) if statistics is None and pairs else None
-        without = self._without(partial, accepted, recipe.weights)
-        states = self._states()
-        written, lacking = write(
+        return measure_updates(
             inputs,
-            recipe,
-            partial,
-            prover=writing_prover,
-            statistics=fresh,
-            states=states,
-            without=without,
+            self._weights(accepted),
+            prover or Prover(inputs, verify=False, whole=False),
+            gram=self._needs_gram,
+            pairs=self.config.screen != "off",
             progress=self.progress,
             spread=self.spread,
         )
-        if writing_prover is not None:
-            proof = writing_prover.prove(self.spread)
+
+    def _write(
+        self,
+        folder: Location,
+        accepted: Sequence[Candidate],
+        recipe: Recipe,
+        statistics: UpdateStatistics | None,
+        base_digest: str | None,
+    ) -> tuple[Written, UpdateStatistics | None, str]:
+        """Write the fused weights, and verify and measure the contributions on the way if no pass before did.
+
+        Returns what was written, the statistics and the base's body digest. Raises as `_accepted` does.
+        """
+        inputs = self._inputs(accepted)
+        whole = self._in_name_order() and self.spread is None  # then digests are taken while the pass reads
+        prover = Prover(inputs, verify=self.config.verify, whole=whole) if base_digest is None else None
+        fresh = statistics is None and self.config.screen != "off"
+        measured = UpdateStatistics(len(accepted), pairs=True) if fresh else None
+        written = write(
+            inputs,
+            recipe,
+            folder,
+            prover=prover,
+            statistics=measured,
+            states=self._states(),
+            progress=self.progress,
+            spread=self.spread,
+        )
+        if prover is not None:
+            proof = prover.prove(self.spread)
             self._learn(accepted, proof)
             self._accepted()
-        assert proof is not None
-        statistics = statistics or fresh
-        if statistics is not None:
-            self._note_statistics(accepted, statistics)
-        self._write_config(partial)
-        if not written.body_digest:  # mixed dtypes are not written in name order
-            written = replace(written, body_digest=body_digest(open_checkpoint(open_folder(partial), "fused")))
-        for item in without:
-            rest = [candidate for index, candidate in enumerate(accepted) if index != item.index]
-            weights = np.delete(recipe.weights, item.index)
-            self._describe(
-                item.folder, lacking[item.index], rest, weights / weights.sum(), recipe.scale, proof.base_digest
-            )
-        return self._describe(
-            partial, written, accepted, self._reported_weights(recipe), recipe.scale, proof.base_digest
-        )
+            base_digest = proof.base_digest
+        assert base_digest is not None
+        return written, statistics or measured, base_digest
 
-    def _look_at_late(self) -> None:
-        """Read late contributions by themselves first, so that what is wrong with them stops nobody else."""
+    def _verify_late(self) -> None:
+        """Read late contributions by themselves first, so that an unsound one does not stop the fuse."""
         late = [item for item in self.candidates if item.late and not item.problems]
         if late:
             inputs = self._inputs(late)
             prover = Prover(inputs, verify=self.config.verify, whole=True)
             equal = np.full(len(late), 1 / len(late))
-            survey(inputs, equal, prover, gram=False, pairs=False, progress=self.progress)
+            measure_updates(inputs, equal, prover, gram=False, pairs=False, progress=self.progress)
             self._learn(late, prover.prove())
         for item in self.candidates:
             if item.late and item.problems:
                 self.progress.note(f"{item.name} came late and is left out: {'; '.join(item.problems)}")
 
-    def _expect_fewer(self) -> None:
-        """Multi-Krum bears f attackers among all that are offered; those that screening found are no longer among them."""
-        config, found = self.config, sum(item.attacking and not item.late for item in self.candidates)
-        if config.method == "multi-krum" and min(found, config.byzantine):
-            self.config = replace(config, byzantine=max(0, config.byzantine - found))
-            self.progress.note(
-                f"screening dropped {found}, who count among the attackers of --byzantine {config.byzantine}: "
-                f"{self.config.byzantine} are left for multi-krum"
-            )
+    @property
+    def _dropped_attackers(self) -> int:
+        """Return how many of the attackers that multi-krum expects were dropped by screening."""
+        return sum(item.attacking and not item.late for item in self.candidates)
 
-    def _survey_again(self, accepted: Sequence[Candidate], *, gram: bool) -> UpdateStatistics:
-        inputs = self._inputs(accepted)
-        prover = Prover(inputs, verify=False, whole=False)
-        pairs = self.config.screen != "off"
-        return survey(
-            inputs, self._weights(accepted), prover, gram=gram, pairs=pairs, progress=self.progress, spread=self.spread
-        )
+    @property
+    def _byzantine(self) -> int:
+        """Return the number of attackers that multi-krum still expects among the accepted contributions."""
+        expected = self.config.byzantine
+        return max(0, expected - self._dropped_attackers) if self.config.method == "multi-krum" else expected
 
     def _accepted(self) -> list[Candidate]:
-        """The candidates without problems. Raises if a problem must stop everything."""
+        """Return the candidates without problems.
+
+        Raises DeclinedError if --strict forbids to drop the others, CheckpointError if screening does not drop them or
+        too few would be left.
+        """
         config, candidates = self.config, self.candidates
         good = [item for item in candidates if not item.problems]
-        stopping = [item for item in candidates if item.problems and not item.late]  # late ones were looked at before
+        stopping = [item for item in candidates if item.problems and not item.late]  # late ones are only left out
         late = [item for item in candidates if item.problems and item.late]
         if good and not stopping and not (late and config.strict):
             return good
@@ -281,7 +362,7 @@ class Fusion:
         return Inputs(self.base_checkpoint, checkpoints, fisher)
 
     def _weights(self, accepted: Sequence[Candidate]) -> Array:
-        """The nominal weights, normalised. Raises ConfigError."""
+        """Return the nominal weights: float64 [N], which sum to one. Raises ConfigError."""
         config, count = self.config, len(accepted)
         cap = config.max_share or None
         if config.weights == "examples":
@@ -291,38 +372,43 @@ class Fusion:
         )
 
     def _shares(self, accepted: Sequence[Candidate]) -> list[float]:
-        """The weights as they are given, before they are made to sum to one. Raises ConfigError."""
+        """Return the weights before they are normalised. Raises ConfigError."""
         config = self.config
         if config.weights == "equal":
             return [1.0] * len(accepted)
         if config.weights == "examples":
             return [_examples(item) for item in accepted]
-        table = _weights_file(Path(config.weights))
+        table = self.request.weights or {}
         names = [item.name if item.name in table else item.contributor for item in accepted]
         if missing := [name for name in names if name not in table]:
             raise ConfigError(f"{config.weights} gives no weight for {missing[0]!r}: add it (0 leaves it out)")
         return [table[name] for name in names]
 
-    def _recipe(self, accepted: Sequence[Candidate], inputs: Inputs, statistics: UpdateStatistics | None) -> Recipe:
-        """Find the method's parameters, reading the inputs again where it must."""
-        config = self.config
+    def _recipe(self, accepted: Sequence[Candidate], statistics: UpdateStatistics | None) -> Recipe:
+        """Compute the method's parameters, in a pass over the inputs if the method needs one. Raises ConfigError."""
+        config, inputs = self.config, self._inputs(accepted)
         weights = self._weights(accepted)
         shares = np.asarray(self._shares(accepted), np.float64)
         gram = statistics.gram if statistics is not None else None
         if config.method == "multi-krum" and gram is not None:
-            weights = methods.krum_weights(gram, config.byzantine)
+            if self._byzantine < config.byzantine:
+                self.progress.note(
+                    f"screening dropped {self._dropped_attackers}, who count among the attackers of --byzantine "
+                    f"{config.byzantine}: {self._byzantine} are left for multi-krum"
+                )
+            weights = methods.krum_weights(gram, self._byzantine)
         elif config.method == "geometric-median" and gram is not None:
             weights = methods.geometric_median_weights(gram, weights)
         elif config.method == "slerp" and len(accepted) != 2:
             raise ConfigError(f"slerp takes two contributions, there are {len(accepted)}: take --method mean")
         elif config.method == "trimmed-mean":
             methods.trimmed_mean([np.zeros(1)] * len(accepted), config.trim)  # refuses a trim that leaves nothing
-        if config.method == "dare":  # draws belong to a body, whatever it is called and however it was looked at before
+        if config.method == "dare":  # its draws are seeded by the body digest
             for item in accepted:
                 if item.checkpoint is not None and item.digest is None:
                     item.digest = body_digest(item.checkpoint)
         keys = [item.digest or item.name for item in accepted]
-        plain = np.array_equal(weights, shares / shares.sum())  # neither cut to a largest share nor found by a method
+        plain = np.array_equal(weights, shares / shares.sum())  # neither capped nor computed by a method
         recipe = Recipe(config, weights, keys, shares if plain else None)
         if config.method in PER_TENSOR:
             recipe.tensor_weights = tensor_weights(inputs, config, self.progress, self.spread)
@@ -335,23 +421,23 @@ class Fusion:
         return recipe
 
     def _automatic_scale(self, recipe: Recipe, inputs: Inputs, statistics: UpdateStatistics | None) -> float:
-        """λ = Σ wᵢ‖dᵢ‖ / ‖merged − base‖: the fused update gets the contributions' mean norm; 1 where it is zero."""
+        """Return λ = Σ wᵢ‖dᵢ‖ / ‖merged − base‖, which gives the fused update the mean norm; 1 if its norm is zero."""
         if statistics is None:
-            statistics = survey(
+            statistics = measure_updates(
                 inputs, recipe.weights, Prover(inputs, verify=False, whole=False), gram=False, pairs=False,
                 progress=self.progress, spread=self.spread,
             )  # fmt: skip
-        wanted = float(recipe.weights @ statistics.norms)
+        mean_of_norms = float(recipe.weights @ statistics.norms)
         if recipe.config.method in ("mean", "task-arithmetic"):
             length = statistics.mean_norm
         elif statistics.gram is not None:
             length = float(np.sqrt(abs(float(recipe.weights @ statistics.gram @ recipe.weights))))
         else:
             length = distance(inputs, recipe, self.progress, self.spread)
-        return wanted / length if length > 0 else 1.0
+        return mean_of_norms / length if length > 0 else 1.0
 
     def _learn(self, accepted: Sequence[Candidate], proof: Proof) -> None:
-        """What a pass has proved becomes the candidates' digests and problems. Raises CheckpointError for the base."""
+        """Add the digests and problems that a pass proved to the candidates. Raises CheckpointError for an unsound base."""
         label = self.base_checkpoint.label
         if tensors := names_of(proof.findings, -1):
             raise CheckpointError(f"{label}: {tensors[0]} holds a not-a-number or infinity: take a sound base model")
@@ -359,13 +445,13 @@ class Fusion:
             raise CheckpointError(f"{label}: {proof.base_problems[0]}: make or fetch the base model again")
         for index, item in enumerate(accepted):
             if item.checkpoint is not None and not item.age and not self.config.allow_other_base:
-                finding = other_base(item.checkpoint, proof.base_digest)  # until now the base was only presumed
+                finding = other_base(item.checkpoint, proof.base_digest)  # so far the base was only presumed
                 item.problems += [f"{finding}: give that base as --base"] if finding else []
                 if finding and isinstance(item.checkpoint, RelativeCheckpoint):
-                    continue  # what was decoded from another base tells nothing more
+                    continue  # decoded from another base, its values mean nothing
             item.digest = proof.digests[index] or None
             changed = proof.problems[index]
-            if changed and item.signed is not None:  # the signer's name stands for what was signed alone
+            if changed and item.signed is not None:  # the signer vouches only for what was signed
                 changed, item.signed = [f"is not as it was signed: {problem}" for problem in changed], None
             item.problems += changed
             has_manifest = item.checkpoint is not None and item.checkpoint.manifest is not None
@@ -378,29 +464,16 @@ class Fusion:
     def _note_statistics(self, accepted: Sequence[Candidate], statistics: UpdateStatistics) -> None:
         norms, cosines = statistics.norms, statistics.cosines
         names = [item.name for item in accepted]
-        found = outliers(statistics, names, _discounts(accepted)) if self.config.screen == "report" else {}
+        reasons = outliers(statistics, names, _discounts(accepted)) if self.config.screen == "report" else {}
         for index, item in enumerate(accepted):
             item.update_norm, item.cosine_to_mean = float(norms[index]), float(cosines[index])
             item.update_share = statistics.shares(index)
-            if index in found:
-                item.notes.append(f"outlier: {found[index]}")
-                self.progress.note(f"{item.name} stands out: {found[index]}; --screen reject would drop it")
-
-    def _without(self, partial: Location, accepted: Sequence[Candidate], weights: Array) -> list[Without]:
-        if not self.config.leave_one_out:
-            return []
-        if np.count_nonzero(weights) < 2:
-            raise ConfigError("--leave-one-out needs two contributions or more that have a weight")
-        made = []
-        for index, item in enumerate(accepted):
-            folder = partial / layout.LEAVE_ONE_OUT / re.sub(r"[/\\]", "-", item.name)
-            folder.mkdir(parents=True)
-            self._write_config(folder)
-            made.append(Without(index, folder))
-        return made
+            if index in reasons:
+                item.notes.append(f"outlier: {reasons[index]}")
+                self.progress.note(f"{item.name} stands out: {reasons[index]}; --screen reject would drop it")
 
     def _states(self) -> list[Checkpoint]:
-        """The outer optimiser's states beside the base; none where it has none yet, or another optimiser's.
+        """Return the outer optimiser's states from the base, an empty list if another optimiser or none made the base.
 
         Raises CheckpointError if only some of them are there.
         """
@@ -414,7 +487,7 @@ class Fusion:
         return [open_companion(self.base_checkpoint, layout.outer_state(kind)) for kind in kinds]
 
     def _reported_weights(self, recipe: Recipe) -> Array:
-        """The effective weights; for weights per tensor their mean over all elements."""
+        """Return the effective weights: float64 [N]. Weights per tensor are averaged over all elements."""
         if not recipe.tensor_weights:
             return recipe.weights
         body = self.base_checkpoint.body
@@ -434,18 +507,17 @@ class Fusion:
         folder: Location,
         written: Written,
         fused: Sequence[Candidate],
-        weights: Array,
-        scale: float,
+        recipe: Recipe,
         base_digest: str,
     ) -> Manifest:
         """Copy the base's tokenizer, draw the chart and write the manifest: the last file."""
-        main = folder.parent.name != layout.LEAVE_ONE_OUT
-        name = model_name(self.destination) if main else f"{model_name(self.destination)}-without-{folder.name}"
+        name = model_name(self.destination)
+        model = open_checkpoint(open_folder(folder), name)
+        weights = self._reported_weights(recipe)
         shares = {id(item): float(weight) for item, weight in zip(fused, weights, strict=True)}
-        offered = self.candidates if main else fused
-        records = [_record(item, shares.get(id(item))) for item in offered]
+        records = [_record(item, shares.get(id(item))) for item in self.candidates]
         sanitize.copy_tokenizer(self.base_checkpoint.folder, folder)
-        if main and self.draw_chart is not None:
+        if self.draw_chart is not None:
             self.draw_chart(records, folder / layout.FUSE_CHART)
         before = self.base_checkpoint.manifest
         ancestor = (
@@ -458,11 +530,15 @@ class Fusion:
             "name": name,
             "iteration": ((before.get("iteration") or 0) if before else 0) + 1,
             "encoding": "full",
-            "identity": fuse_identity(self.config, base_digest, self.candidates, self.trusted),
-            "body_digest": written.body_digest or body_digest(open_checkpoint(open_folder(folder), name)),
-            "outside_body": outside_body(open_checkpoint(open_folder(folder), name)),
+            "identity": self.request.identity(base_digest),
+            "body_digest": written.body_digest or body_digest(model),  # mixed dtypes are not written in name order
+            "outside_body": outside_body(model),
             "base": {"name": ancestor["name"], "body_digest": base_digest},
-            "config": {**_public_record(self.config, self.trusted), "effective_scale": scale},
+            "config": {
+                **_public_record(self.config, self.request.trusted),
+                "byzantine": self._byzantine,
+                "effective_scale": recipe.scale,
+            },
             "environment": manifest.environment(["numpy", "ml-dtypes"]),
             "license": before.get("license") if before else None,
             "contributions": records,
@@ -472,7 +548,7 @@ class Fusion:
 
 
 def model_name(destination: Location) -> str:
-    """The directory's own name, or its iteration's inside a RUN."""
+    """Return the name of a directory, or that of its iteration inside a RUN."""
     whole = destination.resolve()
     return whole.parent.name if whole.name == "fused" and whole.parent.name.startswith("iteration-") else whole.name
 
@@ -495,7 +571,7 @@ def _record(item: Candidate, weight: float | None) -> ContributionRecord:
         "reason": _without_place("; ".join(item.problems), item) or None,
         "verified": item.verified,
         "age": item.age,
-        "discount": discount(item.age),
+        "discount": staleness_weight(item.age),
         "iteration": source.get("iteration") if source else None,
         "signer": item.signed.key.name if item.signed else None,
         "signer_key": item.signed.key.fingerprint if item.signed else None,
@@ -508,17 +584,17 @@ def _record(item: Candidate, weight: float | None) -> ContributionRecord:
 
 
 def _discounts(items: Sequence[Candidate]) -> Array:
-    return np.asarray([discount(item.age) for item in items], np.float64)
+    return np.asarray([staleness_weight(item.age) for item in items], np.float64)
 
 
 def _chosen(record: Any, keys: Sequence[str]) -> dict[str, Any]:
-    """These keys of what a contribution states about itself, where they hold what they should."""
-    known = record if isinstance(record, dict) else {}
-    return {key: known[key] for key in keys if isinstance(known.get(key), int | float | str)}
+    """Return these keys of a contribution's own record, if they hold a number or text."""
+    values = record if isinstance(record, dict) else {}
+    return {key: values[key] for key in keys if isinstance(values.get(key), int | float | str)}
 
 
 def _without_place(text: str, item: Candidate) -> str:
-    """What is published must not tell where on this machine something lay."""
+    """Replace the place of a candidate by its name, since a manifest is published and must not tell local paths."""
     return text.replace(f"{item.place}/", "").replace(item.place, item.name)
 
 
@@ -533,7 +609,7 @@ def _examples(item: Candidate) -> float:
 
 
 def _weights_file(path: Path) -> dict[str, float]:
-    """Names and weights from a JSON or TOML file. Raises ConfigError."""
+    """Load names and weights from a JSON or TOML file. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             data = file.read(JSON_LIMIT + 1)
@@ -548,7 +624,7 @@ def _weights_file(path: Path) -> dict[str, float]:
 
 
 def _public_record(config: FuseConfig, trusted: Sequence[TrustedKey] | None) -> dict[str, Any]:
-    """The config as the manifest stores it; a file of weights is named, its place is not told, keys by fingerprint."""
+    """Return the config as the manifest stores it: a file of weights by its name alone, keys by their fingerprints."""
     record = as_record(config)
     record["trusted_keys"] = _fingerprints(trusted)
     if config.weights not in ("equal", "examples"):
@@ -558,26 +634,3 @@ def _public_record(config: FuseConfig, trusted: Sequence[TrustedKey] | None) -> 
 
 def _fingerprints(trusted: Sequence[TrustedKey] | None) -> dict[str, str] | None:
     return None if trusted is None else {key.name: key.fingerprint for key in trusted}
-
-
-def _offered(item: Candidate, *, verify: bool) -> Any:
-    """What stands for one candidate in the identity: its body's digest, if that may cost reading it."""
-    if item.checkpoint is None:
-        return [item.name, *item.problems]
-    known = item.stated_digest or item.digest
-    if known or verify:
-        return known or body_digest(item.checkpoint)
-    return [item.name, item.checkpoint.files]
-
-
-def fuse_identity(
-    config: FuseConfig, base_digest: str, candidates: Sequence[Candidate], trusted: Sequence[TrustedKey] | None
-) -> str:
-    """The config and the digests of all that was offered, whether it was then fused or not."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = list(pool.map(partial(_offered, verify=config.verify), candidates))
-    table = _weights_file(Path(config.weights)) if config.weights not in ("equal", "examples") else None
-    settings = replace(config, weights="file" if table is not None else config.weights, trusted_keys=None)
-    signers = None if trusted is None else [item.signed.key.fingerprint if item.signed else None for item in candidates]
-    keys = {"trusted": _fingerprints(trusted), "signers": signers} if trusted is not None else {}
-    return identity("fuse", settings, base=base_digest, contributions=digests, weights=table, **keys)

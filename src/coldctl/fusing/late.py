@@ -1,7 +1,7 @@
-"""Contributions that came after their iteration was fused: they wait in its folder until a later iteration takes them.
+"""Find contributions that arrived after their iteration was fused, so that a later iteration can fuse them.
 
-Which have been taken is read off the fused models' manifests, so nothing else has to be kept, or kept in step: what a
-fused model lists, fused or rejected, has been counted. A name counts once per iteration, and a body once in all.
+The manifests of the fused models are the only record: a contribution that one of them lists, fused or rejected, is not
+fused again. A name counts once per iteration, and a body once in the whole RUN.
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ from coldctl.storage.location import Location, children
 
 @dataclass(frozen=True)
 class Listed:
-    """What the fused models of a RUN list: names as late ones are called, and body digests."""
+    """The names and body digests of the contributions that the fused models of a RUN list."""
 
     names: frozenset[str]
     digests: frozenset[str]
 
 
 def late_name(name: str, number: int) -> str:
-    """What a contribution to iteration `number` is called when a later one takes it.
+    """Return the name under which a later iteration fuses a contribution to iteration `number`.
 
     >>> late_name("guest", 1)
     'guest-iteration-001'
@@ -35,7 +35,7 @@ def late_name(name: str, number: int) -> str:
 
 
 def listed(run: Location, *, but: int) -> Listed:
-    """What the fused models of a RUN list, without that of iteration `but`. Raises ManifestError."""
+    """Return what the fused models of a RUN list, except that of iteration `but`. Raises ManifestError."""
     names: set[str] = set()
     digests: set[str] = set()
     for number in layout.iteration_numbers(run):
@@ -50,11 +50,11 @@ def listed(run: Location, *, but: int) -> Listed:
 
 
 def waiting(run: Location, number: int, counted: Listed) -> dict[str, str]:
-    """Complete contributions in iterations before `number` that nothing has counted yet: places by name, in order.
+    """Return the complete contributions to iterations before `number` that no fused model lists: places by name.
 
-    One whose manifest cannot be read is among them, for whoever opens it says what is wrong.
+    A contribution whose manifest cannot be read is included. `gather` reports what is wrong with it.
     """
-    found = {}
+    places = {}
     for earlier in layout.iteration_numbers(run):
         folder = layout.contributions(run, earlier)
         if earlier >= number or not folder.is_dir():
@@ -68,21 +68,22 @@ def waiting(run: Location, number: int, counted: Listed) -> dict[str, str]:
                     continue
             except ManifestError:
                 pass
-            found[name] = str(place)
-    return found
+            places[name] = str(place)
+    return places
 
 
 def counted_once(candidates: Sequence[Candidate], counted: Listed, progress: Progress) -> list[Candidate]:
-    """The candidates without those that count already: in an earlier fused model, or under another name here.
+    """Drop candidates that an earlier fused model lists, and candidates with the same body as another one.
 
-    The order stays. A contribution to this iteration goes before a late one, then the first name.
+    Among equal bodies a contribution to this iteration is kept before a late one, then the first by name. The order of
+    the candidates stays.
     """
     alike: dict[str, list[Candidate]] = {}
     for item in sorted(candidates, key=lambda item: (item.late, item.name)):
         alike.setdefault(item.stated_digest or "", []).append(item)
     copies: dict[str, str] = {}
     for digest, items in alike.items():
-        # What only says that it is the same, and is not, must not stand in the way of the sound one.
+        # A manifest may state a digest that its body does not have, so the bodies are read.
         same = [item for item in items if digest and len(items) > 1 and not item.problems and _is(item, digest)]
         copies |= {item.name: same[0].name for item in same[1:]}
     kept = []
@@ -101,7 +102,7 @@ def _is(item: Candidate, digest: str) -> bool:
 
 
 def as_listed(candidates: Sequence[Candidate], fused: Manifest, progress: Progress) -> list[Candidate]:
-    """Those candidates that a complete fused model lists: what has come since is late, and undoes nothing."""
+    """Keep only candidates that a complete fused model lists. Later arrivals wait for the next iteration."""
     records = fused.get("contributions", [])
     digests = {record.get("body_digest") for record in records} - {""}
     unread = {record["name"] for record in records if not record.get("body_digest")}
@@ -112,5 +113,5 @@ def as_listed(candidates: Sequence[Candidate], fused: Manifest, progress: Progre
 
 
 def _digest(item: Candidate) -> str | None:
-    known = item.stated_digest or item.digest
-    return known or (body_digest(item.checkpoint) if item.checkpoint else None)
+    stated = item.stated_digest or item.digest
+    return stated or (body_digest(item.checkpoint) if item.checkpoint else None)

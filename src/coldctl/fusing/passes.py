@@ -1,7 +1,7 @@
-"""Passes over the inputs of a fuse that write nothing: prove them, look at their updates, find a method's parameters.
+"""Passes over the inputs of a fuse that write nothing: verify them, measure updates, compute a method's parameters.
 
-Each pass reads the inputs once, in blocks. A plain mean needs one; what must know a norm, a verdict or a rank
-first needs a second. A pass runs here in one go, or in stretches on other machines, with the same result.
+Each pass reads the inputs once, in blocks. A plain mean needs only the writing pass. A method that needs a norm, a
+verdict or a rank first needs one more. A pass runs in this process, or in chunks on other machines, with equal results.
 """
 
 import os
@@ -34,18 +34,18 @@ Result = TypeVar("Result")
 
 
 class Spread(Protocol):
-    """Runs the pieces of a pass in other places, where the pass is one of several machines."""
+    """A function that runs the chunks of a pass on an engine's workers."""
 
     def __call__(self, work: Callable[[Piece], Result], pieces: Sequence[Piece], name: str) -> Iterator[Result]:
-        """Yield what `work` (which can be pickled) makes of each piece, in the order of the pieces.
+        """Yield the result of `work` (which can be pickled) for each piece, in order. `name` names the pass.
 
-        `name` is the pass's. Raises what a piece raised.
+        Raises what `work` raised.
         """
 
 
 @dataclass
 class Inputs:
-    """What is fused: the base, the contributions in the order of summation, and what is read along with them."""
+    """The base, the contributions in the order of summation, and the files read beside them."""
 
     base: Checkpoint
     contributions: Sequence[Checkpoint]
@@ -53,13 +53,13 @@ class Inputs:
 
     @property
     def names(self) -> list[str]:
-        """The floating body tensors of the base in name order, which is the order of digests."""
+        """Return the names of the base's floating body tensors, sorted: the order of digests."""
         return [name for name, tensor in self.base.body.items() if tensor.floating]
 
 
 @dataclass
 class Proof:
-    """What a pass found out about its inputs on the way."""
+    """The digests of a fuse's inputs, and how they differ from their manifests."""
 
     findings: list[NotFinite] = field(default_factory=list)
     base_digest: str = ""
@@ -69,10 +69,10 @@ class Proof:
 
 
 class Prover:
-    """Takes digests while a pass reads, and compares them with the manifests when it is done."""
+    """A verifier that takes digests while a pass reads and compares them with the manifests afterwards."""
 
     def __init__(self, inputs: Inputs, *, verify: bool, whole: bool) -> None:
-        """`whole` says that the pass reads all floating tensors in name order; otherwise digests are taken apart."""
+        """Prepare to verify. With `whole` the pass reads all floating tensors in name order, so it can take digests."""
         self._checkpoints = [inputs.base, *inputs.contributions]
         self._verify = verify
         takes = [verify or inputs.base.manifest is None, *([verify] * len(inputs.contributions))]
@@ -83,7 +83,7 @@ class Prover:
         self.findings: list[NotFinite] = []
 
     def prove(self, spread: Spread | None = None) -> Proof:
-        """The digests, and what differs from the manifests."""
+        """Return the digests and the differences from the manifests. Reads bodies whose digest no pass has taken."""
         pieces = list(range(len(self._checkpoints)))
         if spread:
             results = list(spread(self._prove_one, pieces, "verify"))
@@ -91,7 +91,7 @@ class Prover:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 results = list(pool.map(self._prove_one, pieces))
         digests = [digest for digest, _ in results]
-        problems = [found for _, found in results]
+        problems = [mismatches for _, mismatches in results]
         return Proof(self.findings, digests[0], digests[1:], problems[1:], problems[0])
 
     def _prove_one(self, index: int) -> tuple[str, list[str]]:
@@ -105,20 +105,19 @@ class Prover:
 
 
 def _reads_whole_body(checkpoint: Checkpoint, names: Sequence[str]) -> bool:
-    """Whether reading the tensors `names` in order is what a checkpoint's body digest is over."""
+    """Return whether the body digest of a checkpoint covers exactly the tensors `names`, in this order."""
     own = [name for name, tensor in checkpoint.body.items() if tensor.floating]
     return checkpoint.original is None and own == list(names)
 
 
 def differences(checkpoint: Checkpoint, actual: str, *, whole: bool = False) -> list[str]:
-    """What the manifest that a checkpoint has states otherwise than its files say.
+    """Return how the files of a checkpoint differ from its manifest, one message each. `actual` is its body digest.
 
-    What a model is loaded from must be there and as it was; of the rest (pictures, reports) only what is there is
-    looked at, since whoever fetches a model leaves it out, and the card not at all, since people write into it. With
-    `whole` all of it must be there and as it was.
+    Files that a model is loaded from must be there and unchanged. Other files (pictures, reports) may be missing, since
+    a download leaves them out, and the card may be edited. With `whole` every file must be there and unchanged.
 
-    `actual` is its body digest. Where the manifest also has a digest of what a weight file holds outside the body,
-    the two together cover every byte of the file, and no byte is hashed twice.
+    If the manifest states a digest of the bytes outside the body, it covers every byte of a weight file together with
+    the body digest, and no byte is hashed twice.
     """
     document = checkpoint.manifest
     assert document is not None
@@ -129,8 +128,6 @@ def differences(checkpoint: Checkpoint, actual: str, *, whole: bool = False) -> 
         problems.append(f"{where}its body is {actual[:19]}…, its manifest says {document['body_digest'][:19]}…")
     outside = document.get("outside_body", {})
     for name in sorted(document["files"]):
-        if name.startswith(f"{layout.LEAVE_ONE_OUT}/"):
-            continue  # these models beside the model have manifests of their own
         if not checkpoint.folder.has(name):
             if whole or any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES):
                 problems.append(f"{name} is missing")
@@ -153,9 +150,9 @@ def _changed(checkpoint: Checkpoint, name: str, document: Manifest) -> bool:
 
 
 def prove(checkpoint: Checkpoint, actual: str | None = None) -> None:
-    """Refuse a checkpoint whose files are not what its manifest states; one without a manifest has nothing to prove.
+    """Verify a checkpoint against its manifest, if it has one. `actual` is its body digest, None if not computed yet.
 
-    `actual` is its body digest, where that is known. Raises CheckpointError.
+    Raises CheckpointError if they differ.
     """
     if checkpoint.manifest is None:
         return
@@ -167,24 +164,23 @@ def prove(checkpoint: Checkpoint, actual: str | None = None) -> None:
 
 
 @dataclass
-class Found:
-    """What a pass found out about one stretch of its inputs."""
+class PassResult:
+    """The statistics, unsound values and digests that a pass collected in one chunk."""
 
     statistics: UpdateStatistics | None
     findings: list[NotFinite] = field(default_factory=list)
-    digests: dict[tuple[int, str], str] = field(
-        default_factory=dict
-    )  # of what was finished with it, by target and file
+    # Of the files that were completed with this chunk, by target and file name.
+    digests: dict[tuple[int, str], str] = field(default_factory=dict)
 
     def look(self, block: Block, averaged: Array, weights: Array, *, values: bool) -> None:
-        """Take in a block and its mean by `weights`: the updates, and where asked values that are not finite."""
+        """Add a block and its mean by `weights` to the statistics. With `values` also search for values not finite."""
         if values:
             self.findings += not_finite(block, averaged if np.all(weights) else methods.mean(block.contributions))
         if self.statistics is not None:
             self.statistics.add(block, averaged)
 
 
-def survey(
+def measure_updates(
     inputs: Inputs,
     weights: Array,
     prover: Prover,
@@ -194,11 +190,14 @@ def survey(
     progress: Progress,
     spread: Spread | None = None,
 ) -> UpdateStatistics:
-    """One pass that writes nothing: values, digests, the updates' norms, on request their inner products or directions."""
+    """Read all inputs once: find values not finite, take digests, and return the statistics of the updates.
+
+    The statistics hold inner products with `gram`, and directions for the search for outliers with `pairs`.
+    """
     statistics = UpdateStatistics(len(weights), gram=gram, pairs=pairs)
     pieces = stretches(inputs.base, inputs.contributions, inputs.names)
     work = partial(_surveyed, inputs, weights, deepcopy(statistics), None if spread else prover.digesters)
-    for found in along(work, pieces, "survey", progress, spread):
+    for found in run_chunks(work, pieces, "survey", progress, spread):
         prover.findings += found.findings
         assert found.statistics is not None
         statistics.include(found.statistics)
@@ -211,21 +210,21 @@ def _surveyed(
     empty: UpdateStatistics,
     digesters: Sequence[Digester | None] | None,
     pieces: Sequence[Stretch],
-) -> Iterator[Found]:
+) -> Iterator[PassResult]:
     with closing(read_blocks(inputs.base, inputs.contributions, joined(pieces), digesters)) as blocks:
         for piece in pieces:
-            found = Found(deepcopy(empty))
+            found = PassResult(deepcopy(empty))
             for block in islice(blocks, len(piece)):
                 found.look(block, methods.mean(block.contributions, weights), weights, values=True)
             yield found
 
 
 def joined(pieces: Sequence[Stretch]) -> Stretch:
-    """All blocks of several stretches."""
+    """Return all blocks of several chunks."""
     return [extent for piece in pieces for extent in piece]
 
 
-def along(
+def run_chunks(
     work: Callable[[Sequence[Stretch]], Iterator[Result]],
     pieces: Sequence[Stretch],
     name: str,
@@ -233,7 +232,10 @@ def along(
     spread: Spread | None,
     together: Sequence[Sequence[Stretch]] | None = None,
 ) -> Iterator[Result]:
-    """One result per stretch, in order: here in one go, or of those that go `together` wherever they are computed."""
+    """Run `work` on every chunk and yield the results in order, in this process or on the engine's workers.
+
+    Chunks that are `together` go to one worker. Raises what `work` raised.
+    """
     progress.begin(name, sum(len(extent) for piece in pieces for extent in piece), "weights")
     if spread is None:
         results = work(pieces)
@@ -252,12 +254,12 @@ def _all(work: Callable[[Sequence[Stretch]], Iterator[Result]], pieces: Sequence
 def tensor_weights(
     inputs: Inputs, config: FuseConfig, progress: Progress, spread: Spread | None = None
 ) -> dict[str, TensorWeights]:
-    """One pass for the methods with weights per tensor: inner products within each tensor, then the weights.
+    """Return weights per tensor by name, from the inner products within each tensor. Reads the inputs once.
 
-    Model Stock looks at the updates, spherical interpolation at the tensors themselves.
+    Model Stock takes the products of the updates, spherical interpolation those of the tensors.
     """
     pieces = [cut(inputs.base, inputs.contributions, [name]) for name in inputs.names]
-    grams = along(partial(_products, inputs, config), pieces, "angles", progress, spread)
+    grams = run_chunks(partial(_products, inputs, config), pieces, "angles", progress, spread)
     return {name: _weights_within(gram, config) for name, gram in zip(inputs.names, grams, strict=True)}
 
 
@@ -282,19 +284,20 @@ def _weights_within(gram: Array, config: FuseConfig) -> TensorWeights:
 
 
 def thresholds(inputs: Inputs, density: float, progress: Progress, spread: Spread | None = None) -> dict[str, Array]:
-    """The smallest magnitude that TIES keeps, per tensor and contribution: the k-th largest, k = max(1, ⌊density · n⌋).
+    """Return the smallest magnitude that TIES keeps: the k-th largest, k = max(1, ⌊density · n⌋).
 
+    By tensor name, an array with one float64 per contribution.
     A rank needs a whole tensor, so this holds one update of one tensor at a time, in float32.
     """
     pieces = [cut(inputs.base, inputs.contributions[:1], [name]) for name in inputs.names]
-    found = along(partial(_ranked, inputs, density), pieces, "ranks", progress, spread)
-    return dict(zip(inputs.names, found, strict=True))
+    ranks = run_chunks(partial(_ranked, inputs, density), pieces, "ranks", progress, spread)
+    return dict(zip(inputs.names, ranks, strict=True))
 
 
 def _ranked(inputs: Inputs, density: float, pieces: Sequence[Stretch]) -> Iterator[Array]:
     for piece in pieces:
         size = piece[-1].stop
-        found = np.zeros(len(inputs.contributions))
+        smallest = np.zeros(len(inputs.contributions))
         if size and density < 1:
             magnitudes = np.empty(size, np.float32)
             for index, checkpoint in enumerate(inputs.contributions):
@@ -304,14 +307,14 @@ def _ranked(inputs: Inputs, density: float, pieces: Sequence[Stretch]) -> Iterat
                 rank = size - max(1, int(density * size))
                 magnitudes.partition(rank)
                 # One step down: the magnitudes compared later are float64, and this one was rounded to float32.
-                found[index] = np.nextafter(magnitudes[rank], np.float32(0)) if magnitudes[rank] > 0 else 0.0
-        yield found
+                smallest[index] = np.nextafter(magnitudes[rank], np.float32(0)) if magnitudes[rank] > 0 else 0.0
+        yield smallest
 
 
 def distance(inputs: Inputs, recipe: Recipe, progress: Progress, spread: Spread | None = None) -> float:
-    """One pass for the norm of a method's own update, ‖merged − base‖ over all floating body tensors."""
+    """Return the norm of a method's update, ‖merged − base‖ over all floating body tensors. Reads the inputs once."""
     pieces = stretches(inputs.base, [*inputs.contributions, *inputs.companions], inputs.names)
-    return float(np.sqrt(sum(along(partial(_moved, inputs, recipe), pieces, "norm", progress, spread))))
+    return float(np.sqrt(sum(run_chunks(partial(_moved, inputs, recipe), pieces, "norm", progress, spread))))
 
 
 def _moved(inputs: Inputs, recipe: Recipe, pieces: Sequence[Stretch]) -> Iterator[float]:

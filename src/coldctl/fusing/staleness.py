@@ -1,4 +1,4 @@
-"""Contributions that were made on an earlier base: how old they are, and how they enter a fuse all the same.
+"""Rebase contributions that were made on an earlier base, with a weight that falls with their age.
 
 Notation: θ is the base that is fused into now, θ′ the base that a contribution x was made on, k generations earlier.
 It enters as θ + s(k) · (x − θ′) with s(k) = (1 + k)^-½: the polynomial staleness of FedAsync (Xie et al. 2019, arXiv
@@ -22,21 +22,21 @@ from coldctl.common.errors import CheckpointError, ColdctlError
 _DOUBLE = "F64"
 
 
-def discount(age: int) -> float:
-    """s(k) = (1 + k)^-½, what the update of a contribution counts that is k generations old.
+def staleness_weight(age: int) -> float:
+    """Return s(k) = (1 + k)^-½, the weight of the update of a contribution that is k generations old.
 
-    >>> discount(0), discount(3)
+    >>> staleness_weight(0), staleness_weight(3)
     (1.0, 0.5)
     """
     return float((1 + age) ** -0.5)
 
 
 def generations(base: Manifest | None) -> dict[str, int]:
-    """The body digests of a base's ancestors, each with how many generations ago it was the base: 1 for its own base."""
+    """Return the body digests of a base's ancestors with their ages in generations, 1 for its own base."""
     if base is None:
         return {}
-    known = [base.get("base", {}), *reversed(base.get("ancestors", []))]
-    digests = dict.fromkeys(item.get("body_digest") for item in known)
+    ancestors = [base.get("base", {}), *reversed(base.get("ancestors", []))]
+    digests = dict.fromkeys(ancestor.get("body_digest") for ancestor in ancestors)
     own = base["body_digest"]  # a model that was fused to what it came from has no age
     return {digest: age for age, digest in enumerate(digests, start=1) if isinstance(digest, str) and digest != own}
 
@@ -45,7 +45,7 @@ def generations(base: Manifest | None) -> dict[str, int]:
 class Ancestry:
     """The ancestors of a base by body digest, each opened when the first contribution needs it.
 
-    `places` are the MODELs among which they are looked for, with their revisions. With `verify` their bodies are read and proved.
+    They are searched among `places`: MODELs with their revisions. With `verify` their bodies are read and verified.
     """
 
     base: Manifest | None
@@ -55,17 +55,17 @@ class Ancestry:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def age(self, digest: str | None) -> int:
-        """How many generations ago a body was the base; 0 for the base itself and for a body that never was."""
+        """Return how many generations ago a body was the base, 0 for the base itself and for an unknown body."""
         return generations(self.base).get(digest or "", 0)
 
     def open(self, digest: str) -> Checkpoint:
-        """The ancestor with this body. Raises CheckpointError if it is not at hand, or not what its manifest says."""
+        """Return the ancestor with this body. Raises CheckpointError if it is missing or differs from its manifest."""
         with self._lock:
             if digest not in self._opened:
-                self._opened[digest] = shared(self._found(digest))
+                self._opened[digest] = shared(self._find(digest))
             return self._opened[digest]
 
-    def _found(self, digest: str) -> Checkpoint:
+    def _find(self, digest: str) -> Checkpoint:
         for place, revision in self.places:
             try:
                 model = resolve(place, revision)
@@ -86,19 +86,19 @@ class StaleCheckpoint(Checkpoint):
     """A contribution moved to another base: θ + share · (x − θ′), decoded block by block in float64."""
 
     base: Checkpoint | None = None
-    base_then: Checkpoint | None = None
+    original_base: Checkpoint | None = None
     source: Checkpoint | None = None
     share: float = 1.0
 
     def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
-        """Decode elements of `tensor` (its `file` is its name) from `start` on, without rounding in between."""
+        """Decode elements of `tensor` from `start` on into `buffer`, in float64. Its `file` is the tensor's name."""
         assert self.base is not None
-        assert self.base_then is not None
+        assert self.original_base is not None
         assert self.source is not None
         result = np.frombuffer(buffer, np.float64)
         result[:] = _read(self.source, tensor.file, start, result.size)
         with np.errstate(all="ignore"):  # values that are not finite are found and named elsewhere
-            result -= _read(self.base_then, tensor.file, start, result.size)
+            result -= _read(self.original_base, tensor.file, start, result.size)
             result *= self.share
             result += _read(self.base, tensor.file, start, result.size)
 
@@ -110,22 +110,25 @@ def _read(checkpoint: Checkpoint, name: str, start: int, size: int) -> NDArray[n
     return values.astype(np.float64)
 
 
-def moved(source: Checkpoint, base: Checkpoint, base_then: Checkpoint, age: int) -> Checkpoint:
-    """`source`, made on `base_then` that was the base `age` generations ago, as a contribution to `base`.
+def rebase(source: Checkpoint, base: Checkpoint, original_base: Checkpoint, age: int) -> Checkpoint:
+    """Return `source`, made on `original_base` `age` generations ago, as a contribution to `base`.
 
-    Tensors that only one of them has (poolers) are left out, as they are of any contribution. Raises CheckpointError if
-    `base_then` has not the tensors that the difference needs.
+    Tensors that only one of them has (poolers) are left out. Raises CheckpointError if `original_base` lacks a tensor
+    that the difference needs, or has it in another shape.
     """
     body = {}
     for name, tensor in source.body.items():
-        known = base.body.get(name)
-        if known is None or not known.floating or not tensor.floating:
+        current = base.body.get(name)
+        if current is None or not current.floating or not tensor.floating:
             continue
-        before = base_then.body.get(name)
+        before = original_base.body.get(name)
         if before is None or before.shape[1:] != tensor.shape[1:] or before.size < tensor.size:
-            raise CheckpointError(f"its base {base_then.label} has no tensor {name} of its shape: give the right one")
+            raise CheckpointError(
+                f"its base {original_base.label} has no tensor {name} of its shape: give the right one"
+            )
         body[name] = replace(tensor, file=name, offset=0, dtype=_DOUBLE)
     return StaleCheckpoint(
         source.folder, source.name, source.config, body, source.heads, "", source.files, source.manifest,
-        original=source.original or source, base=base, base_then=base_then, source=source, share=discount(age),
+        original=source.original or source, base=base, original_base=original_base, source=source,
+        share=staleness_weight(age),
     )  # fmt: skip

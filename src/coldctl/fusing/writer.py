@@ -1,7 +1,7 @@
-"""The writing pass of a fuse: read, fuse, round, write; with digests and statistics where no pass before took them.
+"""The writing pass of a fuse: read, fuse, round and write, with digests and statistics if no earlier pass took them.
 
-It runs here in one go, or stretch by stretch on other machines: by position into files of a shared disk, whole files where
-a store takes nothing else.
+It runs in this process, or chunk by chunk on other machines: by position into files of a shared disk, or file by file
+into a store, which takes only whole files.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,21 +19,12 @@ from coldctl.checkpoints.header import FLOATING
 from coldctl.checkpoints.writer import write_index
 from coldctl.common.progress import Progress
 from coldctl.fusing import methods
-from coldctl.fusing.blocks import Block, Digester, Stretch, read_blocks, stretches
-from coldctl.fusing.methods import Array
-from coldctl.fusing.passes import Found, Inputs, Prover, Spread, along, joined
+from coldctl.fusing.blocks import Digester, Stretch, read_blocks, stretches
+from coldctl.fusing.passes import Inputs, PassResult, Prover, Spread, joined, run_chunks
 from coldctl.fusing.recipe import OUTER_STATES, Recipe
 from coldctl.fusing.sinks import RangeSink, Sink, StreamSink, Target, Written, prepare, target_in
 from coldctl.fusing.statistics import UpdateStatistics
 from coldctl.storage.location import Location, in_store
-
-
-@dataclass(frozen=True)
-class Without:
-    """A fused model that lacks one contribution, written in the same pass."""
-
-    index: int
-    folder: Location
 
 
 def write(
@@ -44,23 +35,20 @@ def write(
     prover: Prover | None,
     statistics: UpdateStatistics | None,
     states: Sequence[Checkpoint] = (),
-    without: Sequence[Without] = (),
     progress: Progress,
     spread: Spread | None = None,
-) -> tuple[Written, dict[int, Written]]:
-    """Write the fused model into `folder`; `prover` and `statistics` take in what is seen on the way.
+) -> Written:
+    """Write the fused model into `folder`, and fill `prover` and `statistics` from the blocks that are read.
 
-    `states` are the outer optimiser's states so far (none: zero), read along after the inputs' own companions.
-    Returns what was written, and what was written without each contribution in `without`.
+    `states` are the outer optimiser's states so far (none: zero), read after the inputs' own companions.
+    Returns the body's digest, and those of all files written.
     """
     config, base = recipe.config, inputs.base
-    targets = [target_in(place, base, config) for place in (folder, *(item.folder for item in without))]
-    targets += [target_in(folder, base, config, kind) for kind in OUTER_STATES.get(config.outer_optimizer, ())]
-    job = _Writing(
-        inputs, recipe, states, targets, [item.index for item in without], prover is not None, deepcopy(statistics)
-    )
+    kinds = OUTER_STATES.get(config.outer_optimizer, ())
+    targets = [target_in(folder, base, config), *(target_in(folder, base, config, kind) for kind in kinds)]
+    job = _Writing(inputs, recipe, states, targets, prover is not None, deepcopy(statistics))
 
-    def take(found: Found) -> None:
+    def take(found: PassResult) -> None:
         if prover is not None:
             prover.findings += found.findings
         if statistics is not None and found.statistics is not None:
@@ -70,27 +58,24 @@ def write(
         written = _elsewhere(job, take, progress, spread)
     else:
         written = _here(job, take, progress, prover.digesters if prover else None)
-    last = 1 + len(without)
-    digests = {name: digest for item in (written[0], *written[last:]) for name, digest in item.digests.items()}
-    others = {item.index: done for item, done in zip(without, written[1:last], strict=True)}
-    return Written(written[0].body_digest, digests), others
+    digests = {name: digest for item in written for name, digest in item.digests.items()}
+    return Written(written[0].body_digest, digests)
 
 
 @dataclass(frozen=True)
 class _Writing:
-    """What the pass makes of every block, beside reading it."""
+    """The work of the pass on every block, which can be sent to other machines."""
 
     inputs: Inputs
     recipe: Recipe
     states: Sequence[Checkpoint]
-    targets: Sequence[Target]  # the model, those without one contribution each, the outer optimiser's states
-    without: Sequence[int]
-    values: bool  # whether to look for what is not finite
-    empty: UpdateStatistics | None  # to be filled for each stretch, if updates are to be looked at
+    targets: Sequence[Target]  # the model, then the outer optimiser's states
+    values: bool  # whether to search for values not finite
+    empty: UpdateStatistics | None  # copied and filled for each chunk, if updates are measured
 
     @property
     def stretches(self) -> list[Stretch]:
-        """The blocks in the order of the model's files; no stretch is in two of them."""
+        """Return the chunks in the order of the model's files. No chunk is part of two files."""
         beside = [*self.inputs.contributions, *self.inputs.companions, *self.states]
         model = self.targets[0]
         first = {next((item.name for item in shard.layouts if item.dtype in FLOATING), "") for shard in model.shards}
@@ -98,12 +83,12 @@ class _Writing:
 
 
 def _here(
-    job: _Writing, take: Callable[[Found], None], progress: Progress, digesters: Sequence[Digester | None] | None
+    job: _Writing, take: Callable[[PassResult], None], progress: Progress, digesters: Sequence[Digester | None] | None
 ) -> list[Written]:
-    """Front to back, with all digests by the way."""
+    """Write front to back in this process, and take all digests while writing."""
     sinks = [StreamSink(item, job.inputs.base) for item in job.targets]
     try:
-        for found in along(partial(_written, job, sinks, digesters), job.stretches, "fuse", progress, None):
+        for found in run_chunks(partial(_written, job, sinks, digesters), job.stretches, "fuse", progress, None):
             take(found)
         return [sink.close() for sink in sinks]
     finally:
@@ -111,15 +96,15 @@ def _here(
             sink.abandon()
 
 
-def _elsewhere(job: _Writing, take: Callable[[Found], None], progress: Progress, spread: Spread) -> list[Written]:
-    """Wherever `spread` has it done, digests afterwards where they could not be taken by the way."""
+def _elsewhere(job: _Writing, take: Callable[[PassResult], None], progress: Progress, spread: Spread) -> list[Written]:
+    """Write on the engine's workers, and take digests afterwards that could not be taken while writing."""
     base, pieces = job.inputs.base, job.stretches
     digests: dict[tuple[int, str], str] = {}
     if in_store(job.targets[0].folder):
-        results = along(partial(_by_file, job), pieces, "fuse", progress, spread, _files(job, pieces))
+        results = run_chunks(partial(_by_file, job), pieces, "fuse", progress, spread, _files(job, pieces))
         for at, item in enumerate(job.targets):
             for shard in item.shards:
-                if not any(layout.dtype in FLOATING for layout in shard.layouts):  # in no stretch
+                if not any(layout.dtype in FLOATING for layout in shard.layouts):  # in no chunk
                     written = StreamSink(item.only(shard), base).close()
                     digests |= {(at, name): digest for name, digest in written.digests.items()}
             if item.single is None:
@@ -127,7 +112,7 @@ def _elsewhere(job: _Writing, take: Callable[[Found], None], progress: Progress,
     else:
         for item in job.targets:
             prepare(item, base)
-        results = along(partial(_by_position, job), pieces, "fuse", progress, spread)
+        results = run_chunks(partial(_by_position, job), pieces, "fuse", progress, spread)
     for found in results:
         take(found)
         digests |= found.digests
@@ -142,15 +127,15 @@ def _elsewhere(job: _Writing, take: Callable[[Found], None], progress: Progress,
 
 
 def _files(job: _Writing, pieces: Sequence[Stretch]) -> list[list[Stretch]]:
-    """The stretches of each file of the model; all of them, where the outer optimiser's states make files of their own."""
-    if len(job.targets) > 1 + len(job.without):
+    """Return the chunks of each file, or all together if the outer optimiser's states have files of their own."""
+    if len(job.targets) > 1:
         return [list(pieces)]
     file = {item.name: shard.name for shard in job.targets[0].shards for item in shard.layouts}
     return [list(group) for _, group in groupby(pieces, key=lambda piece: file[piece[0].name])]
 
 
-def _by_position(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[Found]:
-    """Some of the stretches, written where they belong in files that stand already."""
+def _by_position(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[PassResult]:
+    """Write chunks at their positions in files that exist already."""
     sinks = [RangeSink(item) for item in job.targets]
     try:
         yield from _written(job, sinks, None, pieces)
@@ -159,8 +144,8 @@ def _by_position(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[Found]:
             sink.close()
 
 
-def _by_file(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[Found]:
-    """All stretches of one file of each target, or of all files, written front to back."""
+def _by_file(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[PassResult]:
+    """Write all chunks of one file of each target, or of all files, front to back."""
     names = {extent.name for extent in joined(pieces)}
     parts = [item if names >= set(item.names) else _part(item, names) for item in job.targets]
     sinks = [StreamSink(part, job.inputs.base) for part in parts]
@@ -184,15 +169,14 @@ def _part(target: Target, names: set[str]) -> Target:
 
 def _written(
     job: _Writing, sinks: Sequence[Sink], digesters: Sequence[Digester | None] | None, pieces: Sequence[Stretch]
-) -> Iterator[Found]:
-    """Fuse the stretches, one sink per target; what was found out about each comes when it is done."""
+) -> Iterator[PassResult]:
+    """Fuse the chunks into one sink per target, and yield the result of each chunk when it is written."""
     inputs, recipe, config = job.inputs, job.recipe, job.recipe.config
     kinds = OUTER_STATES.get(config.outer_optimizer, ())
     companions = [*inputs.companions, *job.states]
-    last = 1 + len(job.without)
     with closing(read_blocks(inputs.base, inputs.contributions, joined(pieces), digesters, companions)) as blocks:
         for piece in pieces:
-            found = Found(deepcopy(job.empty))
+            found = PassResult(deepcopy(job.empty))
             for block in islice(blocks, len(piece)):
                 merged = recipe.apply(block)
                 if job.values or job.empty is not None:
@@ -205,24 +189,14 @@ def _written(
                     merged, after = methods.outer_step(
                         config.outer_optimizer, block.base, merged, config.outer_lr, config.outer_momentum, before
                     )
-                    for sink, state in zip(sinks[last:], after, strict=True):
+                    for sink, state in zip(sinks[1:], after, strict=True):
                         sink.write(block, state)
                 sinks[0].write(block, merged)
-                for sink, index in zip(sinks[1:last], job.without, strict=True):
-                    sink.write(block, _lacking(block, recipe, index))
             yield found
 
 
-def _lacking(block: Block, recipe: Recipe, index: int) -> Array:
-    """The linear fused block without one contribution: (mean - wᵢ xᵢ) / (1 - wᵢ), in float64, then scaled."""
-    whole = methods.mean(block.contributions, recipe.weights)
-    weight = recipe.weights[index]
-    rest = (whole - weight * block.contributions[index].astype(np.float64)) / (1 - weight)
-    return methods.scaled(block.base, rest, recipe.scale)
-
-
 def _digest(targets: Sequence[Target], key: tuple[int, str]) -> str:
-    """Of one file of a target, or (without a name) of its body, read again."""
+    """Return the digest of one file of a target, or of its body if the name is empty, by reading it again."""
     at, name = key
     checkpoint = targets[at].checkpoint()
     return manifest.digest_of_reader(checkpoint.folder.open(name)) if name else body_digest(checkpoint)

@@ -198,8 +198,8 @@ class UsedRows:
         stated = (getattr(model.config, "pad_token_id", None), getattr(self._embedding, "padding_idx", None))
         seen[: max(padding, *(number or 0 for number in stated)) + 1] = True
         for rows in tokens:
-            for piece in rows.pieces():
-                seen[piece] = True
+            for token_ids in rows.chunks():
+                seen[token_ids] = True
         kind = getattr(model.config, "model_type", "")
         self.active = kind in _PLAIN_EMBEDDINGS and self._whole.requires_grad and 4 * int(seen.sum()) < 3 * size
         if not self.active:

@@ -7,14 +7,13 @@ from torch import nn
 
 from coldctl.artifacts import layout
 from coldctl.checkpoints.body_export import write_body, write_config
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from coldctl.checkpoints.deltas import ENCODINGS, open_delta, write_delta
 from coldctl.checkpoints.lora import open_adapter
 from coldctl.common.progress import Progress
 from coldctl.config.settings import FinetuneConfig
 from coldctl.storage.files import LocalFolder
 from coldctl.training import trainable
-from coldctl.training.residuals import account
 
 _SHARD = 5_000_000_000  # bytes; larger bodies are written in several files
 _WHOLE = "whole"  # below the training's own folder: the trained model as it is, until what is sent of it is written
@@ -25,15 +24,13 @@ def write_weights(
     adapted: Any | None,
     folder: Path,
     base: Checkpoint,
-    base_digest: str,
     config: FinetuneConfig,
     name: str,
     progress: Progress,
 ) -> None:
     """Write the weights that `config.send` asks for into `folder`; `adapted` is PEFT's wrapper where there is one.
 
-    What 8-bit rounding loses is settled in the account of the contributor `name`. Raises CheckpointError for a
-    difference that its encoding cannot hold, OutputError for an account that cannot be kept.
+    Raises CheckpointError for a difference that its encoding cannot hold.
     """
     if adapted is not None:
         trainable.save_adapter(adapted.cpu(), folder, base.name, body_only=config.body_only)
@@ -50,15 +47,7 @@ def write_weights(
         write_body(source, folder, None, _SHARD, progress, f"{name}: write the body")
         write_config(source, folder, None)
         return
-    if encoding != "delta-int8":
-        write_delta(source, base, folder, encoding)
-        return
-    with account(name, base.manifest, base_digest) as own:
-        owed = own.opened(base)
-        if owed:
-            progress.note(f"{name}: takes along what rounding left of {len(owed)} contribution(s) before")
-        write_delta(source, base, folder, encoding, owed=owed, residual=own.draft)
-        own.settle(body_digest(open_written(folder, name, base, config)))
+    write_delta(source, base, folder, encoding)
 
 
 def open_written(folder: Path, name: str, base: Checkpoint, config: FinetuneConfig) -> Checkpoint:

@@ -116,7 +116,7 @@ def share_body(models: Sequence[nn.Module]) -> None:
 def check_vocabulary(encoded: Encoded, model: nn.Module) -> None:
     """Raise ModelError if there are token ids that the model has no embedding of."""
     rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
-    largest = max((int(part.max()) for part in encoded.tokens.pieces()), default=0)
+    largest = max((int(chunk.max()) for chunk in encoded.tokens.chunks()), default=0)
     if largest >= rows:
         raise ModelError(
             f"the tokenizer gives token {largest}, the model has {rows}: they do not belong together, take both from one base"
