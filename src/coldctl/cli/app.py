@@ -33,7 +33,6 @@ for _command, _example in (
     (check.lineage, "runs/demo/iteration-002/fused"),
     (runs.status, "runs/demo"),
     (runs.plan, "runs/demo --config configs/demo.toml --iterations 2"),
-    (runs.variants, "configs/experiments/federated.toml --output runs/federated"),
     (runs.promote, "runs/demo"),
     (runs.watch, "runs/demo --min-contributions 3 --every 10m --suite configs/demo.toml"),
 ):

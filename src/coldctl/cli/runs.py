@@ -1,4 +1,4 @@
-"""The commands about runs: `plan`, `promote`, `status`, `watch`, and `variants` before them."""
+"""The commands about runs: `plan`, `promote`, `status`, `watch`."""
 
 import sys
 from contextlib import closing
@@ -89,22 +89,6 @@ def plan(
             screen.result({"run": str(run), "iterations": numbers})
         else:
             sys.stdout.write("".join(f"{number:03d}\n" for number in numbers))
-
-
-def variants(
-    experiment: Annotated[Path, typer.Argument(metavar="FILE.toml", help="What is varied, and how.")],
-    output: Annotated[Path, typer.Option("--output", help="Folder of the variants' configurations and runs.")],
-    common: Plain,
-) -> None:
-    """Write the configurations that an experiment compares, and print each one's name and iterations."""
-    with boundary(common) as screen:
-        from coldctl.commands import plan as stage
-
-        made = stage.variants(experiment, output)
-        if common.as_json:
-            screen.result({"variants": [{"name": variant.name, "iterations": variant.iterations} for variant in made]})
-        else:
-            sys.stdout.write("".join(f"{variant.iterations} {variant.name}\n" for variant in made))
 
 
 def promote(run: RunArgument, common: Plain) -> None:

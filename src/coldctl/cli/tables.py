@@ -15,7 +15,7 @@ _VERDICT_STYLE = {"better": "green", "worse": "red"}
 _SHORT_VERDICT = {"better": "better", "worse": "worse", "indistinguishable": "within noise", None: "one seed"}
 
 
-def evaluation_tables(results: dict[str, Any]) -> list[Table]:
+def evaluation_tables(results: Mapping[str, Any]) -> list[Table]:
     """One table per model and protocol: what the baseline scores, what the model scores, the gain."""
     tables = []
     baseline = results["baseline"]["name"]
@@ -38,7 +38,7 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def _cells(entry: dict[str, Any]) -> list[str]:
+def _cells(entry: Mapping[str, Any]) -> list[str]:
     style = _VERDICT_STYLE.get(entry["verdict"] or "", "dim")
     deviation = f" ± {entry['std']:.1f}" if entry.get("std") is not None else ""
     return [
