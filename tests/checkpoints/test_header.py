@@ -12,7 +12,7 @@ import pytest
 
 from coldctl.artifacts import layout
 from coldctl.checkpoints import checkpoint as checkpoints
-from coldctl.checkpoints import header
+from coldctl.checkpoints import digests, header
 from coldctl.checkpoints.checkpoint import Checkpoint
 from coldctl.checkpoints.header import Tensor
 from coldctl.common.errors import CheckpointError, ModelError
@@ -249,7 +249,7 @@ def test_shards(place: Path) -> None:
     assert list(found.body) == ["a", "b", "c"]
     assert list(found.files) == ["s1.safetensors", "s2.safetensors"]
     assert np.array_equal(found.read("c"), C)
-    assert checkpoints.body_digest(found) == digest_by_hand({"a": A, "c": C})
+    assert digests.body_digest(found) == digest_by_hand({"a": A, "c": C})
     for wrong, words in (
         ({"a": "s1.safetensors", "b": "s2.safetensors"}, "'c' stands in s2.safetensors but not in the index"),
         ({**where, "a": "s2.safetensors", "d": "s1.safetensors"}, "'a' stands in s1.safetensors but not in the index"),
@@ -276,21 +276,21 @@ def digest_by_hand(arrays: Arrays) -> str:
 
 def test_the_body_digest(place: Path) -> None:
     found = opened(place, {"bert.b": B, "bert.a": A, "cls": C, "bert.c": C})
-    assert checkpoints.body_digest(found) == digest_by_hand({"a": A, "c": C})
-    large = np.arange((checkpoints._CHUNK // 4) * 2 + 3, dtype=np.float32)  # more than is hashed at a time
-    assert checkpoints.body_digest(opened(place, {"a": large})) == digest_by_hand({"a": large})
-    assert checkpoints._CHUNK == 4 << 20
+    assert digests.body_digest(found) == digest_by_hand({"a": A, "c": C})
+    large = np.arange((digests._CHUNK // 4) * 2 + 3, dtype=np.float32)  # more than is hashed at a time
+    assert digests.body_digest(opened(place, {"a": large})) == digest_by_hand({"a": large})
+    assert digests._CHUNK == 4 << 20
 
 
 def test_what_is_outside_the_body(place: Path) -> None:
     """The digest is over all bytes but the floating tensors' of the body, in the order of the file."""
-    large = np.arange(checkpoints._CHUNK // 4 + 9, dtype=np.float32)
+    large = np.arange(digests._CHUNK // 4 + 9, dtype=np.float32)
     arrays: Arrays = {"cls": large, "bert.a": A, "bert.b": B, "bert.c": C, "end": A}
     found = opened(place, arrays)
     data = (place / layout.WEIGHTS).read_bytes()
     start = len(data) - sum(array.nbytes for array in arrays.values())
     expected = data[: start + large.nbytes] + B.tobytes() + A.tobytes()
-    assert checkpoints.outside_body(found) == {layout.WEIGHTS: "sha256:" + hashlib.sha256(expected).hexdigest()}
+    assert digests.outside_body(found) == {layout.WEIGHTS: "sha256:" + hashlib.sha256(expected).hexdigest()}
 
 
 def test_common_rows(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -306,8 +306,8 @@ def test_common_rows(place: Path, tmp_path_factory: pytest.TempPathFactory) -> N
     assert cut.body[position].shape == (5, 3)
     assert cut.body["w"].shape == (5, 3)
     assert cut.original is other
-    assert checkpoints.body_digest(cut) == checkpoints.body_digest(other)
-    assert checkpoints.outside_body(cut) == checkpoints.outside_body(other)
+    assert digests.body_digest(cut) == digests.body_digest(other)
+    assert digests.outside_body(cut) == digests.outside_body(other)
     narrow = {rows: opened(place, {name: np.zeros((rows, 1), np.float32)}) for rows in (2, 5)}
     assert checkpoints.with_common_rows(narrow[2], narrow[5]).body[name].shape == (2, 1)
     assert checkpoints.with_common_rows(narrow[5], narrow[2]).body[name].shape == (2, 1)

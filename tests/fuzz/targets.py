@@ -19,7 +19,8 @@ import samples
 
 from coldctl.artifacts import layout, lineage, manifest, run, signatures
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tensors
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.formats import open_contribution
 from coldctl.core import config
 from coldctl.core.config import DatasetConfig

@@ -2,17 +2,20 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, digest_prelude
-from coldctl.checkpoints.describe import bare_config
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.digests import body_digest, digest_prelude
 from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, Tensor
+from coldctl.checkpoints.sanitize import CODE, UNUSED
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
@@ -127,3 +130,37 @@ def _hash(work: list[tuple["hashlib._Hash", bytes, memoryview]]) -> None:
     for hasher, head, part in work:
         hasher.update(head)
         hasher.update(part)
+
+
+# About a head, about custom code or other files, or about the machine that the model came from.
+_DROPPED = (
+    *CODE,
+    *UNUSED,
+    "_name_or_path",
+    "torch_dtype",
+    "name_or_path",
+)
+
+
+def bare_architecture(architectures: object) -> str | None:
+    """The bare model's class name from that of any of its head classes.
+
+    >>> bare_architecture(["XLMRobertaForMaskedLM"])
+    'XLMRobertaModel'
+    >>> bare_architecture(["BertModel"])
+    'BertModel'
+    """
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        return None
+    name = re.sub(r"(For|With)[A-Z]\w*$", "", architectures[0])
+    return name if name.endswith("Model") else f"{name}Model"
+
+
+def bare_config(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """The `config.json` of a body alone, from that of the checkpoint it came from."""
+    bare = {key: value for key, value in config.items() if key not in _DROPPED}
+    if name := bare_architecture(config.get("architectures")):
+        bare["architectures"] = [name]
+    if dtype:
+        bare["dtype"] = dtype
+    return bare

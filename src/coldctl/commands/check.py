@@ -9,8 +9,9 @@ import numpy as np
 from coldctl.artifacts import layout, signatures
 from coldctl.artifacts.model_ref import Model
 from coldctl.artifacts.signatures import TrustedKey
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from coldctl.checkpoints.decoded import RelativeCheckpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.header import DTYPES
 from coldctl.common.errors import ColdctlError
 from coldctl.common.progress import Progress

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.checkpoints.checkpoint import Checkpoint, digest_prelude
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.digests import digest_prelude
 from coldctl.checkpoints.header import DTYPES, Tensor
 from coldctl.storage.files import RemoteFolder, look_ahead
 

@@ -21,16 +21,10 @@ from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.artifacts.signatures import TrustedKey
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import (
-    Checkpoint,
-    body_digest,
-    open_checkpoint,
-    open_companion,
-    outside_body,
-    with_common_rows,
-)
+from coldctl.checkpoints.body_export import bare_config
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_companion, with_common_rows
 from coldctl.checkpoints.decoded import RelativeCheckpoint
-from coldctl.checkpoints.describe import bare_config
+from coldctl.checkpoints.digests import body_digest, outside_body
 from coldctl.checkpoints.header import DTYPE_NAMES
 from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
 from coldctl.common.parsing import JSON_LIMIT, NUMBER, json_value, misfit, toml_table

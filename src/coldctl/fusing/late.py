@@ -10,7 +10,7 @@ from pathlib import Path
 
 from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
-from coldctl.checkpoints.checkpoint import body_digest
+from coldctl.checkpoints.digests import body_digest
 from coldctl.common.errors import ManifestError
 from coldctl.common.progress import Progress
 from coldctl.fusing.contributions import Candidate

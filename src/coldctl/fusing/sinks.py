@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints.checkpoint import Checkpoint, digest_prelude
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.digests import digest_prelude
 from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, FLOATING, Tensor, rounded
 from coldctl.checkpoints.writer import Layout, Shard, WeightsWriter, file_order, header, shards, write_index
 from coldctl.core.config import FuseConfig, size_in_bytes

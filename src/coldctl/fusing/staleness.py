@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import resolve
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from coldctl.checkpoints.decoded import shared
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.header import DTYPES, Tensor
 from coldctl.common.errors import CheckpointError, ColdctlError
 
