@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,6 @@ def refused(place: Path, data: bytes, words: str) -> None:
 def test_tensors_are_found_and_read(place: Path) -> None:
     found = opened(place, {"b": B, "a": A, "c": C})
     assert list(found.body) == ["a", "b", "c"]
-    assert found.heads == ()
-    assert found.prefix == ""
     assert found.manifest is None
     assert found.files == {layout.WEIGHTS: (place / layout.WEIGHTS).stat().st_size}
     for name, array in (("a", A), ("b", B), ("c", C)):
@@ -80,20 +79,24 @@ def test_tensors_are_found_and_read(place: Path) -> None:
         (6, 24, True), (4, 32, False), (5, 10, True),
     ]  # fmt: skip
     part = bytearray(8)
-    found.read_into(found.body["a"], 3, memoryview(part))
+    found.read_into("a", 3, memoryview(part))
     assert np.frombuffer(part, np.float32).tolist() == [3, 4]
-    found.close()
-    assert np.array_equal(found.read("a"), A)  # opened again
-    found.close()
+    assert found.floats("a", 3, 5).tolist() == [3, 4]
+
+
+def test_a_checkpoint_reaches_another_process_without_its_open_files(place: Path) -> None:
+    found = checkpoints.shared(opened(place, {"a": A}))
+    assert np.array_equal(found.read("a"), A)
+    sent = pickle.loads(pickle.dumps(found))
+    assert np.array_equal(sent.read("a"), A)
+    assert pickle.dumps(found) == pickle.dumps(checkpoints.shared(opened(place)))
 
 
 def test_heads_are_apart_and_old_names_are_modern(place: Path) -> None:
     found = opened(
         place, {"bert.x.LayerNorm.gamma": A, "classifier.weight": A, "bert.x.LayerNorm.beta": C, "bert.y": B}
     )
-    assert found.prefix == "bert."
     assert list(found.body) == ["x.LayerNorm.bias", "x.LayerNorm.weight", "y"]
-    assert found.heads == ("classifier.weight",)
     refused(place, weights({"bert.LayerNorm.gamma": A, "bert.LayerNorm.weight": A}), "two tensors are called")
     assert opened(place, {"cls.x": A}).body.keys() == {"cls.x"}  # a bare encoder: no prefix to take off
     refused(place, weights({}), "holds no tensors")
@@ -141,7 +144,7 @@ def test_the_size_of_a_header(place: Path) -> None:
     refused(place, bytes(8), "not readable JSON")  # a header of nothing
     whole = encoded({"a": entry()}, bytes(8))
     (place / layout.WEIGHTS).write_bytes(whole)
-    assert opened(place).body["a"] == Tensor(layout.WEIGHTS, len(whole) - 8, "F32", (2,))
+    assert opened(place).body["a"] == Tensor("F32", (2,), layout.WEIGHTS, len(whole) - 8)
     refused(place, struct.pack("<Q", 3) + b"{}", "claims a header of 3 bytes in a file of 10")
     refused(place, struct.pack("<Q", 2) + b"{}", "holds no tensors")
     assert header.HEADER_LIMIT == 4 << 20

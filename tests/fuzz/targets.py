@@ -59,10 +59,7 @@ def examine(folder: Path) -> None:
     found = open_contribution(LocalFolder(folder), "it", base(), allow_pickle=True)
     compare(base(), found, None, allow_other_base=False)
     sanitize.note(found.config)
-    try:
-        body_digest(found)
-    finally:
-        found.close()
+    body_digest(found)
 
 
 def read_index(folder: Path) -> None:

@@ -188,7 +188,7 @@ def _fill(
     if stop < start:
         return None
     part = memoryview(buffer)[: (stop - start) * dtype.itemsize]
-    checkpoint.read_into(tensor, start, part)
+    checkpoint.read_into(name, start, part)
     if digester is not None:
         digester.feed(name, tensor, start, part)
     return np.frombuffer(part, dtype)
