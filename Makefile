@@ -2,7 +2,7 @@
 # make experiment EXPERIMENT=FILE.toml   full rounds under several settings, and their curves side by side
 # make test      set up what is missing, then run the tests
 .SUFFIXES:
-.PHONY: iterate experiment publish test test-scale test-faults fuzz mutate test-peers test-tensorflow lint format bench bench-finetune bench-evaluate assets setup clean help
+.PHONY: iterate experiment publish test test-scale test-faults fuzz mutate test-peers test-tensorflow lint format reference bench bench-finetune bench-evaluate assets setup clean help
 
 PYTHON = python3
 ITERATIONS = 1
@@ -40,8 +40,8 @@ publish: $(ready)
 
 # Which of several settings is better: one run per variant, then their curves side by side.
 experiment: $(ready) $(demo)
-	@PATH="$(CURDIR)/$(bin):$$PATH" EXPERIMENT="$(EXPERIMENT)" TO="$(if $(filter file,$(origin TO)),runs/$(basename $(notdir $(EXPERIMENT))),$(TO))" \
-		JOBS="$(JOBS)" sh scripts/experiment.sh
+	@PATH="$(CURDIR)/$(bin):$$PATH" python scripts/experiment.py "$(EXPERIMENT)" --jobs "$(JOBS)" \
+		--to "$(if $(filter file,$(origin TO)),runs/$(basename $(notdir $(EXPERIMENT))),$(TO))"
 
 # Side by side, a test file at a time; what no test reaches is printed, and less than 95 % of lines and branches is a failure.
 test: $(ready)
@@ -76,6 +76,10 @@ lint: $(ready)
 format: $(ready)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
+
+# docs/reference.md, from the settings classes.
+reference: $(ready)
+	$(bin)/python scripts/reference.py docs/reference.md
 
 bench: $(ready)
 	$(bin)/python benchmarks/fuse.py $(BENCH)

@@ -107,7 +107,7 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
     import torch
 
     from coldctl.common.progress import SILENT
-    from coldctl.core.config import DatasetConfig
+    from coldctl.config.settings import DatasetConfig
     from coldctl.data.datasets import Limits, load_dataset
     from coldctl.evaluation import scoring
     from coldctl.evaluation.probe import features
@@ -245,9 +245,9 @@ def ours_round(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def stitched_round(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """A script per step, one after another, each in a process of its own."""
-    from coldctl.core import config
+    from coldctl.config import loading
 
-    suite = config.read(options.config).datasets
+    suite = loading.read(options.config).datasets
     scratch.mkdir()
     seconds = dict.fromkeys(("finetune three", "merge", "evaluate base and fused"), 0.0)
     seen = [dataset for dataset in suite if dataset.role == "seen"]

@@ -152,7 +152,7 @@ def ours(options: argparse.Namespace, splits: dict[str, list[dict[str, Any]]]) -
     import torch
 
     from coldctl.common.progress import SILENT
-    from coldctl.core.config import FinetuneConfig
+    from coldctl.config.settings import FinetuneConfig
     from coldctl.training import model as models
     from coldctl.training.loop import Examples, Head, Place, length_batches, predict, sorted_batches, train
 

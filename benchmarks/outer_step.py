@@ -125,14 +125,15 @@ def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
     import torch
 
     from coldctl.common.progress import SILENT
-    from coldctl.core import config
+    from coldctl.config import loading
+    from coldctl.config.settings import FinetuneConfig
     from coldctl.data.datasets import Limits, load_dataset, metric_of
     from coldctl.evaluation import scoring
     from coldctl.training import model as models
     from coldctl.training.loop import Examples, Head, Place, train
 
-    file = config.read(suite)
-    settings = config.resolve(config.FinetuneConfig, file, {"epochs": options.epochs * worth})
+    file = loading.read(suite)
+    settings = loading.resolve(FinetuneConfig, file, {"epochs": options.epochs * worth})
     limits = Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
     tokenizer = models.load_tokenizer(options.base)
     heads = []

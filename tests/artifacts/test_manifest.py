@@ -12,6 +12,7 @@ import pytest
 
 from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import Manifest
+from coldctl.common.digests import canonical, digest_of
 from coldctl.common.errors import ManifestError
 from coldctl.storage.files import LocalReader
 
@@ -26,7 +27,7 @@ def document(**changed: Any) -> bytes:
     """A manifest that is as it was written, whatever it says."""
     content: dict[str, Any] = {"schema": 1, **LEAST, "files": {}, **changed}
     content = {key: value for key, value in content.items() if value is not ...}
-    return json.dumps({**content, "manifest_digest": manifest.digest_of(content)}).encode()
+    return json.dumps({**content, "manifest_digest": digest_of(content)}).encode()
 
 
 def refused(data: bytes, words: str) -> None:
@@ -35,7 +36,7 @@ def refused(data: bytes, words: str) -> None:
 
 
 def test_digests() -> None:
-    assert manifest.digest_of({"b": [1, 2.5], "a": "é"}) == sha('{"a":"é","b":[1,2.5]}'.encode())
+    assert digest_of({"b": [1, 2.5], "a": "é"}) == sha('{"a":"é","b":[1,2.5]}'.encode())
 
 
 def test_digests_of_files_and_readers(tmp_path: Path) -> None:
@@ -106,8 +107,16 @@ def test_the_largest_manifest(tmp_path: Path) -> None:
         manifest.read(tmp_path)
 
 
+def test_docs_state_the_manifest_limit() -> None:
+    limit = f"{manifest.MANIFEST_LIMIT >> 20} MiB"
+    docs = Path(__file__).parents[2] / "docs"
+    assert f"| {limit}, the limit of a manifest: " in (docs / "scale.md").read_text()
+    row = next(line for line in (docs / "security.md").read_text().splitlines() if "a JSON document (manifest," in line)
+    assert f"| {limit}, " in row
+
+
 RECORD: dict[str, Any] = {"name": "c", "body_digest": "x", "weight": 0.5, "status": "fused"}
-GENERATION: dict[str, Any] = {"kind": "fused", "name": "a", "contributions": [RECORD]}
+GENERATION: dict[str, Any] = {"kind": "fused", "name": "a", "body_digest": "x", "contributions": [RECORD]}
 FINE: list[dict[str, Any]] = [
     {}, {"iteration": None}, {"iteration": 0}, {"iteration": 999_999}, {"license": None},
     {"unknown": object}, {"files": {"a/b.txt": "x", ".hidden": "x", "a..b": "x"}}, {"ancestors": [GENERATION]},
@@ -122,10 +131,10 @@ WRONG: list[dict[str, Any]] = [
     {"body_digest": None}, {"files": ...}, {"files": []}, {"files": {"a": 1}}, {"iteration": "1"}, {"iteration": True},
     {"iteration": -1}, {"iteration": 1_000_000}, {"iteration": 1.0}, {"license": 1}, {"base": "x"},
     {"name": "n" * 201}, {"name": "é" * 101},
-    {"ancestors": {}}, {"ancestors": ["x"]}, {"ancestors": [{"contributions": [{**RECORD, "name": "/"}]}]},
+    {"ancestors": {}}, {"ancestors": ["x"]}, {"ancestors": [{**GENERATION, "contributions": [{**RECORD, "name": "/"}]}]},
     {"contributions": {}}, {"contributions": [{}]}, {"contributions": [{**RECORD, "weight": "1"}]},
     {"contributions": [{**RECORD, "weight": True}]}, {"contributions": [{**RECORD, "notes": [1]}]},
-    {"card_blocks": [1]}, {"metrics": {"v": 1}}, {"dataset": {"labels": "x"}}, {"outside_body": {"a": None}},
+    {"metrics": {"v": 1}}, {"dataset": {"labels": "x"}}, {"outside_body": {"a": None}},
 ]  # fmt: skip
 OUTSIDE = ["/a", "../a", "a/../b", "a/..", "..", "", "a//b", "a/", "./a", "a\0b", "f" * 1001]
 
@@ -139,7 +148,16 @@ def test_what_fits_the_contract(changed: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changed", WRONG, ids=lambda value: str(value)[:40])
 def test_what_does_not_fit_the_contract(changed: dict[str, Any]) -> None:
-    refused(document(**changed), "PLACE/coldctl.json: .* is missing or not what it should be")
+    words = "Expected `|missing required field `|Invalid enum value '|cannot name a file|lists no files"
+    refused(document(**changed), f"PLACE/coldctl.json: .*({words})")
+
+
+def test_a_mismatch_names_the_key_and_what_it_should_be() -> None:
+    refused(
+        document(contributions=[{**RECORD, "weight": "1"}]),
+        r"PLACE/coldctl.json: Expected `float`, got `str` - at `\$.contributions\[0\].weight`. Fetch or make",
+    )
+    refused(document(kind="\x1b" + "x" * 10_000), "^.{,300}$")
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=lambda value: repr(value)[:20])
@@ -158,5 +176,5 @@ def test_what_descendants_carry() -> None:
 
 
 def test_canonical_bytes_do_not_depend_on_order(tmp_path: Path) -> None:
-    order: Callable[..., bytes] = manifest.canonical
+    order: Callable[..., bytes] = canonical
     assert order({"a": 1, "b": {"d": 1, "c": 2}}) == order({"b": {"c": 2, "d": 1}, "a": 1})

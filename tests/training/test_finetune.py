@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from coldctl.common.errors import DeclinedError
 from coldctl.common.progress import SILENT
-from coldctl.core.config import FinetuneConfig
+from coldctl.config.settings import FinetuneConfig
 from coldctl.training import model as models
 from coldctl.training import snapshot
 from coldctl.training.loop import Examples, Head, Place, length_batches, predict, train

@@ -14,7 +14,7 @@ import numpy as np
 from coldctl.artifacts import layout
 from coldctl.checkpoints.checkpoint import Checkpoint
 from coldctl.checkpoints.digests import body_digest, digest_prelude
-from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, Tensor
+from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, Tensor, rounded
 from coldctl.checkpoints.sanitize import CODE, UNUSED
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
@@ -139,8 +139,7 @@ def _converted(name: str, tensor: Tensor, dtype: str, chunk: memoryview) -> memo
     if dtype == tensor.dtype:
         return chunk
     values = np.frombuffer(chunk, DTYPES[tensor.dtype])
-    with np.errstate(over="ignore", invalid="ignore"):
-        converted = values.astype(DTYPES[dtype])
+    converted = rounded(values, DTYPES[dtype])
     if not np.isfinite(converted.astype(np.float32)).all():
         raise CheckpointError(
             f"{name} holds a value that is no finite number in {dtype}: take --dtype bfloat16 or float32"

@@ -23,7 +23,7 @@ from coldctl.checkpoints.checkpoint import (
 )
 from coldctl.checkpoints.header import DTYPES, Tensor, json_object, rounded
 from coldctl.common.errors import CheckpointError
-from coldctl.core.config import HIGHEST_RANK
+from coldctl.config.settings import HIGHEST_RANK
 from coldctl.storage.files import Folder
 
 _SIMPLE_PATTERN = re.compile(r"[\w.\\*|\[\]-]{1,200}")

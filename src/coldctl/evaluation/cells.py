@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from coldctl.artifacts import manifest, output
+from coldctl.artifacts import output
+from coldctl.common.digests import digest_of
 from coldctl.storage.location import Location
 
 
 def write(path: Location, document: Mapping[str, Any]) -> None:
     """Write a measurement, atomically. Raises OutputError."""
-    output.write_text(path, json.dumps({**document, "digest": manifest.digest_of(document)}) + "\n")
+    output.write_text(path, json.dumps({**document, "digest": digest_of(document)}) + "\n")
 
 
 def read(path: Location) -> dict[str, Any] | None:
@@ -24,4 +25,4 @@ def read(path: Location) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     found: dict[str, Any] = document
-    return found if stated == manifest.digest_of(found) else None
+    return found if stated == digest_of(found) else None

@@ -18,7 +18,7 @@ from coldctl.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
 from coldctl.checkpoints.digests import digest_prelude
 from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, FLOATING, Tensor, rounded
 from coldctl.checkpoints.writer import Layout, Shard, WeightsWriter, file_order, header, shards, write_index
-from coldctl.core.config import FuseConfig, size_in_bytes
+from coldctl.config.settings import FuseConfig
 from coldctl.fusing.blocks import Block
 from coldctl.fusing.methods import Array
 from coldctl.storage.files import open_folder
@@ -84,7 +84,7 @@ def target_in(folder: Location, base: Checkpoint, config: FuseConfig, state: str
         if tensor.floating or not state
     ]
     single = layout.outer_state(state) if state else None
-    return Target(folder, tuple(file_order(layouts)), size_in_bytes(config.max_shard_size), single)
+    return Target(folder, tuple(file_order(layouts)), config.max_shard_size, single)
 
 
 class Sink(Protocol):

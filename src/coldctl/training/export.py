@@ -11,11 +11,11 @@ from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from coldctl.checkpoints.deltas import ENCODINGS, open_delta, write_delta
 from coldctl.checkpoints.lora import open_adapter
 from coldctl.common.progress import Progress
-from coldctl.core.config import FinetuneConfig, size_in_bytes
+from coldctl.config.settings import FinetuneConfig
 from coldctl.storage.files import LocalFolder
 from coldctl.training import trainable
 
-_SHARD = "5GB"  # larger bodies are written in several files
+_SHARD = 5_000_000_000  # bytes; larger bodies are written in several files
 _WHOLE = "whole"  # below the training's own folder: the trained model as it is, until what is sent of it is written
 
 
@@ -44,7 +44,7 @@ def write_weights(
     model.save_pretrained(whole)  # type: ignore[operator]
     source = open_checkpoint(LocalFolder(whole), name)
     if encoding == "body":
-        write_body(source, folder, None, size_in_bytes(_SHARD), progress, f"{name}: write the body")
+        write_body(source, folder, None, _SHARD, progress, f"{name}: write the body")
         write_config(source, folder, None)
         return
     write_delta(source, base, folder, encoding)

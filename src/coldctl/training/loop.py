@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from coldctl.common.digests import derived_seed
 from coldctl.common.errors import CheckpointError, DeclinedError
 from coldctl.common.progress import Progress
-from coldctl.core.config import FinetuneConfig, derived_seed
+from coldctl.config.settings import FinetuneConfig
 from coldctl.training import snapshot
 from coldctl.training.cpu_shortcuts import Masks, UsedRows, fast_dropout, first_token_only
 from coldctl.training.distributed import Team

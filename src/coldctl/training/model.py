@@ -76,9 +76,9 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_body(folder: Path) -> nn.Module:
-    """The bare encoder in float32, in evaluation mode. Raises ModelError if a body tensor is missing."""
-    return _load(transformers.AutoModel, folder).eval()
+def load_body(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load the bare encoder in evaluation mode. Raises ModelError if a body tensor is missing."""
+    return _load(transformers.AutoModel, folder, dtype).eval()
 
 
 def load_classifier(folder: Path, labels: Sequence[str], seed: int, *, multilabel: bool = False) -> nn.Module:
@@ -181,7 +181,7 @@ def device_of_choice(local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
-def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
+def _load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     quiet()
     source = LocalFolder(folder)
     checkpoint = open_checkpoint(source, folder.name)  # refuses what is no encoder, or unsafe
@@ -201,7 +201,7 @@ def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
             model, report = kind.from_pretrained(
                 place,
                 config=config,
-                dtype=torch.float32,
+                dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,

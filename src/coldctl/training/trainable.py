@@ -9,7 +9,7 @@ from torch import nn
 
 from coldctl.artifacts import layout
 from coldctl.common.errors import ConfigError
-from coldctl.core.config import FinetuneConfig
+from coldctl.config.settings import FinetuneConfig
 from coldctl.training.model import body_of
 
 _PEFT = "base_model.model."  # before all names of a file of PEFT's
