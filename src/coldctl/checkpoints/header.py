@@ -127,7 +127,7 @@ def _tensor(name: str, entry: Any, file: str, start: int, where: str) -> tuple[T
 
 
 def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object of a checkpoint within limits. Raises CheckpointError."""
+    """Parse a JSON object of a checkpoint, within limits. Raises CheckpointError."""
     try:
         document = json_value(data)
     except ValueError as error:

@@ -106,6 +106,7 @@ def open_adapter(folder: Folder, name: str, base: Checkpoint) -> Checkpoint:
 
 
 def _settings(folder: Folder, where: str) -> dict[str, Any]:
+    """Load `adapter_config.json`. Raises CheckpointError for an adapter that cannot be decoded exactly."""
     settings = json_object(folder.read(layout.ADAPTER_CONFIG, CONFIG_LIMIT), where)
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(f"{where} is not a LoRA adapter: merge it into its base and give the merged checkpoint")
