@@ -9,8 +9,8 @@ import numpy as np
 from coldctl.artifacts import layout, signatures
 from coldctl.artifacts.model_ref import Model
 from coldctl.artifacts.signatures import TrustedKey
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
-from coldctl.checkpoints.decoded import RelativeCheckpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.header import DTYPES
 from coldctl.common.errors import ColdctlError
 from coldctl.common.progress import Progress
@@ -80,7 +80,7 @@ def check(
             verdict = compare(base_checkpoint, item.checkpoint, base_digest, allow_other_base=False)
             item.problems += verdict.problems
             item.notes += verdict.notes
-        undecodable = isinstance(item.checkpoint, RelativeCheckpoint) and item.problems
+        undecodable = item.checkpoint is not None and item.checkpoint.relative and item.problems
         if item.checkpoint is not None and deep and not undecodable:
             try:
                 item.problems += _deep_problems(item.checkpoint)
@@ -141,7 +141,7 @@ def _not_finite(checkpoint: Checkpoint) -> list[str]:
         dtype = DTYPES[tensor.dtype]
         for start in range(0, tensor.size if tensor.floating else 0, length):
             part = buffer[: (min(start + length, tensor.size) - start) * dtype.itemsize]
-            checkpoint.read_into(tensor, start, part)
+            checkpoint.read_into(name, start, part)
             if not np.isfinite(np.frombuffer(part, dtype).astype(np.float64)).all():
                 found.append(name)
                 break

@@ -19,7 +19,8 @@ import numpy as np
 from coldctl.artifacts import layout, manifest, output, run
 from coldctl.artifacts.model_ref import Model, memory_needed, resolve
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.common.digests import derived_seed, digest_of
 from coldctl.common.errors import ConfigError, DataError, ModelError, OutputError
 from coldctl.common.progress import Progress

@@ -16,8 +16,9 @@ from coldctl.artifacts import layout, manifest, output, run
 from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import Model, memory_needed, resolve
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from coldctl.checkpoints.deltas import ENCODINGS
+from coldctl.checkpoints.digests import body_digest, outside_body
 from coldctl.common.digests import derived_seed
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError

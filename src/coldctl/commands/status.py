@@ -43,7 +43,7 @@ def status(folder: Location) -> RunStatus:
     numbers = sorted({*layout.iteration_numbers(folder), *decided})
     last = next((item.number for item in reversed(found.iterations) if item.promoted), None)
     closed = max((number for number in numbers if layout.is_complete(layout.fused(folder, number))), default=0)
-    waiting = late.waiting(folder, closed + 1, late.listed(folder, but=0)) if closed else {}
+    waiting = late.late_contributions(folder, closed + 1, late.recorded_contributions(folder, but=0)) if closed else {}
     evaluation = None if last is None else layout.evaluation(folder, last)
     return RunStatus(
         found.pretrained,

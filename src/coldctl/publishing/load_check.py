@@ -1,6 +1,5 @@
 """Loading what is to be published the way its users will, before anything is called published."""
 
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,8 @@ def features(folder: Path, sentences: tuple[str, ...] = SENTENCES, *, rounded_to
     """
     if rounded_to is None:
         return _hidden(folder, models.load_body(folder), sentences)
-    with closing(open_checkpoint(LocalFolder(folder), folder.name)) as checkpoint:
-        has_doubles = any(tensor.dtype == "F64" for tensor in checkpoint.body.values())
+    stored = open_checkpoint(LocalFolder(folder), folder.name).body.values()
+    has_doubles = any(tensor.dtype == "F64" for tensor in stored)
     body = models.load_body(folder, torch.float64 if has_doubles else torch.float32)
     with torch.no_grad():
         for parameter in body.parameters():

@@ -185,7 +185,6 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, **options
     quiet()
     source = LocalFolder(folder)
     checkpoint = open_checkpoint(source, folder.name)  # refuses what is no encoder, or unsafe
-    checkpoint.close()
     if (folder / layout.ADAPTER_CONFIG).exists():  # transformers would load it on top, unasked
         raise ModelError(
             f"{folder} holds an adapter beside the model: merge the adapter, or take {layout.ADAPTER_CONFIG} away"
