@@ -26,6 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from coldctl.training import batches
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 CONTESTANTS = {
     "coldctl": "coldctl's loop",
@@ -154,7 +156,8 @@ def ours(options: argparse.Namespace, splits: dict[str, list[dict[str, Any]]]) -
     from coldctl.common.progress import SILENT
     from coldctl.core.config import FinetuneConfig
     from coldctl.training import model as models
-    from coldctl.training.loop import Examples, Head, Place, length_batches, predict, sorted_batches, train
+    from coldctl.training.batches import Examples, length_batches, sorted_batches
+    from coldctl.training.loop import Head, Place, predict, train
 
     kind = json.loads((options.base / "config.json").read_text())["model_type"].replace("-", "_")
     importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
@@ -178,7 +181,7 @@ def ours(options: argparse.Namespace, splits: dict[str, list[dict[str, Any]]]) -
         if options.measure_memory == "needed":
             batch = length_batches(training.encoded.lengths, BATCH, options.seed, 0)
             longest = max(batch, key=lambda part: int(training.encoded.lengths[part].max()))
-            inputs = models.collate(training.encoded, longest, place.padding, place.device)
+            inputs = batches.collate(training.encoded, longest, place.padding, place.device)
             return {"needed": memory_needed(model, inputs), "seconds": 1.0}
         started = time.perf_counter()
         train([head], config, place, seed=options.seed)

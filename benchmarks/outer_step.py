@@ -129,7 +129,8 @@ def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
     from coldctl.data.datasets import Limits, load_dataset, metric_of
     from coldctl.evaluation import scoring
     from coldctl.training import model as models
-    from coldctl.training.loop import Examples, Head, Place, train
+    from coldctl.training.batches import Examples
+    from coldctl.training.loop import Head, Place, train
 
     file = config.read(suite)
     settings = config.resolve(config.FinetuneConfig, file, {"epochs": options.epochs * worth})

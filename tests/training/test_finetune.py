@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from coldctl.common.errors import DeclinedError
 from coldctl.common.progress import SILENT
 from coldctl.core.config import FinetuneConfig
+from coldctl.training import batches, snapshot
 from coldctl.training import model as models
-from coldctl.training import snapshot
-from coldctl.training.loop import Examples, Head, Place, length_batches, predict, train
+from coldctl.training.batches import Examples, length_batches
+from coldctl.training.loop import Head, Place, predict, train
 from conftest import FAST, Ran
 from helpers import tiny
 
@@ -240,7 +241,7 @@ def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(numbers: bool, tmp
     expected = torch.zeros(())
     weight = model.bert.encoder.layer[0].output.dense.weight  # type: ignore[union-attr, index]
     for index, label in enumerate(labels.tolist()):
-        logits = model(**models.collate(encoded, [index], tokenizer.pad_token_id, place.device)).logits
+        logits = model(**batches.collate(encoded, [index], tokenizer.pad_token_id, place.device)).logits
         # Numbers are taken as normally distributed around what the model says, as widely as they are spread themselves.
         chance = (
             -((logits[0, 0] - label) ** 2) / (2 * labels.var()) if numbers else torch.log_softmax(logits, -1)[0, label]

@@ -525,7 +525,8 @@ def _trained(
     cell: Cell, loaded: Sequence[Dataset], folder: Path, scratch: Path, progress: Progress
 ) -> tuple[list[Any], dict[str, Any]]:
     from coldctl.training import model as models
-    from coldctl.training.loop import Examples, Head, Place, predict, train
+    from coldctl.training.batches import Examples
+    from coldctl.training.loop import Head, Place, predict, train
 
     tokenizer = models.load_tokenizer(folder)
     heads, tests = [], []

@@ -457,9 +457,10 @@ def _train(
 
     from coldctl.training import model as models
     from coldctl.training import trainable
+    from coldctl.training.batches import Examples
     from coldctl.training.export import write_weights
     from coldctl.training.fisher import write_fisher
-    from coldctl.training.loop import Examples, Head, Place, predict, train
+    from coldctl.training.loop import Head, Place, predict, train
 
     torch.set_num_threads(max(1, threads // peers.local_size))
     config, dataset = job.config, work.dataset

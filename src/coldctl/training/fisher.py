@@ -10,8 +10,10 @@ from torch import nn
 from coldctl.artifacts import layout
 from coldctl.checkpoints.checkpoint import modern_name
 from coldctl.common.disk_errors import as_os_errors
-from coldctl.training.loop import Examples, Place, negative_log_likelihoods, problem_of
-from coldctl.training.model import body_of, collate
+from coldctl.training.batches import Examples, collate
+from coldctl.training.loop import Place
+from coldctl.training.losses import negative_log_likelihoods, problem_of
+from coldctl.training.model import body_of
 
 EXAMPLES = 1024  # of the training examples, drawn by seed: the estimate is a mean
 

@@ -23,28 +23,15 @@ from coldctl.common.errors import CheckpointError, DeclinedError
 from coldctl.common.progress import Progress
 from coldctl.core.config import FinetuneConfig, derived_seed
 from coldctl.training import snapshot
+from coldctl.training.batches import Examples, collate, length_batches, sorted_batches
 from coldctl.training.cpu_shortcuts import Masks, UsedRows, fast_dropout, first_token_only
 from coldctl.training.distributed import Team
 from coldctl.training.logs import Log
-from coldctl.training.model import Encoded, body_of, check_vocabulary, collate
+from coldctl.training.losses import MULTI_LABEL, SINGLE_LABEL, Targets, class_weights, example_losses, problem_of
+from coldctl.training.model import Encoded, body_of, check_vocabulary
 
-_WINDOW = 50  # batches among which examples are grouped by length
 _STATE = "state.safetensors"
 _SAVING_SHARE = 20  # seconds of training per second of saving, at least
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Tokenised examples with their labels.
-
-    Labels are class indices int64 [n], numbers float64 [n], or 0 and 1 for each class uint8 [n, classes].
-    """
-
-    encoded: Encoded
-    labels: NDArray[Any]
-
-    def __len__(self) -> int:
-        return len(self.encoded)
 
 
 @dataclass(frozen=True)
@@ -144,11 +131,15 @@ class _Training:
         self.parameters = {name: value for name, value in inside.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.parameters.values(), config.weight_decay), fused=True)
         self.anchors = _anchors(heads[0].model) if config.anchor else []
-        self.class_weights = [_class_weights(head, config).to(place.device) for head in heads]
+        balanced = config.class_weights != "none"
+        self.class_weights = [
+            class_weights(head.model, head.training.labels).to(place.device) if balanced else torch.zeros(0)
+            for head in heads
+        ]
         self.per_epoch = sum(math.ceil(len(head.training) / config.batch_size) for head in heads)
         self.total = self.per_epoch * config.epochs
         self.micro = config.micro_batch or config.batch_size
-        self.labels = [_Scale(head) for head in heads]
+        self.targets = [Targets(head.model, head.training.labels) for head in heads]
         self.step, self.since_best, self.decay, self.best_decay = 0, 0, 1.0, 1.0
         self.saved_best = 0  # the step of the best weights that the last checkpoint names
         self.best, self.best_step = -math.inf, 0
@@ -261,7 +252,7 @@ class _Training:
         if self.masks is not None:
             self.masks.seed(self.seed, self.step, team.rank)
         weights = self.class_weights[number]
-        labels = self.labels[number].of(batch)
+        labels = self.targets[number].of(batch)
         total = float(weights[labels].sum()) if len(weights) else float(len(batch))
         mine = batch[team.rank :: team.size]
         if not len(mine):  # a last batch smaller than the team: take part with nothing
@@ -272,8 +263,8 @@ class _Training:
             inputs = self._inputs(head.training.encoded, part)
             with self.autocast:
                 logits = head.model(**inputs).logits
-            targets = self.labels[number].of(part).to(self.place.device)
-            losses = _losses(head.model, logits.float(), targets, weights, config.label_smoothing)
+            targets = self.targets[number].of(part).to(self.place.device)
+            losses = example_losses(head.model, logits.float(), targets, weights, config.label_smoothing)
             piece = losses.sum() / total
             piece.backward()  # type: ignore[no-untyped-call]
             loss, tokens = loss + piece.detach(), tokens + inputs["input_ids"].numel()
@@ -324,8 +315,8 @@ class _Training:
         self.place.team.share([value.detach() for value in self.parameters.values()])
         if self.rows is not None:
             self.rows.decay = self.best_decay
-        for labels in self.labels:
-            labels.fold()
+        for targets in self.targets:
+            targets.unscale_model()
 
     def _best_file(self, step: int) -> Path:
         return self.place.folder / f"best-{step:08d}.safetensors"
@@ -432,7 +423,7 @@ def _predict(
     training = model.training
     model.eval()
     problem = problem_of(model)
-    outputs = int(model.config.num_labels) if problem == "multi_label_classification" else 1  # type: ignore[union-attr, arg-type]
+    outputs = int(model.config.num_labels) if problem == MULTI_LABEL else 1  # type: ignore[union-attr, arg-type]
     result = np.zeros((len(encoded), outputs))
     queue = list(sorted_batches(encoded.lengths, batch_size))[place.team.rank :: place.team.size][::-1]
     with torch.inference_mode():
@@ -445,107 +436,16 @@ def _predict(
                     raise
                 queue += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
                 continue
-            if problem == "single_label_classification":
+            if problem == SINGLE_LABEL:
                 logits = logits.argmax(-1, keepdim=True)
-            elif problem == "multi_label_classification":
+            elif problem == MULTI_LABEL:
                 logits = logits > 0
             result[batch] = logits.cpu().numpy()
     model.train(training)
     result = place.team.summed(result, place.device)
-    if problem == "multi_label_classification":
+    if problem == MULTI_LABEL:
         return result.astype(np.uint8)
-    return result[:, 0].astype(np.int64) if problem == "single_label_classification" else result[:, 0]
-
-
-def problem_of(model: nn.Module) -> str:
-    """The kind of labels that a model learns, in transformers' words."""
-    return str(model.config.problem_type)  # type: ignore[union-attr]
-
-
-def length_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
-    """One epoch's batches of indices: shuffled, grouped by length within windows, in shuffled order.
-
-    The sequence depends on `seed` and `epoch` alone.
-    """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
-    window = batch_size * _WINDOW
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
-        order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
-    # Windows are whole numbers of batches, so batches are ranges of the grouped order.
-    for index in generator.permutation(math.ceil(len(order) / batch_size)).tolist():
-        yield order[index * batch_size : (index + 1) * batch_size]
-
-
-def sorted_batches(lengths: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Batches of indices for a pass without training: longest first, so that memory peaks at once."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def negative_log_likelihoods(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """−log p(label) of each example, float32 [n]; numbers are taken as normally distributed with variance 1."""
-    losses = _losses(model, logits, labels, torch.zeros(0), 0.0)
-    if problem_of(model) == "regression":
-        return losses / 2
-    return losses * labels.shape[-1] if problem_of(model) == "multi_label_classification" else losses
-
-
-def _losses(
-    model: nn.Module, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, smoothing: float
-) -> torch.Tensor:
-    problem = problem_of(model)
-    if problem == "regression":
-        return (logits.squeeze(-1) - labels).square()
-    if problem == "multi_label_classification":
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
-    return nn.functional.cross_entropy(
-        logits, labels, weights if len(weights) else None, reduction="none", label_smoothing=smoothing
-    )
-
-
-class _Scale:
-    """The labels of a head as its training sees them: numbers are brought to mean 0 and deviation 1.
-
-    Else a training whose labels lie far from 0 learns little but where they lie.
-    """
-
-    def __init__(self, head: Head) -> None:
-        self._head = head
-        self._problem = problem_of(head.model)
-        labels = head.training.labels
-        numbers = self._problem == "regression" and len(labels) > 0
-        self._mean = float(labels.mean()) if numbers else 0.0
-        self._deviation = (float(labels.std()) or 1.0) if numbers else 1.0
-
-    def of(self, batch: NDArray[np.int64]) -> torch.Tensor:
-        """Labels of the examples in `batch`: int64 [n], or float32 [n] or [n, classes]."""
-        labels = self._head.training.labels[batch]
-        if self._problem == "regression":
-            labels = (labels - self._mean) / self._deviation
-        tensor = torch.from_numpy(np.ascontiguousarray(labels))
-        return tensor if self._problem == "single_label_classification" else tensor.float()
-
-    def fold(self) -> None:
-        """Let the model's last layer give numbers in the labels' own units."""
-        if self._problem != "regression":
-            return
-        layers = [module for module in self._head.model.modules() if isinstance(module, nn.Linear)]
-        last = [layer for layer in layers if layer.out_features == 1 and layer.weight.requires_grad][-1]
-        with torch.no_grad():
-            last.weight.mul_(self._deviation)
-            last.bias.mul_(self._deviation).add_(self._mean)
-
-
-def _class_weights(head: Head, config: FinetuneConfig) -> torch.Tensor:
-    """Weights float32 [classes] that give each class the same say, n / (classes · n_c); none unless asked for."""
-    if config.class_weights == "none" or problem_of(head.model) != "single_label_classification":
-        return torch.zeros(0)
-    counts = np.bincount(head.training.labels, minlength=int(head.model.config.num_labels))  # type: ignore[union-attr, arg-type]
-    weights = counts.sum() / (np.maximum(counts, 1) * np.count_nonzero(counts))
-    return torch.from_numpy(weights.astype(np.float32))
+    return result[:, 0].astype(np.int64) if problem == SINGLE_LABEL else result[:, 0]
 
 
 def _anchors(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:

@@ -153,25 +153,6 @@ def encode(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, ma
     return Encoded(tokens.finish(), types.finish() if typed else None)
 
 
-def collate(
-    encoded: Encoded, indices: Sequence[int] | NDArray[np.int64], padding: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """A batch padded to its own longest example: `input_ids` and `attention_mask` int64 [batch, length]."""
-    rows = np.asarray(indices)
-    lengths = encoded.tokens.offsets[rows + 1] - encoded.tokens.offsets[rows]
-    real = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    batch = {"input_ids": _padded(encoded.tokens, rows, real, padding), "attention_mask": torch.from_numpy(real).long()}
-    if encoded.types is not None:
-        batch["token_type_ids"] = _padded(encoded.types, rows, real, 0)
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def _padded(data: Ragged, rows: NDArray[np.int64], real: NDArray[np.bool_], padding: int) -> torch.Tensor:
-    filled = np.full(real.shape, padding, np.int64)
-    filled[real] = np.concatenate([data[row] for row in rows.tolist()])
-    return torch.from_numpy(filled)
-
-
 def device_of_choice(local_rank: int = 0) -> torch.device:
     """CUDA where there is one (the one of this process's rank on the machine), then Apple's MPS, then the CPU."""
     if torch.cuda.is_available():  # pragma: no cover - where there is one
