@@ -9,8 +9,8 @@ from torch import nn
 from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.checkpoints.checkpoint import is_pooler, modern_name
 from coldctl.common.errors import CheckpointError
-from coldctl.training import batches
 from coldctl.training import model as models
+from coldctl.training.batches import collate
 
 SENTENCES = (
     "A short sentence.",
@@ -74,7 +74,7 @@ def _hidden(folder: Path, body: nn.Module, sentences: tuple[str, ...]) -> torch.
     tokenizer = models.load_tokenizer(folder)
     limit = models.length_limit(tokenizer, body.config, 64)
     encoded = models.encode(tokenizer, list(sentences), None, limit)
-    batch = batches.collate(encoded, range(len(encoded)), tokenizer.pad_token_id, torch.device("cpu"))
+    batch = collate(encoded, range(len(encoded)), tokenizer.pad_token_id, torch.device("cpu"))
     with torch.inference_mode():
         hidden: torch.Tensor = body(**batch).last_hidden_state
         return hidden * batch["attention_mask"][..., None]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from coldctl.core.config import derived_seed
 from coldctl.data.texts import Ragged
 from coldctl.training.model import Encoded
 
@@ -43,6 +44,22 @@ def length_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch
     # Windows are whole numbers of batches, so batches are ranges of the grouped order.
     for index in generator.permutation(math.ceil(len(order) / batch_size)).tolist():
         yield order[index * batch_size : (index + 1) * batch_size]
+
+
+def task_batches(
+    lengths: Sequence[NDArray[np.int64]], batch_size: int, seed: int, epoch: int
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield one epoch's batches of several tasks, each with its task's number, interleaved by `seed` and `epoch`.
+
+    `lengths` are the tokens per example of each task, int64 [examples].
+    """
+    if len(lengths) == 1:
+        yield from ((0, batch) for batch in length_batches(lengths[0], batch_size, seed, epoch))
+        return
+    queues = [length_batches(own, batch_size, derived_seed(seed, number), epoch) for number, own in enumerate(lengths)]
+    order = np.repeat(np.arange(len(lengths)), [math.ceil(len(own) / batch_size) for own in lengths])
+    for number in np.random.default_rng([seed, epoch]).permutation(order).tolist():
+        yield number, next(queues[number])
 
 
 def sorted_batches(lengths: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:
