@@ -40,8 +40,8 @@ publish: $(ready)
 
 # Which of several settings is better: one run per variant, then their curves side by side.
 experiment: $(ready) $(demo)
-	@PATH="$(CURDIR)/$(bin):$$PATH" EXPERIMENT="$(EXPERIMENT)" TO="$(if $(filter file,$(origin TO)),runs/$(basename $(notdir $(EXPERIMENT))),$(TO))" \
-		JOBS="$(JOBS)" sh scripts/experiment.sh
+	@PATH="$(CURDIR)/$(bin):$$PATH" python scripts/experiment.py "$(EXPERIMENT)" --jobs "$(JOBS)" \
+		--to "$(if $(filter file,$(origin TO)),runs/$(basename $(notdir $(EXPERIMENT))),$(TO))"
 
 # Side by side, a test file at a time; what no test reaches is printed, and less than 95 % of lines and branches is a failure.
 test: $(ready)

@@ -835,29 +835,6 @@ def plan(
             sys.stdout.write("".join(f"{number:03d}\n" for number in numbers))
 
 
-@app.command(epilog="Example: coldctl variants configs/experiments/federated.toml --output runs/federated")
-def variants(
-    experiment: Annotated[Path, typer.Argument(metavar="FILE.toml", help="What is varied, and how.")],
-    output: Annotated[Path, typer.Option("--output", help="Folder of the variants' configurations and runs.")],
-    as_json: Json = False,
-    quiet: Quiet = False,
-    _seed: NoSeed = None,
-    _jobs: NoJobs = 0,
-    _engine: NoEngine = "local",
-    _config: NoConfig = None,
-    _overwrite: NoOverwrite = False,
-) -> None:
-    """Write the configurations that an experiment compares, and print each one's name and iterations."""
-    with _boundary(as_json=as_json, quiet=quiet) as screen:
-        from coldctl.commands import plan as stage
-
-        found = stage.variants(experiment, output)
-        if as_json:
-            screen.result({"variants": [{"name": item.name, "iterations": item.iterations} for item in found]})
-        else:
-            sys.stdout.write("".join(f"{item.iterations} {item.name}\n" for item in found))
-
-
 @app.command(epilog="Example: coldctl promote runs/demo")
 def promote(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run's directory.")],

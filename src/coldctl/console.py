@@ -138,7 +138,7 @@ class _Bars:
             self._bars.start()
 
 
-def evaluation_tables(results: dict[str, Any]) -> list[Table]:
+def evaluation_tables(results: Mapping[str, Any]) -> list[Table]:
     """One table per model and protocol: what the baseline scores, what the model scores, the gain."""
     tables = []
     baseline = results["baseline"]["name"]
@@ -161,7 +161,7 @@ def evaluation_tables(results: dict[str, Any]) -> list[Table]:
     return tables
 
 
-def _cells(entry: dict[str, Any]) -> list[str]:
+def _cells(entry: Mapping[str, Any]) -> list[str]:
     style = _VERDICT_STYLE.get(entry["verdict"] or "", "dim")
     deviation = f" ± {entry['std']:.1f}" if entry.get("std") is not None else ""
     return [

@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 
-from coldctl.artifacts import layout, manifest, output
+from coldctl.artifacts import layout, manifest, output, partial_output
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import BusyError, CheckpointError, OutputError
 from coldctl.storage.files import LocalFolder
@@ -397,13 +397,13 @@ def test_what_was_written_to_the_last_file_is_only_made_visible(work: Work, tmp_
     weights = tmp_path / "out" / layout.WEIGHTS
     made = weights.stat()
     partial = (tmp_path / "out").rename(tmp_path / ".out.partial")
-    (partial / output.IDENTITY).write_text(f"{identity} whole")
+    (partial / partial_output.IDENTITY).write_text(f"{identity} whole")
     ran = run_coldctl(*command)
     assert "left alone" in ran.stderr
     assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
-    assert not (tmp_path / "out" / output.IDENTITY).exists()
+    assert not (tmp_path / "out" / partial_output.IDENTITY).exists()
     partial = (tmp_path / "out").rename(partial)  # the same, but damaged, is not
-    (partial / output.IDENTITY).write_text(f"{identity} whole")
+    (partial / partial_output.IDENTITY).write_text(f"{identity} whole")
     data = bytearray((partial / layout.WEIGHTS).read_bytes())
     data[-1] ^= 1
     (partial / layout.WEIGHTS).write_bytes(data)
@@ -417,9 +417,12 @@ def test_an_output_that_was_completed_meanwhile_is_not_replaced(tmp_path: Path) 
     """Between the look at it and the lock on it another command may have come and gone."""
     place = tmp_path / "out"
     assert not output.is_done(place, "mine", overwrite=False)
-    with output.writing(place, "theirs", overwrite=False) as partial:
+    with output.atomic_output(place, "theirs", overwrite=False) as partial:
         manifest.write(partial, {"kind": "fused", "name": "m", "body_digest": "x", "identity": "theirs"})
-    with pytest.raises(BusyError, match="completed by another command"), output.writing(place, "mine", overwrite=False):
+    with (
+        pytest.raises(BusyError, match="completed by another command"),
+        output.atomic_output(place, "mine", overwrite=False),
+    ):
         pass
     assert manifest.read(place)["identity"] == "theirs"
 
@@ -474,7 +477,7 @@ def test_unfinished_work_of_another_config_is_dropped_only_if_told_to(
 ) -> None:
     partial = tmp_path / ".out.partial"
     partial.mkdir()
-    (partial / output.IDENTITY).write_text("another")
+    (partial / partial_output.IDENTITY).write_text("another")
     (partial / "theirs").write_text("mine")
     ran = run_coldctl(*work.command("finetune", tmp_path / "out"))
     one_line(ran, "holds unfinished work on out under another config or other inputs")
@@ -485,7 +488,7 @@ def test_unfinished_work_of_another_config_is_dropped_only_if_told_to(
     assert not (tmp_path / "out" / "theirs").exists()
     (tmp_path / "out").rename(partial)
     identity = manifest.read(partial)["identity"]
-    (partial / output.IDENTITY).write_text(f"{identity} whole")
+    (partial / partial_output.IDENTITY).write_text(f"{identity} whole")
     monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))  # nor was all of it on the disk
     with pytest.raises(OutputError, match="No space left on device"):
         output.is_done(tmp_path / "out", identity, overwrite=False)
@@ -493,7 +496,7 @@ def test_unfinished_work_of_another_config_is_dropped_only_if_told_to(
     lock = fcntl.flock
 
     def meanwhile(*arguments: Any) -> None:
-        (partial / output.IDENTITY).unlink()
+        (partial / partial_output.IDENTITY).unlink()
         lock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", meanwhile)
@@ -506,7 +509,7 @@ def test_unfinished_work_of_another_config_is_dropped_only_if_told_to(
     monkeypatch.setattr(fcntl, "flock", finished)  # what was locked is the output of another by now
     with (
         pytest.raises(BusyError, match="being written by another command"),
-        output.writing(tmp_path / "out", identity, overwrite=True),
+        output.atomic_output(tmp_path / "out", identity, overwrite=True),
     ):
         pass
 

@@ -106,8 +106,16 @@ def test_the_largest_manifest(tmp_path: Path) -> None:
         manifest.read(tmp_path)
 
 
+def test_docs_state_the_manifest_limit() -> None:
+    limit = f"{manifest.MANIFEST_LIMIT >> 20} MiB"
+    docs = Path(__file__).parents[2] / "docs"
+    assert f"| {limit}, the limit of a manifest: " in (docs / "scale.md").read_text()
+    row = next(line for line in (docs / "security.md").read_text().splitlines() if "a JSON document (manifest," in line)
+    assert f"| {limit}, " in row
+
+
 RECORD: dict[str, Any] = {"name": "c", "body_digest": "x", "weight": 0.5, "status": "fused"}
-GENERATION: dict[str, Any] = {"kind": "fused", "name": "a", "contributions": [RECORD]}
+GENERATION: dict[str, Any] = {"kind": "fused", "name": "a", "body_digest": "x", "contributions": [RECORD]}
 FINE: list[dict[str, Any]] = [
     {}, {"iteration": None}, {"iteration": 0}, {"iteration": 999_999}, {"license": None},
     {"unknown": object}, {"files": {"a/b.txt": "x", ".hidden": "x", "a..b": "x"}}, {"ancestors": [GENERATION]},
@@ -122,10 +130,10 @@ WRONG: list[dict[str, Any]] = [
     {"body_digest": None}, {"files": ...}, {"files": []}, {"files": {"a": 1}}, {"iteration": "1"}, {"iteration": True},
     {"iteration": -1}, {"iteration": 1_000_000}, {"iteration": 1.0}, {"license": 1}, {"base": "x"},
     {"name": "n" * 201}, {"name": "é" * 101},
-    {"ancestors": {}}, {"ancestors": ["x"]}, {"ancestors": [{"contributions": [{**RECORD, "name": "/"}]}]},
+    {"ancestors": {}}, {"ancestors": ["x"]}, {"ancestors": [{**GENERATION, "contributions": [{**RECORD, "name": "/"}]}]},
     {"contributions": {}}, {"contributions": [{}]}, {"contributions": [{**RECORD, "weight": "1"}]},
     {"contributions": [{**RECORD, "weight": True}]}, {"contributions": [{**RECORD, "notes": [1]}]},
-    {"card_blocks": [1]}, {"metrics": {"v": 1}}, {"dataset": {"labels": "x"}}, {"outside_body": {"a": None}},
+    {"metrics": {"v": 1}}, {"dataset": {"labels": "x"}}, {"outside_body": {"a": None}},
 ]  # fmt: skip
 OUTSIDE = ["/a", "../a", "a/../b", "a/..", "..", "", "a//b", "a/", "./a", "a\0b", "f" * 1001]
 
@@ -139,7 +147,16 @@ def test_what_fits_the_contract(changed: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("changed", WRONG, ids=lambda value: str(value)[:40])
 def test_what_does_not_fit_the_contract(changed: dict[str, Any]) -> None:
-    refused(document(**changed), "PLACE/coldctl.json: .* is missing or not what it should be")
+    words = "Expected `|missing required field `|Invalid enum value '|cannot name a file|lists no files"
+    refused(document(**changed), f"PLACE/coldctl.json: .*({words})")
+
+
+def test_a_mismatch_names_the_key_and_what_it_should_be() -> None:
+    refused(
+        document(contributions=[{**RECORD, "weight": "1"}]),
+        r"PLACE/coldctl.json: Expected `float`, got `str` - at `\$.contributions\[0\].weight`. Fetch or make",
+    )
+    refused(document(kind="\x1b" + "x" * 10_000), "^.{,300}$")
 
 
 @pytest.mark.parametrize("name", OUTSIDE, ids=lambda value: repr(value)[:20])

@@ -154,7 +154,13 @@ def test_cards_reports_and_pages(
     )
     assert ran.code == 0, ran.stderr
     harmless(ran)
-    card = (tmp_path / "published" / "README.md").read_text()
+    card, markers = re.subn(
+        r"^<!-- coldctl:(begin|end) [a-z-]+ -->\n",
+        "",
+        (tmp_path / "published" / "README.md").read_text(),
+        flags=re.MULTILINE,
+    )
+    assert markers == 2 * 8
     report = (evaluation / "report.md").read_text()
     for document in (card, report):
         assert not FORBIDDEN.search(document)

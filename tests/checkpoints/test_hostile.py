@@ -638,9 +638,3 @@ def test_parquet_reads_what_is_wanted(tmp_path: Path, base: Path, coldctl: Run) 
     pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
     ran = coldctl("finetune", tmp_path / "twice.parquet", "--base", base, "--output", tmp_path / "x", *FAST)
     refused(ran, 2, "two columns are called 'label'")
-
-
-def test_variants_name_nothing_that_commands_the_terminal(tmp_path: Path, suite: Path, coldctl: Run) -> None:
-    plan = tmp_path / "plan.toml"
-    plan.write_text(f'config = "{suite}"\n[[variant]]\nname = "a\\u001b[2J"\n')
-    refused(coldctl("variants", plan, "--output", tmp_path / "runs"), 2, "cannot name a directory")

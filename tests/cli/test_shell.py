@@ -99,10 +99,6 @@ def test_a_reader_that_leaves_and_a_place_that_cannot_be(
     with os.fdopen(writing, "wb") as pipe:
         done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr.count("error")) == (0, 0), done.stderr
-    (tmp_path / "plan.toml").write_text('config = "c.toml"\n[[variant]]\nname = "a"\n')
-    ran = coldctl("variants", tmp_path / "plan.toml", "--output", tmp_path / "c.toml" / "runs")
-    assert ran.code == 2
-    assert "Not a directory: free the cause and run the same command again" in ran.stderr
 
 
 def test_shipped_configs_parse() -> None:
@@ -148,23 +144,3 @@ def test_the_flags_of_every_command(command: str, coldctl: Callable[..., Ran]) -
     ran = coldctl(command, *flags)
     assert ran.code == 2
     assert "No such option" not in ran.stderr
-
-
-def test_an_experiment_ends_with_all_variants_measured_under_one_of_their_suites(tmp_path: Path) -> None:
-    calls = tmp_path / "calls"
-    program = tmp_path / "bin" / "coldctl"
-    program.parent.mkdir()
-    program.write_text(
-        f'#!/bin/sh\necho "$@" >>{calls}\n[ "$1" != variants ] || printf \'1 one at once\\n3 three\\n\'\n'
-    )
-    program.chmod(0o755)
-    settings = {"EXPERIMENT": "e.toml", "TO": "runs/e", "JOBS": "2", "PATH": f"{program.parent}:{os.environ['PATH']}"}
-    subprocess.run(["sh", "scripts/experiment.sh"], cwd=ROOT, env=settings, check=True, capture_output=True)
-    lines = calls.read_text().splitlines()
-    assert [line for line in lines if line.startswith("plan")] == [
-        f"plan runs/e/{name} --config runs/e/{name}.toml --iterations 0 --target {count}"
-        for name, count in (("one at once", 1), ("three", 3))
-    ]
-    assert lines[-1] == (
-        "evaluate runs/e/one at once runs/e/three --suite runs/e/three.toml --output runs/e/evaluation --jobs 2"
-    )

@@ -153,7 +153,7 @@ def test_what_another_fuses_meanwhile_is_not_replaced(
         store.pipe(f"/{folder}/fused/coldctl.json", b"{}")
         return Lease(*arguments)
 
-    monkeypatch.setattr("coldctl.artifacts.output.Lease", meanwhile)
+    monkeypatch.setattr("coldctl.artifacts.store_output.Lease", meanwhile)
     fuse = ("fuse", f"memory://{folder}/contributions", "--base", run, "--output", f"memory://{folder}/fused")
     watch = ("watch", run, "--once", "--min-contributions", 2)
     for command, code in ((fuse, 2), (watch, 0)):

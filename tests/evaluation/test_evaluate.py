@@ -3,8 +3,8 @@
 import csv
 import json
 import os
+import runpy
 import shutil
-import tomllib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +24,7 @@ from conftest import Ran, suite_text
 from helpers import tiny
 
 Run = Callable[..., Ran]
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -140,6 +141,11 @@ def validated(folder: Path) -> Any:
     results = json.loads((folder / "results.json").read_text())
     jsonschema.validate(results, schema)
     return results
+
+
+def test_the_schema_is_generated_from_the_types() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "results_schema.py"))
+    assert script["PATH"].read_text() == script["schema_text"](), "run scripts/results_schema.py"
 
 
 def test_results_follow_their_schema(tmp_path: Path, base: Path, suite: Path, coldctl: Run) -> None:
@@ -344,100 +350,6 @@ def test_a_dataset_split_over_contributors(tmp_path: Path, base: Path, coldctl: 
     )
     assert many.code == 2
     assert "cannot be shared among 40 contributors" in many.stderr
-
-
-def test_an_experiment_compares_the_curves_of_its_variants(tmp_path: Path, base: Path, coldctl: Run) -> None:
-    shutil.copytree(base, tmp_path / "base")
-    for seed, name in enumerate(("red", "green", "blue")):
-        tiny.make_dataset(tmp_path / name, seed=seed)
-    (tmp_path / "suite.toml").write_text(suite_text("base"))
-    (tmp_path / "plans").mkdir()
-    plan = tmp_path / "plans" / "experiment.toml"
-    plan.write_text(
-        'config = "../suite.toml"\niterations = 2\n[[variant]]\nname = "whole"\n'
-        '[[variant]]\nname = "split"\niterations = 1\nfinetune.epochs = 2\ndataset.red.contributors = 2\n'
-    )
-    ran = coldctl("variants", plan, "--output", tmp_path / "runs")
-    assert ran.stdout == "2 whole\n1 split\n"
-    assert coldctl("variants", plan, "--output", tmp_path / "runs").code == 0
-    rounds(coldctl, tmp_path / "runs" / "whole", tmp_path / "runs" / "whole.toml", 2)
-    rounds(coldctl, tmp_path / "runs" / "split", tmp_path / "runs" / "split.toml", 1)
-    assert (
-        coldctl("plan", tmp_path / "runs" / "split", "--config", tmp_path / "runs" / "split.toml", "--target", 1).stdout
-        == ""
-    )
-    contributions = tmp_path / "runs" / "split" / "iteration-001" / "contributions"
-    assert sorted(path.name for path in contributions.iterdir()) == ["green", "red-1", "red-2"]
-    runs = tmp_path / "runs"
-    ran = coldctl("evaluate", runs / "whole", runs / "split", "--suite", runs / "whole.toml",
-                  "--output", tmp_path / "runs" / "evaluation", "--jobs", 1)  # fmt: skip
-    assert ran.code == 0, ran.stderr
-    results = validated(tmp_path / "runs" / "evaluation")
-    assert [(model["name"], model["run"], model["iteration"]) for model in results["models"]] == [
-        ("whole/iteration-001", "whole", 1), ("whole/iteration-002", "whole", 2), ("split/iteration-001", "split", 1),
-    ]  # fmt: skip
-    assert (tmp_path / "runs" / "evaluation" / "curve.png").is_file()
-    report = (tmp_path / "runs" / "evaluation" / "report.md").read_text()
-    assert "| whole | 2 |" in report
-    assert "| split | 1 |" in report
-    plan.write_text(plan.read_text().replace("epochs = 2", "epochs = 3"))
-    changed = coldctl("variants", plan, "--output", tmp_path / "runs")
-    assert changed.code == 2
-    assert "another experiment" in changed.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "names no configuration"),
-        ('config = "none.toml"', "no configuration file"),
-        ('config = "suite.toml"', "has no variants"),
-        ('config = "suite.toml"\n[[variant]]\nname = "a/b"', "cannot name a directory"),
-        ('config = "suite.toml"\n[[variant]]\nname = "a"\nfinetune.epoch = 1', "did you mean 'epochs'"),
-        ('config = "suite.toml"\n[[variant]]\nname = "a"\ndataset.rde.contributors = 2', "no dataset 'rde'"),
-        ('config = "suite.toml"\n[[variant]]\nname = "a"\n[[variant]]\nname = "a"', "two variants"),
-        ('config = "suite.toml"\niterations = 0\n[[variant]]\nname = "a"', "at least 1"),
-        ('config = "suite.toml"\ndatasets = ["x"]\n[[variant]]\nname = "a"', "no dataset 'x'"),
-        ('config = "suite.toml"\ndatasets = "red"\n[[variant]]\nname = "a"', "datasets = 'red': it must be a list"),
-        ('config = "suite.toml"\ndatasets = 3\n[[variant]]\nname = "a"', "it must be a list"),
-        (
-            'config = "section.toml"\nfuse.density = 0.1\n[[variant]]\nname = "a"',
-            "section.toml: [fuse] must be a table",
-        ),
-        ('config = "table.toml"\n[[variant]]\nname = "a"', "table.toml: write each dataset as [[dataset]]"),
-        ('config = "suite.toml"\n[[variant]]\nname = "evaluation"', "'evaluation' is where the variants are compared"),
-    ],
-)
-def test_mistakes_in_an_experiment_are_named(tmp_path: Path, text: str, words: str, coldctl: Run) -> None:
-    (tmp_path / "suite.toml").write_text(suite_text("base"))
-    (tmp_path / "section.toml").write_text("fuse = 3")
-    (tmp_path / "table.toml").write_text("dataset = 3")
-    (tmp_path / "experiment.toml").write_text(text)
-    ran = coldctl("variants", tmp_path / "experiment.toml", "--output", tmp_path / "runs")
-    assert ran.code == 2
-    assert words in ran.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-def test_a_suite_without_a_base_can_be_varied(tmp_path: Path, coldctl: Run) -> None:
-    (tmp_path / "red").mkdir()
-    (tmp_path / "suite.toml").write_text("[finetune]" + suite_text("base").split("[finetune]")[1])
-    (tmp_path / "experiment.toml").write_text('config = "suite.toml"\n[[variant]]\nname = "a"\nfinetune.epochs = 3\n')
-    ran = coldctl("variants", tmp_path / "experiment.toml", "--output", tmp_path / "runs")
-    assert (ran.code, ran.stdout) == (0, "1 a\n"), ran.stderr
-    made = tomllib.loads((tmp_path / "runs" / "a.toml").read_text())
-    assert "base" not in made.get("run", {})
-    assert made["finetune"]["epochs"] == 3
-    assert made["dataset"][0]["path"] == "../red"
-
-
-def test_the_experiments_that_ship_are_sound(tmp_path: Path, coldctl: Run) -> None:
-    files = sorted((Path(__file__).parents[2] / "configs" / "experiments").glob("*.toml"))
-    assert len(files) == 4
-    for file in files:
-        ran = coldctl("variants", file, "--output", tmp_path / file.stem, "--json")
-        assert ran.code == 0, ran.stderr
-        assert len(ran.json["variants"]) >= 2
 
 
 def test_a_training_is_not_taken_for_that_of_the_same_data_under_another_name(

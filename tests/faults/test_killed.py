@@ -154,7 +154,7 @@ def content(place: Path) -> dict[str, Any]:
 def timeless(document: Any) -> Any:
     """A manifest without what says when, and without what follows from that."""
     if isinstance(document, dict):
-        gone = ("created", "environment", "manifest_digest", "card_blocks", layout.CARD, layout.REPORT, layout.PAGE)
+        gone = ("created", "environment", "manifest_digest", layout.CARD, layout.REPORT, layout.PAGE)
         return {key: timeless(value) for key, value in document.items() if key not in gone}
     return [timeless(item) for item in document] if isinstance(document, list) else document
 

@@ -28,7 +28,7 @@ from coldctl.data.sources import FORMATS
 from coldctl.evaluation import markdown, results
 from coldctl.fusing import fusion
 from coldctl.fusing.compatibility import compare
-from coldctl.publishing import experiment, history, licenses, tokenizer
+from coldctl.publishing import history, licenses, tokenizer
 from coldctl.storage.files import LocalFolder
 
 
@@ -114,10 +114,6 @@ def read_config(folder: Path) -> None:
     config.contributors_of(found.datasets)
 
 
-def read_experiment(folder: Path) -> None:
-    experiment.read(folder / "experiment.toml", folder)
-
-
 def read_weights(folder: Path) -> None:
     fusion._weights_file(next(path for path in folder.iterdir() if path.stem == "weights"))
 
@@ -141,7 +137,7 @@ def of_signature(rng: random.Random, data_: bytes) -> bytes:
 
 
 def read_signature(folder: Path) -> None:
-    signatures.read(LocalFolder(folder), [samples.signature()[1]])
+    signatures.verify(LocalFolder(folder), [samples.signature()[1]])
 
 
 def of_pickle(rng: random.Random, data_: bytes) -> bytes:
@@ -241,7 +237,14 @@ TARGETS: tuple[Target, ...] = (
         of_manifest,
         show_manifest,
     ),
-    Target("model.sig", layout.SIGNATURE, lambda: [samples.signature()[0]], of_signature, read_signature),
+    Target(
+        "model.sig",
+        layout.SIGNATURE,
+        lambda: [samples.signature()[0]],
+        of_signature,
+        read_signature,
+        lambda: {layout.MODEL_CONFIG: samples.spelt(samples.CONFIG)},
+    ),
     Target("run.json", layout.RUN, lambda: [samples.run_document()], mutations.of_json, read_run),
     Target("results.json", layout.RESULTS, lambda: [samples.results_document()], mutations.of_json, show_results),
     Target(
@@ -254,14 +257,6 @@ TARGETS: tuple[Target, ...] = (
     Target("dataset .csv", "d.csv", lambda: samples.tables(","), mutations.of_table, load_rows),
     Target("dataset .tsv", "d.tsv", lambda: samples.tables("\t"), mutations.of_table, load_rows),
     Target("TOML suite", "suite.toml", lambda: [samples.SUITE.encode()], mutations.of_toml, read_config),
-    Target(
-        "TOML experiment",
-        "experiment.toml",
-        lambda: [samples.EXPERIMENT.encode()],
-        mutations.of_toml,
-        read_experiment,
-        lambda: {"base.toml": samples.SUITE.encode()},
-    ),
     Target("weights file, TOML", "weights.toml", lambda: [b"one = 1\ntwo = 0.5\n"], mutations.of_toml, read_weights),
     Target("weights file, JSON", "weights.json", lambda: [b'{"one": 1, "two": 0.5}'], mutations.of_json, read_weights),
     Target(

@@ -23,7 +23,6 @@ FOUND: list[tuple[str, bytes]] = [
     ("TOML suite", _SUITE.replace('path = "tweets"', r'path = "a\u0000b"').encode()),
     ("TOML suite", _SUITE.replace("epochs = 2", "epochs = 1979-05-27").encode()),
     ("TOML suite", _SUITE.replace("epochs = 2", f"epochs = 0x{'f' * 5000}").encode()),
-    ("TOML experiment", samples.EXPERIMENT.replace("epochs = 1", f"epochs{'.a' * 100} = 1").encode()),
     ("tokenizer.json", samples.tokenizer().replace(b'"[UNK]": 1', b'"[UNK]": ' + json.dumps(_DEEP).encode())),
     ("tokenizer.json", samples.merging_tokenizer().replace(b'["a", "b"]', b'["a", 7]')),
     ("tokenizer_config.json", rb'{"\ud800": 1, "pad_token": "[PAD]"}'),

@@ -206,12 +206,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.add(name, {}, private=wanted.get("visibility") == "private" or bool(wanted.get("private")))
         self._answer({"url": f"{self.hub.endpoint}/{name}", "name": name})
 
-    def _delete_repository(self) -> None:
-        wanted = json.loads(self._body())
-        self._repository(f"{wanted['organization']}/{wanted['name']}")
-        del self.hub.repositories[f"{wanted['organization']}/{wanted['name']}"]
-        self._answer({})
-
     def _get_info(self, name: str, revision: str | None = None) -> None:
         repository = self._repository(name)
         commit = self._at(repository, revision or "main")
@@ -228,6 +222,19 @@ class _Handler(BaseHTTPRequestHandler):
         ]
         tags = [{"name": tag, "ref": f"refs/tags/{tag}", "targetCommit": oid} for tag, oid in repository.tags.items()]
         self._answer({"branches": branches, "converts": [], "tags": tags})
+
+    def _get_discussions(self, name: str) -> None:
+        """Return the open pull requests, newest first."""
+        numbers = [int(ref.rpartition("/")[2]) for ref in self._repository(name).refs if ref.startswith("refs/pr/")]
+        common = {
+            "title": "a request",
+            "createdAt": "2025-01-01T00:00:00.000Z",
+            "status": "open",
+            "isPullRequest": True,
+        }
+        repo = {"name": name, "type": "model"}
+        listed = [{**common, "num": number, "repo": repo} for number in sorted(numbers, reverse=True)]
+        self._answer({"discussions": listed, "count": len(listed), "start": 0})
 
     def _post_preupload(self, name: str, revision: str) -> None:
         self._fault("preupload")
@@ -335,10 +342,6 @@ class _Handler(BaseHTTPRequestHandler):
         repository.refs[branch] = self._at(repository, start).oid
         self._answer({})
 
-    def _delete_branch(self, name: str, branch: str) -> None:
-        self._repository(name).refs.pop(branch)
-        self._answer({})
-
     def _any_file(self, name: str, revision: str, path: str) -> None:
         commit = self._at(self._repository(name), revision)
         if path not in commit.files:
@@ -416,13 +419,12 @@ _ROUTES = (
     ("get_whoami", "/api/whoami-v2"),
     ("any_yaml", "/api/validate-yaml"),
     ("post_create", "/api/repos/create"),
-    ("delete_repository", "/api/repos/delete"),
     ("post_preupload", f"/api/models/{_NAME}/preupload/([^/]+)"),
     ("post_commit", f"/api/models/{_NAME}/commit/([^/]+)"),
     ("post_tag", f"/api/models/{_NAME}/tag/([^/]+)"),
     ("delete_tag", f"/api/models/{_NAME}/tag/([^/]+)"),
     ("post_branch", f"/api/models/{_NAME}/branch/([^/]+)"),
-    ("delete_branch", f"/api/models/{_NAME}/branch/([^/]+)"),
+    ("get_discussions", f"/api/models/{_NAME}/discussions"),
     ("get_refs", f"/api/models/{_NAME}/refs"),
     ("get_info", f"/api/models/{_NAME}(?:/revision/([^/]+))?"),
     ("post_batch", f"/{_NAME}\\.git/info/lfs/objects/batch"),

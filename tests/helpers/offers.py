@@ -14,7 +14,7 @@ def offer(base: Path, folder: Path, *, seed: int, scale: float = 0.01, iteration
     (folder / layout.MANIFEST).unlink(missing_ok=True)
     before = open_checkpoint(LocalFolder(base), base.name)
     made = open_checkpoint(LocalFolder(folder), folder.name)
-    number = (before.manifest or {}).get("iteration") or 0
+    number = (before.manifest.get("iteration") if before.manifest else None) or 0
     manifest.write(
         folder,
         {

@@ -95,7 +95,9 @@ def publish(hub: Hub, tmp_path: Path) -> Publisher:
 def refused(ran: Ran, *words: str) -> None:
     """The command ended with exit code 2 and one line."""
     assert ran.code == 2, ran.stderr
-    errors = [line for line in ran.stderr.splitlines() if line and not line.startswith(("loaded as", "licence:"))]
+    errors = [
+        line for line in ran.stderr.splitlines() if line and not line.startswith(("loaded as", "licence:", "card:"))
+    ]
     assert len(errors) == 1, ran.stderr
     for word in words:
         assert word in errors[0], errors[0]
@@ -166,7 +168,7 @@ def test_published_in_one_commit_and_again_on_top(
     hub.faults["commit", 503] = 1
     before = dict(repository.refs)
     refused(publish(models[1], "hf://me/model@sharded", "--max-shard-size", "30KB"), "the Hub answered 503")
-    assert repository.refs == before
+    assert repository.refs == {**before, "sharded": before["main"]}  # the branch stays, and is gone on with
     ran = publish(models[1], "hf://me/model@sharded", "--max-shard-size", "30KB")
     assert ran.code == 0, ran.stderr
     branch = repository.at("sharded")
@@ -177,25 +179,25 @@ def test_published_in_one_commit_and_again_on_top(
     assert repository.at("iteration-001") is tagged
 
 
-def test_whatever_breaks_the_hub_stays_as_it_was(
-    models: dict[int, Path], hub: Hub, publish: Publisher, tmp_path: Path
-) -> None:
+def test_publish_goes_on_with_what_a_broken_call_left(models: dict[int, Path], hub: Hub, publish: Publisher) -> None:
     def attempt(**options: Any) -> Ran:
         return publish(models[1], "hf://me/model", "--private", "--quiet", **options)
 
     hub.faults["upload"] = 6
     refused(attempt(), "check the connection and run the same command again")
     assert hub.faults["upload"] == 0
-    assert not hub.repositories
+    repository = hub.repositories["me/model"]  # made, private and empty
+    assert repository.private
+    assert not repository.messages
 
     hub.faults["commit"] = 1
     refused(attempt(), "check the connection and run the same command again")
-    assert not hub.repositories
+    assert not any(write.endswith("/create") for write in hub.writes)
+    assert not repository.messages
 
     hub.faults["commit after"] = 1  # it has arrived, but nobody was told
     refused(attempt(), "run the same command again")
-    repository = hub.repositories["me/model"]
-    assert repository.private
+    assert hub.repositories == {"me/model": repository}
     assert len(repository.messages) == 1
     assert not repository.tags
 
@@ -320,7 +322,7 @@ def test_what_the_hub_refuses_is_said_in_words(
     hub.faults[endpoint, status] = 1
     refused(here(models[1], "--quiet"), *words)
     assert hub.faults[endpoint, status] == 0
-    assert not hub.repositories
+    assert not any(repository.messages for repository in hub.repositories.values())
 
 
 def test_a_hub_that_is_asked_too_often_for_names_is_written_to(
@@ -359,6 +361,25 @@ def test_a_tag_follows_its_iteration(base: Path, models: dict[int, Path], hub: H
     assert repository.refs["main"] == third
     assert not repository.tags
     assert not hub.writes
+
+
+def test_publish_opens_one_pull_request_whatever_breaks(
+    models: dict[int, Path], hub: Hub, here: Callable[..., Ran]
+) -> None:
+    repository = hub.add("me/model", {"README.md": README})
+    options = ("--create-pr", "--json")
+    hub.faults["commit"] = 1
+    refused(here(models[1], *options), "run the same command again")
+    assert set(repository.refs) == {"main"}
+    hub.faults["commit after"] = 1  # it has arrived, but nobody was told
+    refused(here(models[1], *options), "run the same command again")
+    ran = here(models[1], *options)
+    assert ran.code == 0, ran.stderr
+    assert not hub.writes
+    assert f"{hub.endpoint}/me/model/discussions/1" in ran.stdout + ran.stderr
+    assert set(repository.refs) == {"main", "refs/pr/1"}
+    assert here(models[2], *options).code == 0
+    assert set(repository.refs) == {"main", "refs/pr/1", "refs/pr/2"}
 
 
 @pytest.mark.parametrize(("stated", "hidden"), [(True, True), (None, True), (None, False)])

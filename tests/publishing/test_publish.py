@@ -236,12 +236,13 @@ def test_what_a_person_wrote_into_the_card_is_kept(
 ) -> None:
     target = Path(shutil.copytree(published, tmp_path / "published"))
     text = (target / "README.md").read_text()
-    text = text.replace("\n# Recycled\n", "\n![ours](banner.png)\n\n# Recycled\n", 1)
-    before = text.replace("## How it works\n", "Hello from us.\n\n## How it works\n", 1)
-    before = before.replace("## Lineage\n", "Our own remark.\n\n## Lineage\n", 1)
-    before = before.replace(
-        "## Citation\n", "## Contact\n\nAsk *Ann*.\n\n```sh\necho ours\n\necho too\n```\n\n## Citation\n", 1
-    )
+    before = text
+    for name, words in (
+        ("introduction", "![ours](banner.png)"), ("how-it-works", "Hello from us."), ("lineage", "Our own remark."),
+        ("citation", "## Contact\n\nAsk *Ann*.\n\n```sh\necho ours\n\necho too\n```"),
+    ):  # fmt: skip
+        begin = f"<!-- coldctl:begin {name} -->\n"
+        before = before.replace(begin, f"{words}\n\n{begin}", 1)
     before = before.replace("language: en\n", "language: en\nwidget:\n- text: ours\n", 1)
     before = before.replace("tags:\n", "tags:\n- our-tag\n", 1) + "\nThe last word.\n"
     (target / "README.md").write_text(before)
@@ -298,6 +299,48 @@ def test_a_card_of_any_form_is_kept(standing: str, published: Path, fused: Path,
     assert card.count("Only words.") == 1
     assert front_matter(tmp_path / "p")["license"] == "mit"
     assert ("mine" in front_matter(tmp_path / "p")["tags"]) == ("mine" in standing)
+
+
+@pytest.mark.parametrize(
+    ("marker", "instead"),
+    [
+        ("<!-- coldctl:end lineage -->", ""),
+        ("<!-- coldctl:begin lineage -->", ""),
+        ("<!-- coldctl:begin results -->", "<!-- coldctl:begin lineage -->"),
+        ("<!-- coldctl:end citation -->", ""),
+        ("# Recycled", "<!-- coldctl:begin introduction -->"),
+    ],
+)
+def test_publish_refuses_unpaired_card_markers(
+    marker: str, instead: str, published: Path, fused: Path, tmp_path: Path, coldctl: Run
+) -> None:
+    target = Path(shutil.copytree(published, tmp_path / "p"))
+    card = (target / "README.md").read_text()
+    assert f"{marker}\n" in card
+    (target / "README.md").write_text(card.replace(f"{marker}\n", f"{instead}\n", 1))
+    ran = coldctl("publish", fused, "--to", target, "--license", "mit", "--overwrite")
+    assert ran.code == 2
+    assert len(ran.stderr.splitlines()) == 1
+    assert re.search(r"p/README\.md: the marker <!-- coldctl:(begin|end) [\w-]+ --> has no partner", ran.stderr)
+    assert (target / "README.md").read_text() == card.replace(f"{marker}\n", f"{instead}\n", 1)
+
+
+def test_publish_keeps_a_whole_card_without_markers(published: Path, fused: Path, tmp_path: Path, coldctl: Run) -> None:
+    """As coldctl wrote it before there were markers: nothing tells which of it a person wrote."""
+    target = Path(shutil.copytree(published, tmp_path / "p"))
+    bare = re.sub(r"<!-- coldctl:.* -->\n", "", (target / "README.md").read_text())
+    (target / "README.md").write_text(bare.replace("## Lineage\n", "Our own remark.\n\n## Lineage\n", 1))
+    publish = ("publish", fused, "--to", target, "--license", "mit", "--overwrite")
+    ran = coldctl(*publish)
+    assert ran.code == 0, ran.stderr
+    assert "p/README.md has no coldctl markers, so its whole text is kept below the generated blocks" in ran.stderr
+    card = (target / "README.md").read_text()
+    below = card.partition("<!-- coldctl:end citation -->\n")[2]
+    assert below.count("# Recycled\n") == below.count("Our own remark.") == 1
+    ran = coldctl(*publish, "--name", "other")
+    assert ran.code == 0, ran.stderr
+    assert "markers" not in ran.stderr
+    assert (target / "README.md").read_text().endswith(below)
 
 
 def test_a_card_says_what_was_measured(fused: Path, evaluation: Path, tmp_path: Path, coldctl: Run) -> None:
@@ -417,6 +460,26 @@ def test_weights_are_rounded_once(dtype: str, fused: Path, tmp_path: Path, coldc
     assert "3 of 4 contributions" in (target / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("dtype", "digits"), [("bfloat16", 7), ("float16", 10)])
+def test_publish_rounds_float64_weights_once(dtype: str, digits: int, base: Path, tmp_path: Path, coldctl: Run) -> None:
+    """Just above the middle of two neighbours: by way of float32 it would become the middle, and then the even one."""
+    import torch
+
+    wide = Path(shutil.copytree(base, tmp_path / "wide"))
+    tensors, metadata = tiny.read_tensors(base / "model.safetensors")
+    doubles = {name: value.double() if value.is_floating_point() else value for name, value in tensors.items()}
+    name = next(name for name in doubles if name.endswith("LayerNorm.weight"))
+    doubles[name][:] = 1 + 2.0 ** -(digits + 1) + 2.0**-40
+    tiny.write_tensors(wide / "model.safetensors", list(doubles.items()), metadata)
+    config = json.loads((base / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "dtype": "float64"}))
+    ran = coldctl("publish", wide, "--to", tmp_path / "p", "--license", "mit", "--dtype", dtype)
+    assert ran.code == 0, ran.stderr
+    found, _ = tiny.read_tensors(tmp_path / "p" / "model.safetensors")
+    assert found[name].dtype == getattr(torch, dtype)
+    assert torch.all(found[name].double() == 1 + 2.0**-digits)
+
+
 def test_a_value_that_the_dtype_cannot_hold_is_refused(base: Path, tmp_path: Path, coldctl: Run) -> None:
     big = tiny.perturb(base, tmp_path / "big", seed=0, scale=1e7)
     ran = coldctl("publish", big, "--to", tmp_path / "p", "--license", "mit", "--dtype", "float16")
@@ -509,6 +572,69 @@ def test_a_secret_in_a_model_s_own_files_stops_it(
     (model / "config.json").write_text(json.dumps({**config, "comment": "made on zq-host-name"}))
     ran = coldctl("publish", model, "--to", tmp_path / "p", "--license", "mit")
     assert "config.json would tell this user's or machine's name" in ran.stderr
+
+
+@pytest.mark.parametrize("login", ["python", "apache", "roberta", "lineage", "coldctl", "language", "accuracy"])
+def test_publish_allows_a_login_that_the_card_uses_as_a_word(
+    login: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run, publishable: tuple[Path, Path]
+) -> None:
+    monkeypatch.setenv("LOGNAME", login)
+    model, evaluation = publishable
+    ran = coldctl(
+        "publish", model, "--to", tmp_path / "p", "--license", "apache-2.0", "--base-model", "FacebookAI/roberta-base",
+        "--evaluation", evaluation,
+    )  # fmt: skip
+    assert ran.code == 0, ran.stderr
+    assert re.search(rf"\b{login}\b", "".join(file.read_text() for file in (tmp_path / "p").glob("*.[jm]*[nd]")))
+
+
+@pytest.fixture(scope="module")
+def publishable(tmp_path_factory: pytest.TempPathFactory, suite: Path) -> tuple[Path, Path]:
+    """A roberta that was fused, and its evaluation."""
+    from conftest import run_coldctl
+
+    folder = tmp_path_factory.mktemp("words")
+    below = tiny.make_base("roberta", folder / "roberta-base")
+    gifts = [tiny.perturb(below, folder / f"gift-{seed}", seed=seed) for seed in (1, 2)]
+    assert run_coldctl("fuse", *gifts, "--base", below, "--output", folder / "fused").code == 0
+    measure = ("evaluate", folder / "fused", "--baseline", below, "--suite", suite, "--output", folder / "evaluation")
+    ran = run_coldctl(*measure, "--jobs", 1)
+    assert ran.code == 0, ran.stderr
+    return folder / "fused", folder / "evaluation"
+
+
+@pytest.mark.parametrize("login", ["python", "zq-user"])
+@pytest.mark.parametrize("leak", ["notes", "source", "home", "card", "address", "config"])
+def test_publish_finds_a_login_that_others_put_in(
+    leak: str, login: str, fused: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run
+) -> None:
+    model = Path(shutil.copytree(fused, tmp_path / "model"))
+    document = json.loads((model / "coldctl.json").read_text())
+    record = document["contributions"][0]
+    record |= {
+        "notes": {"notes": [f"trained by {login}"]},
+        "source": {"source": f"{login}/data"},
+        "home": {"source": f"see file:/home/{login}"},
+    }.get(leak, {})
+    document["manifest_digest"] = digest_of({key: value for key, value in document.items() if key != "manifest_digest"})
+    (model / "coldctl.json").write_text(json.dumps(document))
+    name = "coldctl.json"
+    if leak == "config":
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "comment": f"by {login}"}))
+        (model / "coldctl.json").unlink()  # else it is noticed first that it was changed
+        name = "config.json"
+    target = tmp_path / "p"
+    publish: tuple[object, ...] = ("publish", model, "--to", target, "--license", "mit", "--overwrite")
+    if leak in ("card", "address"):
+        assert coldctl(*publish).code == 0
+        words = f"Ask {login}" if leak == "card" else f"Mail {login}@example.org"
+        (target / "README.md").write_text((target / "README.md").read_text() + f"\n{words}, who made it.\n")
+        publish, name = (*publish, "--name", "other"), "README.md"
+    monkeypatch.setenv("LOGNAME", login)
+    ran = coldctl(*publish)
+    assert ran.code == 2
+    assert f"{name} would tell this user's or machine's name" in ran.stderr
 
 
 def test_a_dry_run_lists_and_sends_nothing(fused: Path, tmp_path: Path, coldctl: Run) -> None:

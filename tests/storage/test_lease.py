@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +13,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
-from coldctl.artifacts import model_cache
+from coldctl.artifacts.model_ref import Model
 from coldctl.common.errors import BusyError, OutputError
-from coldctl.storage import conditional_write
+from coldctl.storage import conditional_write, user_cache
 from coldctl.storage import lease as leases
 from coldctl.storage.lease import Lease
 from coldctl.storage.location import locate
@@ -145,16 +146,22 @@ def test_models_of_a_store_are_fetched_once_and_again_where_the_copy_is_not_whol
     memory = fsspec.filesystem("memory")
     for folder in (base, contributions / "one"):
         memory.put(str(folder), f"/cached/{folder.name}", recursive=True)
-    place = model_cache.fetched("memory://cached/one")
+    place = Model("one", "memory://cached/one").local()
     assert place.parent == tmp_path / "coldctl" / "models"
     whole = (place / WEIGHTS).read_bytes()
     assert whole == (contributions / "one" / WEIGHTS).read_bytes()
     for name, damaged in ((WEIGHTS, whole[:-1]), ("coldctl.json", b"{}")):
         (place / name).write_bytes(damaged)
-        assert model_cache.fetched("memory://cached/one") == place
+        assert Model("one", "memory://cached/one").local() == place
         assert (place / name).read_bytes() == (contributions / "one" / name).read_bytes()
-    # What was not used for longest makes place for another.
-    monkeypatch.setattr(model_cache, "LIMIT", 10)
-    other = model_cache.fetched("memory://cached/tiny-bert")
+    # The least recently used copy makes place for another, unless a command may be reading it.
+    size = sum(path.stat().st_size for path in base.rglob("*"))
+    monkeypatch.setattr(user_cache, "LIMIT", size)
+    (place / "more").write_bytes(bytes(size))
+    kept = Model("tiny-bert", "memory://cached/tiny-bert").local()
+    assert sorted(place.parent.iterdir()) == sorted([place, kept])
+    shutil.rmtree(kept)
+    os.utime(place, (0, 0))
+    other = Model("tiny-bert", "memory://cached/tiny-bert").local()
     assert list(place.parent.iterdir()) == [other]
     memory.rm("/cached", recursive=True)

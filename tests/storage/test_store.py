@@ -21,7 +21,7 @@ import safetensors.numpy
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
-from coldctl.artifacts import layout, manifest, output
+from coldctl.artifacts import layout, manifest, output, partial_output
 from coldctl.checkpoints import writer as weights
 from coldctl.common.errors import CheckpointError, OutputError
 from coldctl.storage import conditional_write
@@ -153,15 +153,15 @@ def test_two_writers_cannot_both_win(store: S3, coldctl: Run, monkeypatch: pytes
 
 def test_the_manifest_is_created_only_once(store: S3, coldctl: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that comes to its end after another one has completed the output changes nothing."""
-    from coldctl.artifacts import placing
+    from coldctl.artifacts import store_output
 
-    place, output = placing.place, f"{store.url}/fused"
+    publish, output = store_output.publish, f"{store.url}/fused"
 
     def late(*arguments: object, **options: object) -> None:
         store.client().put_object(Bucket=store.bucket, Key="fused/coldctl.json", Body=b"{}")
-        place(*arguments, **options)  # type: ignore[arg-type]
+        publish(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(placing, "place", late)
+    monkeypatch.setattr(store_output, "publish", late)
     ran = coldctl("fuse", f"{store.url}/contributions", "--base", f"{store.url}/base", "--output", output)
     assert ran.code == 2
     assert "completed by another command" in ran.stderr
@@ -289,9 +289,9 @@ def test_finished_by_another_while_it_was_worked_on(tmp_path: Path) -> None:
     """Of two that make the same, one stores it; of two that make different ones, the second is told."""
     place = locate("memory://meanwhile/out")
     document: manifest.Manifest = {"kind": "fused", "name": "m", "body_digest": "x", "identity": "same"}
-    with output.working(place, "same", overwrite=False) as here:
+    with output.local_workdir(place, "same", overwrite=False) as here:
         manifest.write(here, document)
-        with output.writing(place, "same", overwrite=False) as partial:
+        with output.atomic_output(place, "same", overwrite=False) as partial:
             manifest.write(partial, document)
         stored = (place / layout.MANIFEST).read_bytes()
     assert not here.exists()
@@ -390,13 +390,13 @@ def test_status_tells_who_is_at_work(tmp_path: Path, suite: Path, coldctl: Run) 
         folder = locate(f"{place}/iteration-001/contributions")
         for name in ("busy", "dead"):
             (folder / f".{name}.partial").mkdir(parents=True)
-            (folder / f".{name}.partial" / output.IDENTITY).write_text("x")
+            (folder / f".{name}.partial" / partial_output.IDENTITY).write_text("x")
         busy = folder / ".busy.partial"
         lock = os.open(busy, os.O_RDONLY) if isinstance(busy, Path) else None
         if lock is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
         else:
-            (busy / output.LEASE).write_text("x")
+            (busy / partial_output.LEASE).write_text("x")
         status = coldctl("status", place, "--json").json["iterations"][0]
         assert (status["running"], status["unfinished"]) == (["busy"], ["dead"]), status
         if lock is not None:

@@ -1,9 +1,11 @@
 """Every file and folder name of the directory contract, in one place; for directories here and in stores alike."""
 
 import re
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from coldctl.storage.location import Location, children
+
+AnyLocation = TypeVar("AnyLocation", bound=Location)
 
 MANIFEST = "coldctl.json"
 RUN = "run.json"
@@ -59,9 +61,9 @@ VOCABULARY_FILES = (
 MODEL_FILES = (MODEL_CONFIG, MANIFEST, "*.safetensors", WEIGHTS_INDEX, ADAPTER_CONFIG, *TOKENIZER_FILES)
 
 
-def partial(path: Location) -> Location:
-    """Where unfinished work on `path` lives: a hidden sibling, so that one rename completes it."""
-    return path.parent / f".{path.name}.partial"
+def partial(path: AnyLocation) -> AnyLocation:
+    """Return the directory of unfinished work on `path`: a hidden sibling, so that one rename completes it."""
+    return cast(AnyLocation, path.parent / f".{path.name}.partial")
 
 
 def iteration(run: Location, number: int) -> Location:

@@ -35,10 +35,10 @@ class Carried:
 
 def generations(document: Manifest) -> list[Generation]:
     """The generations from the pretrained model to the manifest's own, oldest first."""
-    ancestors: list[dict[str, Any]] = list(document.get("ancestors", []))
+    ancestors: list[Mapping[str, Any]] = list(document.get("ancestors", []))
     if not ancestors and "base" in document:  # a contribution names its base only
         ancestors = [{"kind": "base", **document["base"]}]
-    return [_generation(entry) for entry in [*ancestors, dict(document)]]
+    return [_generation(entry) for entry in [*ancestors, document]]
 
 
 def carried(ancestry: Sequence[Generation], name: str, fingerprint: str | None) -> list[Carried]:
@@ -144,7 +144,7 @@ def _text(words: str) -> str:
     )
 
 
-def _generation(entry: dict[str, Any]) -> Generation:
+def _generation(entry: Mapping[str, Any]) -> Generation:
     return Generation(
         str(entry.get("kind", "model")),
         str(entry.get("name", "?")),

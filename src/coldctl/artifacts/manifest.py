@@ -12,23 +12,25 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from types import NoneType
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, Required, TypedDict, cast
+
+from msgspec import Meta
 
 from coldctl import __version__
 from coldctl.artifacts import layout
 from coldctl.common.errors import ManifestError
-from coldctl.common.parsing import MAYBE_NUMBER, MAYBE_TEXT, NUMBER, SCALAR, Shape, json_value, misfit
+from coldctl.common.parsing import find_mismatch, json_value
+from coldctl.common.text import printable
 from coldctl.storage.files import Reader
 from coldctl.storage.location import Location
 
 SCHEMA = 1
-MANIFEST_LIMIT = 16 << 20  # bytes; some twenty thousand contributions over all iterations
+MANIFEST_LIMIT = 16 << 20  # bytes; about 10,000 contributions over all iterations (docs/scale.md)
 LONGEST_NAME = 200  # bytes; file systems take 255, and hidden siblings and logs need some
 _LONGEST_PATH = 1000  # characters
-_MOST_ITERATIONS = 1_000_000
 _COPY = 1 << 20
-_KINDS = ("contribution", "fused", "published", "evaluation")
+
+Scalar = str | int | float | bool | None
 
 
 class BaseReference(TypedDict):
@@ -41,12 +43,12 @@ class BaseReference(TypedDict):
 class DatasetRecord(TypedDict, total=False):
     """What a contribution says about its data: never an example of it."""
 
-    name: str
-    source: str
-    fingerprint: str
-    num_train: int
-    num_validation: int
-    num_test: int
+    name: str | None
+    source: str | None
+    fingerprint: str | None
+    num_train: int | None
+    num_validation: int | None
+    num_test: int | None
     labels: list[str]
     num_labels: int
 
@@ -54,21 +56,21 @@ class DatasetRecord(TypedDict, total=False):
 class ContributionRecord(TypedDict, total=False):
     """One contribution as the fused model's manifest lists it."""
 
-    name: str
+    name: Required[str]
     dataset: str | None
     num_train: int | None
     source: str | None
     license: str | None
-    training: dict[str, Any]
-    environment: dict[str, Any]
-    body_digest: str
-    weight: float
-    status: Literal["fused", "rejected"]
+    training: dict[str, Scalar]
+    environment: dict[str, Scalar]
+    body_digest: Required[str]
+    weight: Required[float]
+    status: Required[Literal["fused", "rejected"]]
     reason: str | None
-    verified: bool
+    verified: bool | None
     iteration: int | None
-    age: int
-    discount: float
+    age: int | None
+    discount: float | None
     signer: str | None
     signer_key: str | None
     signers_within: dict[str, str]
@@ -78,31 +80,42 @@ class ContributionRecord(TypedDict, total=False):
     notes: list[str]
 
 
-class Manifest(TypedDict, total=False):
-    """`coldctl.json` as the design fixes it. Readers ignore unknown keys."""
+class FusionRecord(TypedDict, total=False):
+    """The settings and versions that a published model was fused with."""
 
-    schema: int
-    kind: Literal["contribution", "fused", "published", "evaluation"]
-    name: str
-    iteration: int | None
-    encoding: str
-    created: str
-    coldctl_version: str
-    identity: str
-    body_digest: str
-    base: BaseReference
-    files: dict[str, str]
-    outside_body: dict[str, str]
-    manifest_digest: str
     config: dict[str, Any]
-    environment: dict[str, Any]
+    environment: dict[str, Scalar]
+
+
+class GenerationRecord(TypedDict, total=False):
+    """A model as its descendants carry it under `ancestors`: enough to draw the lineage, without files."""
+
+    kind: Required[Literal["pretrained", "contribution", "fused", "published", "evaluation"]]
+    name: Required[str]
+    iteration: Annotated[int, Meta(ge=0, lt=1_000_000)] | None
+    created: str
+    body_digest: Required[str]
+    base: BaseReference
     license: str | None
     dataset: DatasetRecord
-    metrics: dict[str, dict[str, float]]
+    metrics: Mapping[str, Mapping[str, float | None]]
+    environment: dict[str, Scalar]
+    fused_by: FusionRecord
     contributions: list[ContributionRecord]
-    ancestors: list[dict[str, Any]]
-    card_blocks: list[str]
-    fused_by: dict[str, Any]
+    config: dict[str, Any]
+
+
+class Manifest(GenerationRecord, total=False):
+    """`coldctl.json` as it is written and checked when it is read. Readers ignore unknown keys."""
+
+    schema: int
+    encoding: str
+    coldctl_version: str
+    identity: str
+    files: dict[str, str]  # by path below the directory; `write` adds it
+    outside_body: dict[str, str]
+    manifest_digest: str
+    ancestors: list[GenerationRecord]
 
 
 def canonical(document: Mapping[str, Any]) -> bytes:
@@ -120,50 +133,46 @@ def digest_of(document: Mapping[str, Any]) -> str:
 
 
 def digest_of_file(path: Location) -> str:
-    """`sha256:…` of a file's bytes, read in pieces."""
-    hasher = hashlib.sha256()
+    """Return `sha256:…` of a file's bytes, read in chunks."""
     with path.open("rb") as opened:
         file: Any = opened
-        buffer = memoryview(bytearray(_COPY))
-        while count := file.readinto(buffer):
-            hasher.update(buffer[:count])
-    return "sha256:" + hasher.hexdigest()
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def environment(packages: Iterable[str], **more: Any) -> dict[str, Any]:
-    """Versions of Python and of `packages`, the kind of machine, and what the caller adds; no user or host name."""
+    """Return the versions of Python and of `packages`, the kind of machine, and what the caller adds; no user or host name."""
     versions = {name: metadata.version(name) for name in sorted(packages)}
     return {"python": platform.python_version(), "machine": platform.machine(), **versions, **more}
 
 
 def now() -> str:
-    """The time as manifests write it: UTC, to the second."""
+    """Return the time as manifests write it: UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def digest_of_reader(reader: Reader) -> str:
-    """`sha256:…` of a file in any store; the reader is closed."""
+    """Return `sha256:…` of a file in any store, and close the reader."""
     hasher = hashlib.sha256()
     buffer = memoryview(bytearray(min(_COPY, reader.size)))
     for start in range(0, reader.size, _COPY):
-        part = buffer[: min(_COPY, reader.size - start)]
-        reader.read_into(start, part)
-        hasher.update(part)
+        chunk = buffer[: min(_COPY, reader.size - start)]
+        reader.read_into(start, chunk)
+        hasher.update(chunk)
     reader.close()
     return "sha256:" + hasher.hexdigest()
 
 
-def write(folder: Location, manifest: Manifest, known: Mapping[str, str] | None = None) -> Manifest:
+def write(folder: Location, manifest: Manifest, digests: Mapping[str, str] | None = None) -> Manifest:
     """Complete `manifest` with digests and write it into `folder` as the last file, fsynced.
 
-    `known` gives digests that were computed while the files were written; the others are computed here.
+    `digests` holds those that were computed while the files were written; the others are computed here.
     Returns the manifest as written.
     """
-    known = known or {}
-    found: Any = folder.rglob("*")
+    digests = digests or {}
+    paths: Any = folder.rglob("*")
     names = sorted(
         path.relative_to(folder).as_posix()
-        for path in found
+        for path in paths
         if path.is_file()
         and path != folder / layout.MANIFEST
         and not path.name.startswith(".")
@@ -174,7 +183,7 @@ def write(folder: Location, manifest: Manifest, known: Mapping[str, str] | None 
         "schema": SCHEMA,
         "created": now(),
         "coldctl_version": __version__,
-        "files": {name: known.get(name) or digest_of_file(folder / name) for name in names},
+        "files": {name: digests.get(name) or digest_of_file(folder / name) for name in names},
     }
     whole.pop("manifest_digest", None)
     whole["manifest_digest"] = digest_of(whole)
@@ -224,7 +233,7 @@ def read(folder: Location) -> Manifest:
 
 
 def changed_files(folder: Location, manifest: Manifest) -> list[str]:
-    """Names of the files that are missing from `folder` or differ from the manifest's digests, in order."""
+    """Return the names of the files that are missing from `folder` or differ from the manifest's digests, in order."""
     return [
         name
         for name, digest in sorted(manifest["files"].items())
@@ -240,85 +249,36 @@ def read_unchanged(folder: Location) -> Manifest:
     return document
 
 
-def shortened(manifest: Manifest) -> dict[str, Any]:
-    """A manifest as its descendants carry it under `ancestors`: enough to draw the lineage, without files."""
-    kept = (
-        "kind",
-        "name",
-        "iteration",
-        "created",
-        "body_digest",
-        "base",
-        "license",
-        "dataset",
-        "metrics",
-        "environment",
-        "fused_by",
-    )
-    short: dict[str, Any] = {key: manifest[key] for key in kept if key in manifest}  # type: ignore[literal-required]
-    if "contributions" in manifest:
-        short["contributions"] = manifest["contributions"]
-    if "config" in manifest:
-        short["config"] = manifest["config"]
-    return short
-
-
-def is_name(name: object) -> bool:
-    """Whether a name may become a file's: no slashes, no line ends, not the directory itself or its parent, not too long."""
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0\n\r"):
-        return False
-    return len(name.encode(errors="replace")) <= LONGEST_NAME
-
-
-def _is_file(name: object) -> bool:
-    """Whether a name in `files` stays below the directory."""
-    return isinstance(name, str) and name == "/".join(PurePosixPath(name).parts) and _is_inside(name)
-
-
-def _is_inside(name: str) -> bool:
-    return (
-        bool(name)
-        and name[0] != "/"
-        and ".." not in name.split("/")
-        and "\0" not in name
-        and len(name) <= _LONGEST_PATH
-    )
-
-
-def _is_iteration(value: object) -> bool:
-    return value is None or (type(value) is int and 0 <= value < _MOST_ITERATIONS)
-
-
-_RECORD: Shape = {
-    "name!": is_name, "dataset": MAYBE_TEXT, "num_train": (int, NoneType), "source": MAYBE_TEXT, "license": MAYBE_TEXT,
-    "training": {...: SCALAR}, "environment": {...: SCALAR}, "body_digest!": str, "weight!": NUMBER,
-    "status!": str, "reason": MAYBE_TEXT, "verified": (bool, NoneType), "age": (int, NoneType),
-    "discount": MAYBE_NUMBER, "iteration": (int, NoneType),
-    "signer": MAYBE_TEXT, "signer_key": MAYBE_TEXT, "signers_within": {...: str}, "update_norm": MAYBE_NUMBER,
-    "cosine_to_mean": MAYBE_NUMBER, "notes": [str],
-}  # fmt: skip
-_COUNTS = ("num_train", "num_validation", "num_test")
-# What a manifest and its ancestors have in common, as far as somebody relies on it.
-_GENERATION: Shape = {
-    "kind": str, "name": str, "iteration": _is_iteration, "created": str, "body_digest": str,
-    "base": {"name": str, "body_digest": str}, "license": MAYBE_TEXT, "config": dict, "environment": {...: SCALAR},
-    "dataset": {
-        "name": MAYBE_TEXT, "source": MAYBE_TEXT, "fingerprint": MAYBE_TEXT, "labels": [str],
-        **dict.fromkeys(_COUNTS, (int, NoneType)),
-    },
-    "metrics": {...: {...: MAYBE_NUMBER}}, "contributions": [_RECORD],
-    "fused_by": {"config": dict, "environment": {...: SCALAR}},
-}  # fmt: skip
-_MANIFEST: Shape = {
-    **_GENERATION, "kind!": lambda kind: kind in _KINDS, "name!": is_name, "body_digest!": str, "encoding": str,
-    "files!": {...: str}, "outside_body": {...: str}, "identity": str, "card_blocks": [str], "ancestors": [_GENERATION],
-}  # fmt: skip
+def shortened(manifest: Manifest) -> GenerationRecord:
+    """Return a manifest as its descendants carry it under `ancestors`."""
+    kept = GenerationRecord.__annotations__
+    record: Any = {key: manifest[key] for key in kept if key in manifest}  # type: ignore[literal-required]
+    return cast(GenerationRecord, record)
 
 
 def _check_types(document: dict[str, Any], where: str) -> None:
-    """Refuse a manifest whose fields that we rely on have other types than the contract says. Raises ManifestError."""
-    remedy = "fetch or make this directory again"
-    if place := misfit(document, _MANIFEST):
-        raise ManifestError(f"{where}: {place!r} is missing or not what it should be: {remedy}")
+    """Refuse a manifest that is not as its types declare it, or whose names are unsafe. Raises ManifestError."""
+    remedy = "Fetch or make this directory again"
+    if mismatch := find_mismatch(document, Manifest):
+        raise ManifestError(f"{where}: {mismatch}. {remedy}.")
+    generations = (document, *document.get("ancestors", []))
+    records = [record for generation in generations for record in generation.get("contributions", [])]
+    for name in (document["name"], *(record["name"] for record in records)):
+        if not _is_name(name):
+            raise ManifestError(f"{where}: {printable(name)[:40]!r} cannot name a file. {remedy}.")
+    if "files" not in document:
+        raise ManifestError(f"{where}: it lists no files. {remedy}.")
     if not all(map(_is_file, document["files"])):
         raise ManifestError(f"{where}: 'files' names a path outside the directory: do not use this directory")
+
+
+def _is_name(name: str) -> bool:
+    """Return True if a name may become a file's: no slash or line end, not `.` or `..`, not too long."""
+    unsafe = name in ("", ".", "..") or set(name) & set("/\\\0\n\r")
+    return not unsafe and len(name.encode()) <= LONGEST_NAME
+
+
+def _is_file(name: str) -> bool:
+    """Return True if a name in `files` stays below the directory."""
+    inside = bool(name) and name[0] != "/" and ".." not in name.split("/") and "\0" not in name
+    return inside and len(name) <= _LONGEST_PATH and name == PurePosixPath(name).as_posix()

@@ -6,9 +6,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from coldctl.artifacts import layout, model_cache, run
-from coldctl.common.errors import ColdctlError, ModelError
-from coldctl.storage.files import Folder, open_folder
+from coldctl.artifacts import layout, manifest, run
+from coldctl.common.errors import ColdctlError, ManifestError, ModelError
+from coldctl.storage import user_cache
+from coldctl.storage.files import Folder, RemoteFolder, open_folder
 from coldctl.storage.location import Location, is_url, locate
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -27,8 +28,22 @@ class Model:
         return open_folder(self.place)
 
     def local(self) -> Path:
-        """A local directory with its files: a copy in the user's cache if it is in a store. Raises ModelError."""
-        return model_cache.fetched(self.place) if is_url(self.place) else Path(self.place)
+        """Return a local directory with its files: a copy in the user's cache if it is in a store. Raises ModelError."""
+        if not is_url(self.place):
+            return Path(self.place)
+        return user_cache.local_copy(RemoteFolder(self.place), layout.MODEL_FILES, _is_unchanged)
+
+
+def _is_unchanged(copy: Path) -> bool:
+    """Return whether a copy's files have the digests that its manifest states. True without a manifest."""
+    if not (copy / layout.MANIFEST).is_file():
+        return True
+    try:
+        stated = manifest.read(copy)["files"]
+    except ManifestError:
+        return False
+    paths = [path for path in copy.rglob("*") if path.name != layout.MANIFEST]
+    return all(stated.get(path.relative_to(copy).as_posix()) == manifest.digest_of_file(path) for path in paths)
 
 
 def memory_needed(model: Model, *, training: bool) -> int:

@@ -6,22 +6,18 @@ base model is the last promoted one, else the pretrained model.
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+
+import msgspec
 
 from coldctl.artifacts import layout
 from coldctl.common.errors import ConfigError, ManifestError, OutputError
-from coldctl.common.parsing import MAYBE_TEXT, json_value, misfit
+from coldctl.common.parsing import find_mismatch, json_value
 from coldctl.storage import conditional_write
 from coldctl.storage.conditional_write import Version
 from coldctl.storage.location import Location
 
 SCHEMA = 1
-_ITERATION = {"number!": int, "promoted!": bool, "body_digest!": str, "reason": MAYBE_TEXT}
-_SHAPE = {
-    "schema!": int, "base!": lambda text: isinstance(text, str) and text.isprintable(), "revision!": MAYBE_TEXT,
-    "config_digest!": str, "sample!": int, "seed!": int, "gate!": bool, "target!": int, "iterations!": [_ITERATION],
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,14 +30,11 @@ class Iteration:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run as `run.json` holds it. `base` is a MODEL; a path in it is relative to the run's folder.
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """`run.json` as it is stored. `base` is a MODEL; a path in it is relative to the run's folder."""
 
-    `version` is the file that it was read from: nobody else's decision is written over.
-    """
-
-    folder: Location
+    schema: int
     base: str
     revision: str | None
     config_digest: str
@@ -49,7 +42,17 @@ class Run:
     seed: int
     gate: bool
     target: int
-    iterations: tuple[Iteration, ...] = ()
+    iterations: tuple[Iteration, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(RunFile):
+    """A run: its `run.json` and where it is.
+
+    `version` is the file that it was read from: nobody else's decision is written over.
+    """
+
+    folder: Location
     version: Version | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -106,40 +109,22 @@ def read(folder: Location) -> Run:
         raise ManifestError(f"{folder} is not a run (it has no {layout.RUN}): start one with `coldctl plan`")
     try:
         document = json_value(version.data)
-        if place := misfit(document, _SHAPE):
-            raise ValueError(f"{place} is not what it should be")
-        if document["schema"] > SCHEMA:
-            raise ManifestError(f"{path} has schema {document['schema']}, newer than this program's: update coldctl")
-        return Run(
-            folder,
-            base=document["base"],
-            revision=document["revision"],
-            config_digest=document["config_digest"],
-            sample=document["sample"],
-            seed=document["seed"],
-            gate=document["gate"],
-            target=document["target"],
-            iterations=tuple(Iteration(**entry) for entry in document["iterations"]),
-            version=version,
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise ManifestError(f"{path} is not a readable run file ({error}): restore it or start a new RUN") from None
+    except ValueError as error:
+        raise ManifestError(f"{path} is not readable JSON ({error}): restore it or start a new RUN") from None
+    if mismatch := find_mismatch(document, RunFile):
+        raise ManifestError(f"{path}: {mismatch}. Restore it or start a new RUN.")
+    stored = msgspec.convert(document, RunFile)
+    if not stored.base.isprintable():
+        raise ManifestError(f"{path}: 'base' is not printable text. Restore it or start a new RUN.")
+    if stored.schema > SCHEMA:
+        raise ManifestError(f"{path} has schema {stored.schema}, newer than this program's: update coldctl")
+    return Run(**vars(stored), folder=folder, version=version)
 
 
 def write(run: Run) -> None:
     """Write `run.json`, if it still is as `run` was read from it. Raises OutputError if another command was quicker."""
-    document: dict[str, Any] = {
-        "schema": SCHEMA,
-        "base": run.base,
-        "revision": run.revision,
-        "config_digest": run.config_digest,
-        "sample": run.sample,
-        "seed": run.seed,
-        "gate": run.gate,
-        "target": run.target,
-        "iterations": [vars(iteration) for iteration in run.iterations],
-    }
-    path, data = run.folder / layout.RUN, (json.dumps(document, indent=2) + "\n").encode()
+    document = {stored.name: getattr(run, stored.name) for stored in fields(RunFile)}
+    path, data = run.folder / layout.RUN, (json.dumps(document, indent=2, default=vars) + "\n").encode()
     version = run.version
     if not (
         conditional_write.create(path, data) if version is None else conditional_write.replace(path, data, version)

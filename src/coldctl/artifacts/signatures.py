@@ -1,61 +1,94 @@
-"""Who signed a directory, and what of it is not as it was signed: OpenSSF model signatures, read without any network.
+"""Verify OpenSSF model signatures by the `model_signing` library, without any network.
 
-`model.sig` is a DSSE envelope in a Sigstore bundle: a statement that names every file with its sha256, and an elliptic-curve
-signature over it. It is a stranger's file, so it is bounded, and nothing in it is looked at before the signature is found
-good, but for the envelope itself. Files are read through `Folder`, so a contribution in a store is verified where it is.
+A signature covers every file of a directory. The library verifies it; this module picks the key, bounds what a stranger's
+`model.sig` can cost, and lets no signer leave files out. A contribution in a store is verified as a local copy in the cache.
 """
 
 import base64
 import hashlib
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+import importlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coldctl.artifacts import layout
-from coldctl.artifacts.manifest import Manifest, digest_of_reader, parse
-from coldctl.artifacts.output import IDENTITY
-from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, ManifestError, ModelError
+from coldctl.artifacts.partial_output import IDENTITY
+from coldctl.common.errors import CheckpointError, ConfigError, ModelError
 from coldctl.common.parsing import json_value
 from coldctl.core.config import check_name
-from coldctl.storage.files import Folder
+from coldctl.storage import user_cache
+from coldctl.storage.files import Folder, LocalFolder, RemoteFolder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 SIGNATURE_LIMIT = 4 << 20  # bytes of a signature file: a few hundred per file that it covers
 KEY_LIMIT = 64 << 10  # bytes of a key's file
-CURVES = {"secp256r1": "SHA256", "secp384r1": "SHA384", "secp521r1": "SHA512"}  # and the digest that goes with each
-REMEDY = "install it with `pip install coldctl[sign]`"
-_PAYLOAD_TYPE = "application/vnd.in-toto+json"
-_STATEMENT = "https://in-toto.io/Statement/v1"
-_PREDICATE = "https://model_signing/signature/v1.0"
-_LISTED = 5  # files that the verdict on one directory names
-# What git, the Hub's downloads and unfinished outputs keep beside a model's files; nothing of it is ever read.
-_BESIDE = (".git/", ".github/", ".cache/huggingface/")
+CURVES = ("secp256r1", "secp384r1", "secp521r1")
+# What the Hub's downloads and unfinished outputs keep beside a model's files. The library itself ignores git's files.
+_IGNORED = (layout.SIGNATURE, ".cache/huggingface", IDENTITY)
+_REMEDY = "install it with `pip install coldctl[sign]`"
+_LISTED = 5  # names in one message
 
 
 @dataclass(frozen=True)
 class TrustedKey:
-    """A public key, under the name that its owner is known by here. `fingerprint` is the sha256 of its DER form."""
+    """A public key with the name of its owner. `fingerprint` is the sha256 of its DER form."""
 
     name: str
     fingerprint: str
-    hint: str  # how a signature's file says which key it is by: the sha256 of its PEM form
-    public: "EllipticCurvePublicKey" = field(repr=False, compare=False)
+    pem: bytes
+
+    @property
+    def hint(self) -> str:
+        """Return how a signature file identifies the key: by the sha256 of its PEM form."""
+        return hashlib.sha256(self.pem).hexdigest()
 
 
 @dataclass(frozen=True)
 class Signed:
-    """A signature that was found good: whose it is, and the sha256 of each file that it covers."""
+    """A directory whose signature was verified: by which key, where the files lie, and the sha256 of each."""
 
     key: TrustedKey
+    folder: LocalFolder
     files: Mapping[str, str]
+
+    def check_covers(self, names: Iterable[str]) -> None:
+        """Raise CheckpointError for a file that the signature does not cover, such as one in git's folder."""
+        if uncovered := sorted(set(names) - set(self.files)):
+            raise CheckpointError(f"{uncovered[0]} is not covered by the signature of {self.key.name}")
+
+
+class AllFiles:
+    """The library's hashing of all files of a directory by sha256. Keeps the digests in `files`."""
+
+    def __init__(self, name: str | None = None) -> None:
+        """`name` replaces the directory's own name, which only its owner should know."""
+        config = library("hashing").Config().set_ignored_paths(paths=_IGNORED)
+        self._config = config if name is not None else config.set_allow_symlinks(True)
+        self._name = name
+        self.files: dict[str, str] = {}
+
+    def add_ignored_paths(self, **_: Any) -> None:
+        """Ignore nothing else: the files that a signer left out are not signed."""
+
+    def hash(self, model_path: Path, **_: Any) -> Any:
+        """Return the library's manifest of a directory."""
+        manifests = library("manifest")
+        manifest = self._config.hash(model_path)
+        resources = list(manifest.resource_descriptors())
+        self.files = {resource.identifier: f"sha256:{resource.digest.digest_hex}" for resource in resources}
+        if self._name is None:
+            return manifest
+        files = [manifests.FileManifestItem(path=Path(file.identifier), digest=file.digest) for file in resources]
+        return manifests.Manifest(self._name, files, manifests.SerializationType.from_args(manifest.serialization_type))
 
 
 def trusted_keys(folder: Path) -> list[TrustedKey]:
-    """The public keys `NAME.pem` of a directory, by name. Raises ConfigError if there are none, or one cannot be used."""
+    """Read the public keys `NAME.pem` of a directory, by name. Raises ConfigError if there are none, or one cannot be used."""
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix == ".pem" and not path.name.startswith("."))
         odd = [path.name for path in paths if not path.is_file()]
@@ -77,12 +110,12 @@ def trusted_keys(folder: Path) -> list[TrustedKey]:
 
 
 def public_key(path: Path, flag: str) -> TrustedKey:
-    """The public key in a PEM file, called as the file is. Raises ConfigError, naming `flag`."""
+    """Read the public key in a PEM file, named after the file. Raises ConfigError, naming `flag`."""
     try:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
-        raise ModelError(f"signatures need the cryptography library: {REMEDY}") from None
+        raise ModelError(f"signatures need the cryptography library: {_REMEDY}") from None
     check_name(path.stem, f"{flag} {path}")
     try:
         with path.open("rb") as file:
@@ -104,125 +137,93 @@ def public_key(path: Path, flag: str) -> TrustedKey:
 
 
 def named(name: str, public: "EllipticCurvePublicKey") -> TrustedKey:
-    """A public key under a name."""
+    """Return a public key as that of its owner `name`."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     der, pem = (public.public_bytes(form, PublicFormat.SubjectPublicKeyInfo) for form in (Encoding.DER, Encoding.PEM))
-    return TrustedKey(name, "sha256:" + hashlib.sha256(der).hexdigest(), hashlib.sha256(pem).hexdigest(), public)
+    return TrustedKey(name, "sha256:" + hashlib.sha256(der).hexdigest(), pem)
 
 
-def read(folder: Folder, keys: Sequence[TrustedKey]) -> Signed:
-    """The signature of a directory, if one of `keys` made it. Raises CheckpointError with the reason if none did."""
+def verify(folder: Folder, keys: Sequence[TrustedKey]) -> Signed:
+    """Verify that one of `keys` signed a directory and that all its files are as they were signed.
+
+    A directory in a store is downloaded into the user's cache if it names one of the keys. Raises CheckpointError.
+    """
+    if isinstance(folder, LocalFolder):
+        return _verify(folder, keys)
+    _signer(_signature(folder), keys)  # others' files are not downloaded
+    assert isinstance(folder, RemoteFolder)
+    copy = user_cache.local_copy(folder, None, is_sound=lambda _: True)
+    try:
+        return _verify(LocalFolder(copy), keys)
+    except CheckpointError:
+        shutil.rmtree(copy, ignore_errors=True)  # it may be the copy that was damaged
+        raise
+
+
+def _verify(folder: LocalFolder, keys: Sequence[TrustedKey]) -> Signed:
+    signature = _signature(folder)
+    key = _signer(signature, keys)
+    for name in folder.walk():
+        folder.open(name).close()  # refuses links to outside and what is no plain file
+    hashing = AllFiles()
+    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+        public, bundle = Path(scratch) / "key.pem", Path(scratch) / layout.SIGNATURE
+        public.write_bytes(key.pem)
+        bundle.write_bytes(signature)
+        verifier = library("verifying").Config().use_elliptic_key_verifier(public_key=public)
+        try:
+            verifier.set_hashing_config(hashing).verify(folder.path, bundle)
+        except Exception as error:  # the library lets its parsers' errors pass
+            reason = f"its signature was changed, or is not by {key.name}"
+            if hashing.files:  # these are hashed once the signature itself is verified
+                reason = _differences(signature, hashing.files) or " ".join(str(error).split())
+            raise CheckpointError(reason) from None
+    return Signed(key, folder, hashing.files)
+
+
+def _differences(signature: bytes, files: Mapping[str, str]) -> str:
+    """Return which files are not as a verified signature states them, in words."""
+    try:
+        envelope = json_value(signature, SIGNATURE_LIMIT)["dsseEnvelope"]
+        predicate = json_value(base64.b64decode(envelope["payload"]), SIGNATURE_LIMIT)["predicate"]
+        if (predicate["serialization"]["method"], predicate["serialization"]["hash_type"]) != ("files", "sha256"):
+            raise ValueError("shards, or another digest")
+        signed = {resource["name"]: f"sha256:{resource['digest']}" for resource in predicate["resources"]}
+    except (ValueError, KeyError, TypeError):
+        remedy = "sign it again, file by file, with sha256"
+        return f"{layout.SIGNATURE} states its files in a way that is not read here: {remedy}"
+    problems = [f"{name} was not there when it was signed" for name in sorted(set(files) - set(signed))]
+    problems += [f"{name} is missing" for name in sorted(set(signed) - set(files))]
+    problems += [
+        f"{name} is not as it was signed" for name in sorted(files) if signed.get(name, files[name]) != files[name]
+    ]
+    return ", ".join(problems[:_LISTED]) + (f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else "")
+
+
+def _signature(folder: Folder) -> bytes:
     if not folder.has(layout.SIGNATURE):
         raise CheckpointError(f"it is not signed: there is no {layout.SIGNATURE}")
-    payload, signature, hint = _envelope(folder.read(layout.SIGNATURE, SIGNATURE_LIMIT))
-    candidates = [key for key in keys if hint is None or key.hint == hint]
-    if not candidates:
-        raise CheckpointError(f"it is signed by an unknown key: trusted are {_some([key.name for key in keys])}")
-    for key in candidates:
-        if _verifies(key, payload, signature):
-            return Signed(key, _statement(payload))
-    raise CheckpointError(f"its signature was changed, or is not by {_some([key.name for key in candidates])}")
+    return folder.read(layout.SIGNATURE, SIGNATURE_LIMIT)
 
 
-def differences(folder: Folder, signed: Signed, *, manifest_proves: bool) -> list[str]:
-    """What of a directory is not as it was signed, in sentences: files that differ, are missing, or were added.
-
-    Every file is read and hashed, unless `manifest_proves`: then the caller is going to prove each file of the model that a
-    signed `coldctl.json` names against that manifest, and only the others are read here.
-    """
-    found = sorted(name for name in folder.walk() if not _beside(name))
-    problems = [f"{name} was not there when it was signed" for name in found if name not in signed.files]
-    problems += [f"{name} is missing" for name in sorted(set(signed.files) - set(found))]
-    present = [name for name in found if name in signed.files]
-    stated = _stated_by_manifest(folder, signed) if manifest_proves else {}
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda name: stated.get(name) or _digest(folder, name), present))
-    problems += [
-        f"{name} is not as it was signed"
-        for name, digest in zip(present, digests, strict=True)
-        if digest != signed.files[name]
-    ]
-    more = [f"and {len(problems) - _LISTED} more files are not as they were signed"] if len(problems) > _LISTED else []
-    return [*problems[:_LISTED], *more]
-
-
-def _stated_by_manifest(folder: Folder, signed: Signed) -> dict[str, str]:
-    """The digests in a manifest that is itself as it was signed, of the model's own files; none without one."""
-    if layout.MANIFEST not in signed.files or not folder.has(layout.MANIFEST):
-        return {}
-    data = folder.read(layout.MANIFEST)
-    if "sha256:" + hashlib.sha256(data).hexdigest() != signed.files[layout.MANIFEST]:
-        return {}
+def _signer(signature: bytes, keys: Sequence[TrustedKey]) -> TrustedKey:
+    """Return the key that a signature file names. Raises CheckpointError if it is none of `keys`."""
     try:
-        document: Manifest = parse(data, f"{folder.label}/{layout.MANIFEST}")
-    except ManifestError:  # signed, but no manifest that anything can be proven by
-        return {}
-    return {name: str(digest) for name, digest in document["files"].items() if name != layout.CARD}
-
-
-def _digest(folder: Folder, name: str) -> str:
-    try:
-        return digest_of_reader(folder.open(name))
-    except ColdctlError:  # a link to elsewhere, or a file that cannot be read: not what was signed
-        return ""
-
-
-def _beside(name: str) -> bool:
-    return name in (layout.SIGNATURE, IDENTITY, *layout.KEPT_BY_GIT) or name.startswith(_BESIDE)
-
-
-def _envelope(data: bytes) -> tuple[bytes, bytes, str | None]:
-    """The payload, the signature and the key's hint of a Sigstore bundle. Raises CheckpointError."""
-    try:
-        bundle = json_value(data, SIGNATURE_LIMIT)
-        envelope = bundle["dsseEnvelope"]
-        if envelope["payloadType"] != _PAYLOAD_TYPE:
-            raise ValueError("another type of payload")
-        hint = bundle["verificationMaterial"]["publicKey"].get("hint")
-        payload = base64.b64decode(envelope["payload"], validate=True)
-        signature = base64.b64decode(envelope["signatures"][0]["sig"], validate=True)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        hint = json_value(signature, SIGNATURE_LIMIT)["verificationMaterial"]["publicKey"]["hint"]
+    except (ValueError, KeyError, IndexError, TypeError):
         raise CheckpointError(f"{layout.SIGNATURE} is no model signature made with a key: sign it again") from None
-    return payload, signature, hint if isinstance(hint, str) else None
+    for key in keys:
+        if key.hint == hint:
+            return key
+    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    names = ", ".join(key.name for key in keys[:_LISTED])
+    raise CheckpointError(f"it is signed by an unknown key: trusted are {names}{more}")
 
 
-def _verifies(key: TrustedKey, payload: bytes, signature: bytes) -> bool:
-    """Whether `signature` is the key's over the payload in DSSE's encoding."""
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    message = b"DSSEv1 %d %s %d %s" % (len(_PAYLOAD_TYPE), _PAYLOAD_TYPE.encode(), len(payload), payload)
-    algorithm: hashes.HashAlgorithm = getattr(hashes, CURVES[key.public.curve.name])()
+def library(module: str) -> Any:
+    """Import a module of `model_signing`. Raises ModelError if it is not installed."""
     try:
-        key.public.verify(signature, message, ec.ECDSA(algorithm))
-    except InvalidSignature:
-        return False
-    return True
-
-
-def _statement(payload: bytes) -> dict[str, str]:
-    """The files and digests that a good signature is over. Raises CheckpointError if they are stated in another way."""
-    try:
-        statement = json_value(payload, SIGNATURE_LIMIT)
-        predicate = statement["predicate"]
-        how = predicate["serialization"]
-        kinds = (statement["_type"], statement["predicateType"], how["method"])
-        if kinds != (_STATEMENT, _PREDICATE, "files"):
-            raise ValueError("another kind of statement")
-        files: dict[str, str] = {}
-        for resource in predicate["resources"]:
-            if resource["algorithm"] != "sha256" or not isinstance(resource["name"], str):
-                raise ValueError("another kind of digest")
-            files[resource["name"]] = f"sha256:{resource['digest']}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(
-            f"{layout.SIGNATURE} states its files in a way that is not read here: sign it again, file by file, with sha256"
-        ) from None
-    return files
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+        return importlib.import_module(f"model_signing.{module}")
+    except ImportError:
+        raise ModelError(f"signatures need the model-signing library: {_REMEDY}") from None

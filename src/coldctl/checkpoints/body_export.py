@@ -12,7 +12,7 @@ import numpy as np
 from coldctl.artifacts import layout
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, digest_prelude
 from coldctl.checkpoints.describe import bare_config
-from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, Tensor
+from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, Tensor, rounded
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
@@ -43,14 +43,14 @@ def write_body(
     `task` is what the progress bar is called.
     Raises CheckpointError for a value that is not finite in `dtype`.
     """
-    wanted = DTYPE_NAMES[dtype] if dtype else None
+    target = DTYPE_NAMES[dtype] if dtype else None
     layouts = {
-        name: Layout(name, wanted if wanted and tensor.floating else tensor.dtype, tensor.shape)
+        name: Layout(name, target if target and tensor.floating else tensor.dtype, tensor.shape)
         for name, tensor in source.body.items()
     }
     converts = any(layouts[name].dtype != tensor.dtype for name, tensor in source.body.items())
     ordered = file_order(list(layouts.values()))
-    floating = [item.name for item in ordered if source.body[item.name].floating]
+    floating = [entry.name for entry in ordered if source.body[entry.name].floating]
     # The body digest goes by name and the file by width: the same order, unless dtypes are mixed and left as they are.
     provable = floating == sorted(floating)
     reading, writing = hashlib.sha256(), hashlib.sha256()
@@ -59,29 +59,29 @@ def write_body(
     pending: Future[None] | None = None
     try:
         with ThreadPoolExecutor(1) as beside:
-            for name, start, part in _pieces(source, ordered):
+            for name, start, chunk in _chunks(source, ordered):
                 tensor = source.body[name]
-                made = _rounded(name, tensor, layouts[name].dtype, part)
+                made = _rounded(name, tensor, layouts[name].dtype, chunk)
                 if pending is not None:
                     pending.result()
                 if tensor.floating and provable:
                     head = digest_prelude(name, tensor) if start == 0 else b""
                     other = digest_prelude(name, _as(tensor, layouts[name].dtype)) if start == 0 else b""
                     pending = beside.submit(
-                        _hash, [(reading, head, part), *([(writing, other, made)] if converts else [])]
+                        _hash, [(reading, head, chunk), *([(writing, other, made)] if converts else [])]
                     )
                 writer.write(made)
-                progress.advance(task, len(part))
+                progress.advance(task, len(chunk))
             if pending is not None:
                 pending.result()
         writer.close()
     finally:
         writer.abandon()
         progress.end(task)
-    found = f"sha256:{reading.hexdigest()}" if provable else body_digest(source)
+    digest = f"sha256:{reading.hexdigest()}" if provable else body_digest(source)
     if not converts:
-        return WrittenBody(found, found, writer.digests)
-    return WrittenBody(found, f"sha256:{writing.hexdigest()}", writer.digests)
+        return WrittenBody(digest, digest, writer.digests)
+    return WrittenBody(digest, f"sha256:{writing.hexdigest()}", writer.digests)
 
 
 def write_config(source: Checkpoint, folder: Path, dtype: str | None) -> None:
@@ -91,27 +91,26 @@ def write_config(source: Checkpoint, folder: Path, dtype: str | None) -> None:
     (folder / layout.MODEL_CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _pieces(source: Checkpoint, ordered: list[Layout]) -> Iterator[tuple[str, int, memoryview]]:
-    """Pieces of the tensors in order. Three buffers take turns: one is read, one is written, one may still be hashed."""
+def _chunks(source: Checkpoint, ordered: list[Layout]) -> Iterator[tuple[str, int, memoryview]]:
+    """Yield name, offset in bytes and bytes of each chunk in order. Three buffers take turns: read, written, hashed."""
     buffers = [memoryview(bytearray(_CHUNK)) for _ in range(3)]
     turn = 0
-    for item in ordered:
-        tensor = source.body[item.name]
+    for entry in ordered:
+        tensor = source.body[entry.name]
         itemsize = DTYPES[tensor.dtype].itemsize
-        for start in range(0, max(1, tensor.nbytes), _CHUNK):  # an empty tensor is one empty piece
-            part = buffers[turn][: min(_CHUNK, tensor.nbytes - start)]
+        for start in range(0, max(1, tensor.nbytes), _CHUNK):  # an empty tensor is one empty chunk
+            chunk = buffers[turn][: min(_CHUNK, tensor.nbytes - start)]
             turn = (turn + 1) % len(buffers)
-            source.read_into(tensor, start // itemsize, part)
-            yield item.name, start, part
+            source.read_into(tensor, start // itemsize, chunk)
+            yield entry.name, start, chunk
 
 
-def _rounded(name: str, tensor: Tensor, dtype: str, part: memoryview) -> memoryview:
-    """The bytes of a piece in another dtype, rounded to nearest even."""
+def _rounded(name: str, tensor: Tensor, dtype: str, chunk: memoryview) -> memoryview:
+    """Round the bytes of a chunk to another dtype. Raises CheckpointError for a value that is not finite in it."""
     if dtype == tensor.dtype:
-        return part
-    values = np.frombuffer(part, DTYPES[tensor.dtype])
-    with np.errstate(over="ignore", invalid="ignore"):
-        made = values.astype(DTYPES[dtype])
+        return chunk
+    values = np.frombuffer(chunk, DTYPES[tensor.dtype])
+    made = rounded(values, DTYPES[dtype])
     if not np.isfinite(made.astype(np.float32)).all():
         raise CheckpointError(
             f"{name} holds a value that is no finite number in {dtype}: take --dtype bfloat16 or float32"
@@ -124,6 +123,6 @@ def _as(tensor: Tensor, dtype: str) -> Tensor:
 
 
 def _hash(work: list[tuple["hashlib._Hash", bytes, memoryview]]) -> None:
-    for hasher, head, part in work:
+    for hasher, head, chunk in work:
         hasher.update(head)
-        hasher.update(part)
+        hasher.update(chunk)

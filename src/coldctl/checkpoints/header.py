@@ -137,14 +137,14 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
     return document
 
 
-def rounded(values: NDArray[np.float64], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Round float64 values to `dtype`, once, to nearest with ties to even.
+def rounded(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Round floating values to `dtype`, once, to nearest with ties to even.
 
-    The conversions of ml_dtypes go through float32 and would round twice, so for them the float32 in between
+    The conversions of ml_dtypes go through float32 and would round float64 twice, so for them the float32 in between
     is rounded to odd, which keeps what the second rounding needs to know (Boldo and Melquiond 2008).
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        if dtype in (np.float64, np.float32, np.float16):
+        if values.dtype != np.float64 or dtype in (np.float64, np.float32, np.float16):
             return values.astype(dtype)
         single = values.astype(np.float32)
         bits = single.view(np.uint32)

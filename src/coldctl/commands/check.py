@@ -99,16 +99,14 @@ def check(
 
 
 def _unsigned(item: Candidate, keys: Sequence[TrustedKey]) -> list[str]:
-    """What is not as the owner of one of the keys signed it."""
-    folder = open_folder(item.place)
+    """Return why the signature is not accepted. Note the signer if it is."""
     try:
-        signed = signatures.read(folder, keys)
-        found = signatures.differences(folder, signed, manifest_proves=False)
+        signed = signatures.verify(open_folder(item.place), keys)
+        signed.check_covers(item.checkpoint.files if item.checkpoint is not None else ())
     except ColdctlError as error:
         return [error.message]
-    if not found:
-        item.notes.append(f"signed by {signed.key.name}")
-    return found
+    item.notes.append(f"signed by {signed.key.name}")
+    return []
 
 
 def _checked(item: Candidate) -> Checked:

@@ -40,12 +40,12 @@ from coldctl.evaluation import results as results_file
 from coldctl.evaluation.charts import curve_chart, gain_chart
 from coldctl.evaluation.markdown import markdown, overlap_sentences
 from coldctl.evaluation.page import page
+from coldctl.evaluation.results import OverlapEntry, Results
 from coldctl.fusing.contributions import free_names
 from coldctl.fusing.passes import prove
 from coldctl.storage.location import Location, locate
 from coldctl.workers.jobs import Engine, Needs
 
-SCHEMA = 1  # of results.json
 CELL_SCHEMA = 4
 # Settings of [finetune] that say how a contribution is made; a measurement trains everything, freely.
 _CONTRIBUTORS_OWN = (
@@ -104,7 +104,7 @@ class Evaluated:
     """What `evaluate` found, as `results.json` holds it, and whether it already stood there."""
 
     path: Location
-    results: dict[str, Any]
+    results: Results
     unchanged: bool
 
 
@@ -149,15 +149,14 @@ def evaluate(
             progress.note(f"{dataset.name}: {sentence}")
     for sentence in overlap_sentences({"overlaps": [item for item in overlaps if item["test_of"] != item["train_of"]]}):
         progress.note(sentence)
-    with output.writing(destination, key, overwrite=overwrite) as unfinished:
+    with output.atomic_output(destination, key, overwrite=overwrite) as unfinished:
         folder = _cell_folder(destination, unfinished)
         cells_of = partial(
             _cells, datasets=datasets, loaded=loaded, config=config, finetuning=finetuning, folder=folder
         )
         compute = partial(_compute, known=_known_cells(destination, contenders), engine=engine, progress=progress)
         cells = _measured(contenders, cells_of, compute, config, progress)
-        results = _results(contenders, datasets, loaded, cells, config)
-        results["overlaps"] = overlaps
+        results = _results(contenders, datasets, loaded, cells, config, overlaps)
         (unfinished / layout.RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         document: manifest.Manifest = {
             "kind": "evaluation",
@@ -279,7 +278,7 @@ def _contenders(candidates: Sequence[Candidate]) -> list[Contender]:
     return contenders
 
 
-def _overlaps(loaded: dict[str, Dataset]) -> list[dict[str, Any]]:
+def _overlaps(loaded: dict[str, Dataset]) -> list[OverlapEntry]:
     """Test examples, as limited, that also stand in the whole training split of a dataset of the suite."""
     counts = (
         (test, train, loaded[test].tested_in(loaded[train]), len(loaded[test].test))
@@ -293,7 +292,7 @@ def _overlaps(loaded: dict[str, Dataset]) -> list[dict[str, Any]]:
     ]
 
 
-def _earlier(destination: Location, results: dict[str, Any], document: manifest.Manifest) -> list[dict[str, Any]]:
+def _earlier(destination: Location, results: Results, document: manifest.Manifest) -> list[Results]:
     """What the RUN that `destination` belongs to found in its other iterations, where it can be compared."""
     enclosing = layout.enclosing_run(destination.parent)
     if enclosing is None:
@@ -311,7 +310,7 @@ def _earlier(destination: Location, results: dict[str, Any], document: manifest.
     return found
 
 
-def _measured_as(results: dict[str, Any]) -> tuple[Any, ...]:
+def _measured_as(results: Results) -> tuple[Any, ...]:
     """What two evaluations must share, beside their settings, for their averages to be held against each other."""
     suite = {(entry["dataset"], entry["role"], entry["metric"]) for entry in results["results"]}
     return results["baseline"], results["fingerprints"], suite
@@ -565,7 +564,8 @@ def _results(
     loaded: dict[str, Dataset],
     cells: Sequence[Cell],
     config: EvaluateConfig,
-) -> dict[str, Any]:
+    overlaps: list[OverlapEntry],
+) -> Results:
     """`results.json`: one entry per model, dataset and protocol, then the averages over groups of datasets."""
     predictions = {}
     files = {}
@@ -581,7 +581,8 @@ def _results(
             dtype = loaded[dataset.name].test.labels.dtype
             predictions[cell.contender.name, dataset.name, cell.protocol, cell.seed] = np.asarray(part, dtype)
     baseline, *others = contenders
-    results, averages = [], []
+    results: list[Any] = []
+    averages: list[Any] = []
     for contender in others:
         measured = {cell.protocol for cell in cells if cell.contender == contender}
         for protocol in [name for name in PROTOCOLS if name in measured]:
@@ -609,7 +610,7 @@ def _results(
             results += entries
             averages += _averages(contender, protocol, entries, resamples, certain=certain)
     return {
-        "schema": SCHEMA,
+        "schema": 1,
         "baseline": {"name": baseline.name, "body_digest": baseline.body_digest},
         "models": [
             {"name": item.name, "body_digest": item.body_digest, "run": item.run, "iteration": item.iteration}
@@ -618,6 +619,7 @@ def _results(
         "fingerprints": {dataset.name: loaded[dataset.name].fingerprint for dataset in datasets},
         "results": results,
         "averages": averages,
+        "overlaps": overlaps,
     }
 
 

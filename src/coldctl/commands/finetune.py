@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,7 +99,7 @@ class Finetuned:
     name: str
     path: str
     unchanged: bool
-    manifest: Manifest
+    manifest: Mapping[str, Any]  # empty in a process of a team that writes nothing
     seconds: float
     train_examples_per_second: float | None
     stopped: str | None
@@ -121,7 +121,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             job, work = _gone_on_with(job, _prepared(job), progress)
             destination = locate(job.destination)
             if team.is_main and not output.is_done(destination, work.key, overwrite=job.overwrite):
-                working = output.working(destination, work.key, overwrite=job.overwrite, progress=progress)
+                working = output.local_workdir(destination, work.key, overwrite=job.overwrite, progress=progress)
                 folder = stack.enter_context(working)
         except OutputError as caught:
             others = ", or another --name if it is another contributor's" if job.joins else ""
@@ -142,7 +142,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             if is_url(job.base.place):  # what is sent is measured against the base: its copy is read, not the store
                 work = replace(work, source=open_checkpoint(LocalFolder(base), job.base.name))
             trained = _train(job, work, base, folder, threads, progress, team)
-            document = _manifest(job, work, folder, trained, threads) if team.is_main else {}
+            document: Mapping[str, Any] = _manifest(job, work, folder, trained, threads) if team.is_main else {}
             if team.is_main and job.sign_key is not None:
                 _signing().sign(folder, job.sign_key)
         except (ColdctlError, OSError) as caught:
@@ -239,7 +239,7 @@ def single_job(
     begun = [
         Begun(resolve(start, found.revision), str(layout.contributions(destination, earlier) / called), earlier)
         for earlier, start in found.bases.items()
-        if earlier < number and output.unfinished(layout.contributions(destination, earlier) / called) is not None
+        if earlier < number and output.partial_identity(layout.contributions(destination, earlier) / called) is not None
     ]
     return Job(
         dataset, base, str(place), called, config, number, overwrite, watching, sign_key, joins=True, begun=tuple(begun)
@@ -263,11 +263,11 @@ def _gone_on_with(job: Job, work: "_Prepared", progress: Progress) -> "tuple[Job
         again = replace(job, base=before.base, destination=before.destination, iteration=before.iteration)
         source = open_checkpoint(again.base.folder, again.base.name)
         earlier = _identified(again, work.dataset, source)
-        if output.unfinished(locate(before.destination)) != earlier.key:
+        if output.partial_identity(locate(before.destination)) != earlier.key:
             continue
         if job.overwrite:
             with suppress(OutputError):
-                output.drop(locate(before.destination))
+                output.discard_partial(locate(before.destination))
             continue
         prove(source)
         progress.note(
@@ -345,7 +345,8 @@ def _prepared(job: Job) -> _Prepared:
 
 def _identified(job: Job, dataset: Dataset, source: Checkpoint) -> _Prepared:
     base_digest = source.manifest["body_digest"] if source.manifest else body_digest(source)
-    number = job.iteration or (((source.manifest or {}).get("iteration") or 0) + 1)
+    earlier = source.manifest.get("iteration") if source.manifest else None
+    number = job.iteration or (earlier or 0) + 1
     key = identity(
         "finetune", job.config, base=base_digest, dataset=dataset.fingerprint, name=job.name, metric=job.dataset.metric,
         iteration=number, license=job.dataset.license,
@@ -414,7 +415,7 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
         sanitize.copy_tokenizer(work.source.folder, folder)
     written = open_written(folder, job.name, work.source, config)
     before = work.source.manifest
-    ancestor: dict[str, Any] = (
+    ancestor: manifest.GenerationRecord = (
         manifest.shortened(before)
         if before
         else {"kind": "pretrained", "name": job.base.name, "body_digest": work.base_digest}

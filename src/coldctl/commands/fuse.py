@@ -96,7 +96,7 @@ def fuse(
     output.is_done(destination, "", overwrite=overwrite)
     spread = spread_over(engine, base_checkpoint, progress) if engine is not None and engine.distant else None
     job = Fusion(base, base_checkpoint, request, scale, destination, progress, spread, _chart(config))
-    with output.writing(destination, None, overwrite=overwrite) as partial:
+    with output.atomic_output(destination, None, overwrite=overwrite) as partial:
         if closed and layout.is_complete(destination):  # others continue from it, so it must not be replaced
             raise BusyError(f"{destination} was completed by another command meanwhile: run the same command again")
         document = job.run(partial)

@@ -1,7 +1,6 @@
-"""`coldctl plan` and `coldctl promote`: the two ends of an iteration, kept in `run.json`; `coldctl variants` before them.
+"""`coldctl plan` and `coldctl promote`: the two ends of an iteration, kept in `run.json`.
 
-`plan` says which iterations are still to be made, `promote` decides about the one that has just been. `variants` writes
-the configurations of the runs that an experiment compares.
+`plan` says which iterations are still to be made, `promote` decides about the one that has just been.
 """
 
 import os
@@ -9,32 +8,15 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from coldctl.artifacts import layout, manifest, output, placing, run
+from coldctl.artifacts import layout, manifest, run, store_output
 from coldctl.artifacts.model_ref import Model, resolve
 from coldctl.artifacts.run import Iteration, Run
 from coldctl.common.errors import ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Progress
 from coldctl.core.config import ConfigFile, RunConfig, contributors_of
 from coldctl.evaluation import results, scoring
-from coldctl.publishing import experiment
-from coldctl.publishing.experiment import Variant
 from coldctl.storage import conditional_write
 from coldctl.storage.location import Location, children
-
-
-def variants(file: Path, folder: Path) -> list[Variant]:
-    """Write the configuration of each variant of an experiment into `folder`, as `NAME.toml`.
-
-    Raises ConfigError, also if one of that name is there that says something else: its run may have begun.
-    """
-    found = experiment.read(file, folder)
-    for variant in found:
-        path = folder / f"{variant.name}.toml"
-        if path.exists() and path.read_text(encoding="utf-8") != variant.text:
-            raise ConfigError(f"{path} is of another experiment than {file}: give another --output, or restore {file}")
-    for variant in found:
-        output.write_text(folder / f"{variant.name}.toml", variant.text)
-    return found
 
 
 def plan(
@@ -63,7 +45,18 @@ def plan(
     elif Path(base).is_absolute():  # others find nothing of this machine
         base = f"./{layout.PRETRAINED}"
     wanted = iterations if target is None else target
-    planned = Run(folder, base, config.revision, file.digest, config.sample, seed, gate, target=wanted)
+    planned = Run(
+        schema=run.SCHEMA,
+        folder=folder,
+        base=base,
+        revision=config.revision,
+        config_digest=file.digest,
+        sample=config.sample,
+        seed=seed,
+        gate=gate,
+        target=wanted,
+        iterations=(),
+    )
     if run.is_run(folder):
         found = run.read(folder)
         if target is not None:
@@ -88,7 +81,7 @@ def _share(model: Model, place: Location, progress: Progress) -> None:
             raise ConfigError(f"{place} holds another model than {model.place}: restore the base, or give a new RUN")
         return
     progress.note(f"{model.name} is stored in {place}: whoever works on the run starts from there")
-    placing.send(Path(model.place), place, progress, _belongs)
+    store_output.upload(Path(model.place), place, progress, _belongs)
     conditional_write.create(marker, digest.encode())
 
 

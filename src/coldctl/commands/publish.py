@@ -21,8 +21,8 @@ from coldctl.evaluation import results
 from coldctl.evaluation.charts import gain_chart
 from coldctl.fusing.passes import prove
 from coldctl.publishing import privacy, tokenizer
-from coldctl.publishing.card import Subject, card
-from coldctl.publishing.targets import DryTarget, LocalTarget, Sending, StoreTarget, Target, standing_in
+from coldctl.publishing.card import CardContext, EarlierCard, card, earlier_card
+from coldctl.publishing.targets import DryTarget, LocalTarget, StoreTarget, Target, Upload, current_in
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, is_url
 
@@ -34,7 +34,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class Published:
-    """What was published where, and whether it already stood there. `files` are names and sizes in bytes."""
+    """A finished publication: its place, and whether it was complete before. `files` are names and sizes in bytes."""
 
     place: str
     manifest: Manifest
@@ -45,7 +45,7 @@ class Published:
 
 @dataclass
 class _Work:
-    """One publication on its way: what goes in, and what was found out about it."""
+    """A publication in progress: its inputs, and what was derived from them."""
 
     model: Model
     source: Checkpoint
@@ -62,14 +62,14 @@ class _Work:
 
     @property
     def converted_from(self) -> str | None:
-        """The dtype of the source's weights, if they are published in another one."""
+        """Return the dtype of the source's weights if they are published in another one."""
         names = {code: name for name, code in DTYPE_NAMES.items()}
         before = {names.get(tensor.dtype, tensor.dtype) for tensor in self.source.body.values() if tensor.floating}
         return ", ".join(sorted(before)) if self.config.dtype and before != {self.config.dtype} else None
 
 
 def target_of(to: str, progress: Progress, *, private: bool, create_pr: bool, dry_run: bool) -> Target:
-    """The target that `--to` means; with `dry_run` one that is only looked at.
+    """Return the target that `--to` means; with `dry_run` one that nothing is sent to.
 
     Raises ConfigError for a name that the Hub refuses, or a flag that only the Hub knows.
     """
@@ -107,18 +107,19 @@ def publish(
         output.refuse_overlap(target.path, [model.place, *([evaluation] if evaluation else [])], flag="--to")
     work = _prepared(model, target, config, evaluation, sign_key, progress)
     if target.is_done(work.key, overwrite=overwrite):
-        standing = target.standing()[1]
-        assert standing is not None
-        target.settle(_tag(standing))
-        return Published(target.label, standing, unchanged=True)
-    with target.writing() as sending:
-        document = _fill(work, target, sending)
+        document = target.current()[1]
+        assert document is not None
+        target.repair_tag(_tag(document))
+        return Published(target.label, document, unchanged=True)
+    earlier = _earlier_cards(work, target)
+    with target.writing() as upload:
+        document = _fill(work, target, upload, earlier)
         files = {
-            path.relative_to(sending.folder).as_posix(): path.stat().st_size
-            for path in sorted(sending.folder.rglob("*"))
+            path.relative_to(upload.folder).as_posix(): path.stat().st_size
+            for path in sorted(upload.folder.rglob("*"))
             if path.is_file() and not path.name.startswith(".")
         }
-    return Published(sending.place, document, unchanged=False, files=files, seconds=work.seconds)
+    return Published(upload.place, document, unchanged=False, files=files, seconds=work.seconds)
 
 
 def _prepared(
@@ -129,7 +130,7 @@ def _prepared(
     sign_key: Path | None,
     progress: Progress,
 ) -> _Work:
-    """Everything that can be refused before a byte is written."""
+    """Check and read the inputs, so that everything that can be refused is refused before a byte is written."""
     if sign_key is not None:
         from coldctl.artifacts import signing
 
@@ -141,7 +142,7 @@ def _prepared(
     source = open_checkpoint(model.folder, model.name)
     stated = source.manifest
     if _has_card(source) and config.base_model is None:  # said when it was published first
-        config = replace(config, base_model=_hub_id((stated or {}).get("config", {}).get("base_model")))
+        config = replace(config, base_model=_hub_id(stated.get("config", {}).get("base_model") if stated else None))
     license_ = config.license or (stated.get("license") if stated else None)
     if not license_:
         raise ConfigError("no licence: give --license, for example --license apache-2.0 (an SPDX id)")
@@ -159,13 +160,13 @@ def _hub_id(name: object) -> str | None:
     return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
 
 
-def _name(given: str, target: Target) -> str:
-    """What the model is called: iterations of a run have only numbers, so these are called as their users will load them."""
-    return target.reference if re.fullmatch(r"iteration-\d+", given) else given
+def _name(stated: str, target: Target) -> str:
+    """Return the published model's name. Iterations of a run have only numbers, so these are called after the target."""
+    return target.reference if re.fullmatch(r"iteration-\d+", stated) else stated
 
 
 def _evaluation(folder: Location, digest: str) -> dict[str, Any]:
-    """What an evaluation says about the body of this digest. Raises ManifestError if it says nothing."""
+    """Return the results of the body with this digest alone. Raises ManifestError if the evaluation has none."""
     if not (folder / layout.MANIFEST).is_file() or not (folder / layout.RESULTS).is_file():
         raise ManifestError(
             f"--evaluation {folder} holds no evaluation: give the directory that `coldctl evaluate` wrote"
@@ -174,25 +175,41 @@ def _evaluation(folder: Location, digest: str) -> dict[str, Any]:
     for file in (*_EVALUATION_FILES, layout.GAIN_CHART):  # a link to a file of ours would be published, too
         if file not in stated and there.has(file):
             raise ManifestError(f"{folder}: its manifest does not name {file}: evaluate again, or take it out")
-    found = results.read(folder)
-    measured = [item["body_digest"] for item in found["models"]]
-    if digest in measured:
-        name = found["models"][measured.index(digest)]["name"]
+    measured = results.read(folder)
+    digests = [model["body_digest"] for model in measured["models"]]
+    if digest in digests:
+        name = measured["models"][digests.index(digest)]["name"]
         return {
-            **found,
-            "models": [item for item in found["models"] if item["name"] == name],
-            "results": [entry for entry in found["results"] if entry["model"] == name],
-            "averages": [entry for entry in found["averages"] if entry["model"] == name],
+            **measured,
+            "models": [model for model in measured["models"] if model["name"] == name],
+            "results": [entry for entry in measured["results"] if entry["model"] == name],
+            "averages": [entry for entry in measured["averages"] if entry["model"] == name],
         }
-    other = "".join(f"{item[:19]}…, " for item in measured[-1:])
+    other = "".join(f"{evaluated[:19]}…, " for evaluated in digests[-1:])
     raise ManifestError(
         f"{folder} evaluates {other}not this model's body {digest[:19]}…: give the evaluation of this model"
     )
 
 
-def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
-    """Make the whole repository in the directory of `sending`. Returns its manifest."""
-    folder, config, progress = sending.folder, work.config, work.progress
+def _earlier_cards(work: _Work, target: Target) -> list[EarlierCard]:
+    """Read the cards of the target and of a source that was published before. Raises OutputError for unpaired markers."""
+    texts = {target.label: target.current()[0]}
+    if _has_card(work.source):
+        texts.setdefault(work.source.label, current_in(work.source.folder)[0])
+    cards = {f"{label}/{layout.CARD}": text for label, text in texts.items() if text}
+    earlier = {label: earlier_card(text, label) for label, text in cards.items()}
+    for label, before in earlier.items():
+        if not before.has_markers:
+            work.progress.note(
+                f"card: {label} has no coldctl markers, so its whole text is kept below the generated blocks. Delete what is "
+                "out of date"
+            )
+    return list(earlier.values())
+
+
+def _fill(work: _Work, target: Target, upload: Upload, earlier: list[EarlierCard]) -> Manifest:
+    """Write the whole repository into the directory of `upload` and return its manifest."""
+    folder, config, progress = upload.folder, work.config, work.progress
     started = time.perf_counter()
     body = write_body(work.source, folder, config.dtype, size_in_bytes(config.max_shard_size), progress)
     prove(work.source, body.source_digest)
@@ -206,8 +223,7 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
     work.seconds["copy"] = time.perf_counter() - started
     _prove(work, folder)
     document = _document(work, body)
-    earlier = [target.standing(), *([standing_in(work.source.folder)] if _has_card(work.source) else [])]
-    subject = Subject(
+    context = CardContext(
         name=work.name,
         reference=target.reference,
         page=target.page,
@@ -219,27 +235,27 @@ def _fill(work: _Work, target: Target, sending: Sending) -> Manifest:
         converted_from=work.converted_from,
         onnx=config.onnx,
     )
-    written = card(
-        subject, [(text, before.get("card_blocks", []) if before else []) for text, before in earlier if text]
-    )
+    written = card(context, earlier)
     (folder / layout.CARD).write_text(written.text, encoding="utf-8")
-    document["card_blocks"] = written.blocks
     for words in written.license_warnings:
         progress.note(f"licence: {words}")
     document = manifest.write(folder, document, body.files)
-    privacy.search(folder, [work.model.place, *([str(work.evaluation)] if work.evaluation else [])])
+    places = [work.model.place, *([str(work.evaluation)] if work.evaluation else [])]
+    by_publisher = (config.name, config.license, config.base_model, config.language)
+    public = [str(work.source.config.get("model_type")), *filter(None, by_publisher)]
+    privacy.search(folder, places, written.by_people, public)
     if work.sign_key is not None:
         from coldctl.artifacts import signing
 
         signing.sign(folder, work.sign_key)
     number = document.get("iteration")
-    sending.tag = _tag(document)
-    sending.message = f"{work.name}, iteration {number}" if number else work.name
+    upload.tag = _tag(document)
+    upload.message = f"{work.name}, iteration {number}" if number else work.name
     return document
 
 
 def _has_card(source: Checkpoint) -> bool:
-    """Whether it was published before, so that people may have written into its card."""
+    """Return True if the source was published before, so that people may have written into its card."""
     stated = source.manifest
     return stated is not None and stated["kind"] == "published" and source.folder.has(layout.CARD)
 
@@ -250,7 +266,7 @@ def _tag(document: Manifest) -> str | None:
 
 
 def _document(work: _Work, body: WrittenBody) -> Manifest:
-    """The manifest of what is published, as far as it is known before the card is written."""
+    """Return the manifest as far as it can be filled in before the card is written."""
     stated = work.source.manifest
     document: Manifest = {
         "kind": "published",
@@ -274,13 +290,13 @@ def _document(work: _Work, body: WrittenBody) -> Manifest:
             if field_ in stated:
                 document[field_] = stated[field_]
         if stated["kind"] == "fused":  # its own settings and versions, which the publication's do not replace
-            document["fused_by"] = {key: stated.get(key, {}) for key in ("config", "environment")}
+            document["fused_by"] = {"config": stated.get("config", {}), "environment": stated.get("environment", {})}
     cleaned: Manifest = privacy.without_paths(document)
     return cleaned
 
 
 def _describe_pooling(source: Checkpoint, folder: Path) -> None:
-    """What sentence-transformers reads: the encoder, then the mean over its tokens."""
+    """Write what sentence-transformers reads: the encoder, then the mean over its tokens."""
     width = source.config.get("hidden_size") or source.config.get("dim") or source.config.get("d_model")
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},

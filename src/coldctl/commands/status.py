@@ -72,7 +72,7 @@ def _iteration(folder: Location, number: int, promoted: bool | None) -> Iteratio
         layout.is_complete(fused),
         layout.is_complete(layout.evaluation(folder, number)),
         promoted,
-        {item["name"]: item["age"] for item in records if item["status"] == "fused" and item.get("age")},
+        {record["name"]: age for record in records if record["status"] == "fused" and (age := record.get("age"))},
     )
 
 

@@ -8,7 +8,7 @@ claims an output writes it, and the others find it complete, or busy, and wait.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from coldctl.artifacts import layout, manifest, run
 from coldctl.artifacts.manifest import Manifest
@@ -17,6 +17,7 @@ from coldctl.commands import evaluate, fuse, plan
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, DeclinedError, OutputError
 from coldctl.common.progress import Progress
 from coldctl.core.config import DatasetConfig, EvaluateConfig, FinetuneConfig, FuseConfig
+from coldctl.evaluation.results import Results
 from coldctl.storage.location import Location
 from coldctl.workers.jobs import Engine
 
@@ -46,7 +47,7 @@ class Look:
     reason: str | None = None
     promoted: bool | None = None
     fused: Manifest | None = None
-    results: dict[str, Any] | None = None
+    results: Results | None = None
 
 
 def watch(
@@ -124,7 +125,7 @@ def _fused(folder: Location, number: int, base: Model, settings: Settings, progr
 
 def _evaluated(
     folder: Location, state: run.Run, number: int, base: Model, settings: Settings, progress: Progress
-) -> dict[str, Any] | None:
+) -> Results | None:
     """Measure an iteration's fused model against the pretrained model, and for the gate against its own base."""
     if not settings.datasets:
         return None

@@ -7,9 +7,11 @@ digits of a number, dots of a key. Names that stand twice are refused, because t
 import json
 import re
 import tomllib
-from collections.abc import Mapping
-from types import NoneType
 from typing import Any
+
+import msgspec
+
+from coldctl.common.text import printable
 
 JSON_LIMIT = 16 << 20  # bytes
 TOML_LIMIT = 256 << 10  # bytes; the parser is slow
@@ -17,10 +19,9 @@ MOST_VALUES = 1_000_000
 _MOST_IN_A_ROW = 500_000  # most of them commas in texts
 DEEPEST = 32  # lists and objects inside each other
 LONGEST_NUMBER = 100  # characters of a whole number: more than any float holds
+_LONGEST_PROBLEM = 200  # characters; it may quote a value of the document
 # So many names joined by dots nest so deep; the parser takes the square of their number to read them.
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')\s*+\.\s*+){32}""")
-
-Shape = Any  # a type, a tuple of types, a predicate, [shape of each], {"known": shape}, {...: shape of each}
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -97,49 +98,20 @@ def toml_table(data: bytes) -> dict[str, Any]:
     return document
 
 
-def misfit(value: Any, shape: Shape, place: str = "") -> str | None:
-    """Where a parsed document departs from a shape; None if it does not.
+def find_mismatch(document: Any, kind: Any) -> str | None:
+    """Return in one line where a parsed document departs from the type that declares it; None if it conforms.
 
-    Keys that a shape does not name are ignored, keys named with a `!` behind them must be there.
+    Keys that the type does not name are ignored.
 
-    >>> misfit({"a": [1, "x"]}, {"a!": [int]}), misfit({}, {"a!": [int]}), misfit({"b": 0}, {"a": int})
-    ('a[1]', 'a', None)
+    >>> find_mismatch({"a": [1, "x"]}, dict[str, list[int]])
+    'Expected `int`, got `str` - at `$[...][1]`'
     """
-    here = place or "the whole"
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return here
-        return _first(misfit(item, shape[0], f"{place}[{index}]") for index, item in enumerate(value))
-    if isinstance(shape, Mapping):
-        if not isinstance(value, dict):
-            return here
-        if ... in shape:
-            return _first(misfit(item, shape[...], f"{place}[{key[:40]!r}]") for key, item in value.items())
-        return _first(_misfit_at(value, key, part, place) for key, part in shape.items())
-    if isinstance(shape, tuple | type):
-        types = shape if isinstance(shape, tuple) else (shape,)
-        fits = isinstance(value, types) and (type(value) is not bool or bool in types)  # to Python a bool is an int
-    else:
-        fits = shape(value)
-    return None if fits else here
-
-
-NUMBER: Shape = (int, float)
-MAYBE_NUMBER: Shape = (int, float, NoneType)
-MAYBE_TEXT: Shape = (str, NoneType)
-SCALAR: Shape = (str, int, float, bool, NoneType)
-
-
-def _misfit_at(value: Mapping[str, Any], key: str, shape: Shape, place: str) -> str | None:
-    name = key.removesuffix("!")
-    where = f"{place}.{name}" if place else name
-    if name not in value:
-        return where if key.endswith("!") else None
-    return misfit(value[name], shape, where)
-
-
-def _first(found: Any) -> str | None:
-    return next((place for place in found if place is not None), None)
+    try:
+        msgspec.convert(document, kind)
+    except msgspec.ValidationError as error:
+        problem = printable(error)
+        return problem if len(problem) <= _LONGEST_PROBLEM else f"{problem[:80]}…{problem[-80:]}"
+    return None
 
 
 def _check_size(data: bytes, largest: int) -> None:

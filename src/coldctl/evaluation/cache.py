@@ -1,15 +1,13 @@
-"""Features on disk: what a body made of a dataset once needs no second forward pass, whatever the output directory.
+"""Features on disk, so that a body's features of a dataset are computed once, whatever the output directory.
 
-They lie in `$COLDCTL_CACHE`, else in `coldctl` under the user's cache directory, readable by the user alone, since
-features tell about the texts they were made of. The least recently used go when all of them exceed `LIMIT`. Nothing
-depends on the cache: it may be deleted at any time, and what is damaged is computed anew.
+They lie in the user's cache (`storage/user_cache.py`), readable by the user alone, since features tell about the texts they
+were made of. The least recently used are deleted when all of them exceed `LIMIT`. Damaged ones are computed again.
 """
 
 import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ def cached(
     A cache that cannot be written costs nothing but a word to `complain`.
     """
     path = (
-        user_cache.folder("features")
+        user_cache.cache_folder("features")
         / f"{manifest.digest_of({'schema': _SCHEMA, **key}).removeprefix('sha256:')}.safetensors"
     )
     if (found := _read(path)) is not None:
@@ -42,7 +40,7 @@ def cached(
     parts = compute()
     try:
         _write(path, parts)
-        _trim(path.parent)
+        user_cache.trim(path.parent, LIMIT)
     except OSError as error:
         complain(f"features are not cached: {path.parent}: {error.strerror or error}")
     return parts
@@ -86,18 +84,3 @@ def _digest(parts: Sequence[Features]) -> str:
         hasher.update(f"{part.dtype} {part.shape} ".encode())
         hasher.update(np.ascontiguousarray(part).data)
     return hasher.hexdigest()
-
-
-def _trim(place: Path) -> None:
-    """Remove what was not used for longest until the rest fits. Others may be doing the same."""
-    files = []
-    for path in place.iterdir():
-        with suppress(FileNotFoundError):
-            found = path.stat()
-            files.append((found.st_mtime, found.st_size, path))
-    excess = sum(size for _, size, _ in files) - LIMIT
-    for _, size, path in sorted(files):
-        if excess <= 0:
-            return
-        path.unlink(missing_ok=True)
-        excess -= size

@@ -1,12 +1,15 @@
 """What a person reads of an evaluation, in words and tables."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from coldctl.common.text import code
 from coldctl.common.text import markdown as plain
 from coldctl.evaluation import leaderboard
 from coldctl.evaluation.curves import Panel
+from coldctl.evaluation.results import Results
+
+Entry = TypeVar("Entry", bound=Mapping[str, Any])
 
 _WORDS = {
     "better": "better",
@@ -28,7 +31,7 @@ def group_name(group: str) -> str:
     return _GROUP_NAMES[group]
 
 
-def markdown(results: dict[str, Any], panels: Sequence[Panel]) -> str:
+def markdown(results: Results, panels: Sequence[Panel]) -> str:
     """`report.md`: per model and protocol one table of scores, gains with their intervals, and verdicts.
 
     `panels` are the scores over iterations, if there are several.
@@ -126,7 +129,7 @@ def published_markdown(results: Mapping[str, Any], model: str, baseline: str | N
     return [plain(sentence).replace(_LEADERBOARD, link) for sentence in published(results, model, baseline)]
 
 
-def score_table(results: dict[str, Any], model: str, protocol: str) -> list[str]:
+def score_table(results: Mapping[str, Any], model: str, protocol: str) -> list[str]:
     """A Markdown table of one model's scores and gains under one protocol, with the averages at its end."""
     columns = [
         "dataset",
@@ -150,7 +153,7 @@ def score_table(results: dict[str, Any], model: str, protocol: str) -> list[str]
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def _numbers(entry: dict[str, Any]) -> list[str]:
+def _numbers(entry: Mapping[str, Any]) -> list[str]:
     deviation = f" ± {entry['std']:.1f}" if entry.get("std") is not None else ""
     score = f"{entry['mean']:.1f}{deviation}"
     return [
@@ -162,12 +165,12 @@ def _numbers(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def interval(entry: dict[str, Any]) -> str:
+def interval(entry: Mapping[str, Any]) -> str:
     """A gain's interval in text."""
     low, high = entry["gain_interval"]
     return f"{low:+.1f} … {high:+.1f}"
 
 
-def rows_of(entries: Sequence[dict[str, Any]], model: str, protocol: str) -> list[dict[str, Any]]:
+def rows_of(entries: Sequence[Entry], model: str, protocol: str) -> list[Entry]:
     """The entries of one model under one protocol, in order."""
     return [entry for entry in entries if entry["model"] == model and entry["protocol"] == protocol]

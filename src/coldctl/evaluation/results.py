@@ -1,59 +1,107 @@
-"""`results.json` read back: what an evaluation found, perhaps somebody else's, with everything that reports rely on."""
+"""`results.json`: what an evaluation measured. Reports, cards, pages and tables are made from it alone.
 
-import math
-import typing
-from types import NoneType
-from typing import Any
+`results.schema.json` is generated from these types by `scripts/results_schema.py`.
+"""
+
+from typing import Annotated, Literal, NotRequired, TypedDict, cast
+
+from msgspec import Meta
 
 from coldctl.artifacts import layout
 from coldctl.common.errors import ManifestError
-from coldctl.common.parsing import JSON_LIMIT, MAYBE_TEXT, Shape, json_value, misfit
-from coldctl.core.config import PROTOCOLS, Metric
+from coldctl.common.parsing import JSON_LIMIT, find_mismatch, json_value
+from coldctl.core.config import Metric, Protocol
+from coldctl.evaluation.scoring import Verdict
 from coldctl.storage.location import Location
 
-_METRICS = typing.get_args(Metric)
-_DIGEST_LENGTH = 71  # of sha256:…
+Digest = Annotated[str, Meta(pattern="^sha256:[0-9a-f]{64}$", max_length=71)]
+CellName = Annotated[
+    str, Meta(pattern="^[ -~]*$", max_length=71, description="The file in cells/ that holds the predictions.")
+]
+Count = Annotated[int, Meta(ge=1)]
+Score = Annotated[float, Meta(ge=-100, le=100)]
+Points = Annotated[float, Meta(ge=-200, le=200)]
+Interval = Annotated[list[Points], Meta(min_length=2, max_length=2)]
+MaybeVerdict = Annotated[Verdict | None, Meta(description="null where one finetuning seed cannot tell.")]
 
 
-def _number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+class ModelEntry(TypedDict):
+    """A model that was measured."""
+
+    name: str
+    body_digest: Digest
+    run: NotRequired[Annotated[str | None, Meta(description="The RUN that made it, if one did.")]]
+    iteration: NotRequired[Count | None]
 
 
-def _digest(value: object) -> bool:
-    return isinstance(value, str) and value.isprintable() and len(value) <= _DIGEST_LENGTH
+class SeedEntry(TypedDict):
+    """The scores of one seed, and the files that hold the predictions."""
+
+    seed: Annotated[int, Meta(ge=0)]
+    score: Score
+    baseline_score: Score
+    cell: CellName
+    baseline_cell: CellName
 
 
-def _one_of(*words: str | None) -> Any:
-    return lambda value: isinstance(value, str | None) and value in words
+class GainEntry(TypedDict):
+    """What a model gains over the baseline under one protocol."""
+
+    model: str
+    protocol: Protocol
+    mean: Score
+    baseline_mean: Score
+    gain: Points
+    gain_interval: Interval
+    verdict: MaybeVerdict
 
 
-def _interval(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_number, value))
+class ResultEntry(GainEntry):
+    """One model on one dataset under one protocol."""
+
+    dataset: str
+    role: Literal["seen", "unseen"]
+    metric: Metric
+    num_test: Count
+    seeds: Annotated[list[SeedEntry], Meta(min_length=1)]
+    std: Annotated[Annotated[float, Meta(ge=0, le=200)] | None, Meta(description="Over seeds; null for a single one.")]
 
 
-_GAIN: Shape = {
-    "model!": str, "protocol!": _one_of(*PROTOCOLS), "mean!": _number, "baseline_mean!": _number, "gain!": _number,
-    "gain_interval!": _interval, "verdict!": _one_of("better", "worse", "indistinguishable", None),
-}  # fmt: skip
-_SEED: Shape = {
-    "seed!": int, "score!": _number, "baseline_score!": _number, "cell!": _digest, "baseline_cell!": _digest
-}  # fmt: skip
-_SHAPE: Shape = {
-    "schema!": int,
-    "baseline!": {"name!": str, "body_digest!": _digest},
-    "models!": [{"name!": str, "body_digest!": _digest, "run": MAYBE_TEXT, "iteration": (int, NoneType)}],
-    "fingerprints!": {...: _digest},
-    "results!": [{
-        **_GAIN, "dataset!": str, "role!": _one_of("seen", "unseen"), "metric!": _one_of(*_METRICS), "num_test!": int,
-        "seeds!": [_SEED], "std!": lambda value: value is None or _number(value),
-    }],
-    "averages!": [{**_GAIN, "group!": _one_of("all", "seen", "unseen")}],
-    "overlaps!": [{"test_of!": str, "train_of!": str, "examples!": int, "num_test!": int}],
-}  # fmt: skip
+class AverageEntry(GainEntry):
+    """The mean over a group of datasets; datasets count equally and are fixed."""
+
+    group: Literal["all", "seen", "unseen"]
 
 
-def read(folder: Location) -> dict[str, Any]:
-    """The `results.json` of an evaluation's directory. Raises ManifestError if it is none."""
+class OverlapEntry(TypedDict):
+    """Test examples that are also in the training split of a dataset of the suite, the same or another."""
+
+    test_of: str
+    train_of: str
+    examples: Count
+    num_test: Count
+
+
+class Results(TypedDict):
+    """Scores are percent, gains are points, intervals are 95 %.
+
+    Readers ignore unknown keys. A key may be added without a new schema number; none is removed or changes its meaning.
+    """
+
+    schema: Literal[1]
+    baseline: ModelEntry
+    models: Annotated[list[ModelEntry], Meta(min_length=1)]
+    fingerprints: Annotated[
+        dict[str, Digest],
+        Meta(description="By dataset: sha256 over its class names and every example that was used."),
+    ]
+    results: Annotated[list[ResultEntry], Meta(description="One entry per model, dataset and protocol.")]
+    averages: Annotated[list[AverageEntry], Meta(description="One entry per model, protocol and group of datasets.")]
+    overlaps: list[OverlapEntry]
+
+
+def read(folder: Location) -> Results:
+    """Read the `results.json` of an evaluation's directory. Raises ManifestError."""
     path = folder / layout.RESULTS
     remedy = "make the evaluation again"
     try:
@@ -63,20 +111,19 @@ def read(folder: Location) -> dict[str, Any]:
         raise ManifestError(f"cannot read {path}: {error.strerror}: {remedy}") from None
     except ValueError as error:
         raise ManifestError(f"{path} is not readable JSON ({error}): {remedy}") from None
-    place = misfit(document, _SHAPE) or _without_place(document)
-    if place is not None:
-        raise ManifestError(f"{path}: {place!r} is missing or not what it should be: {remedy}")
-    found: dict[str, Any] = document
-    return found
+    problem = find_mismatch(document, Results) or _incomplete(document)
+    if problem is not None:
+        raise ManifestError(f"{path}: {problem}. {remedy.capitalize()}.")
+    return cast(Results, document)
 
 
-def _without_place(document: dict[str, Any]) -> str | None:
-    """An entry about a model or dataset that is not listed, or an average that is missing."""
+def _incomplete(document: Results) -> str | None:
+    """Return the entry whose model or dataset is not listed, or whose average is missing."""
     models = {model["name"] for model in document["models"]}
     averages = {(entry["model"], entry["protocol"]) for entry in document["averages"] if entry["group"] == "all"}
     for index, entry in enumerate(document["results"]):
         if entry["model"] not in models or entry["dataset"] not in document["fingerprints"]:
-            return f"results[{index}]"
+            return f"results[{index}] is of a model or dataset that is not listed"
         if (entry["model"], entry["protocol"]) not in averages:
-            return "averages"
+            return f"results[{index}] has no average over all datasets"
     return None

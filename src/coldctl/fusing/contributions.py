@@ -13,7 +13,7 @@ from coldctl.artifacts.signatures import Signed, TrustedKey
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, read_manifest
 from coldctl.checkpoints.decoded import shared
 from coldctl.checkpoints.formats import open_contribution
-from coldctl.common.errors import CheckpointError, ColdctlError, ModelError
+from coldctl.common.errors import ColdctlError, ModelError
 from coldctl.common.progress import Progress
 from coldctl.fusing.staleness import Ancestry
 from coldctl.storage.files import Folder, LocalFolder, RemoteFolder, look_ahead, open_folder, remote_folders
@@ -68,10 +68,9 @@ def gather(
 ) -> list[Candidate]:
     """Open checkpoints, and the checkpoints directly inside folders. Adapters and deltas need `base` to be decoded.
 
-    With `trusted` keys a checkpoint is opened only if one of them signed it and its files are as signed. Files that a
-    signed manifest names are verified later, when they are read. With an `ancestry`, contributions made on one of its
-    bodies are opened on that body. `late` maps names to the places of contributions to earlier iterations. `to_read`
-    says that the weights will be read, not only the headers.
+    With `trusted` keys nothing of a checkpoint is opened unless one of them signed it and all its files are as signed.
+    With an `ancestry` those made on one of its bodies are opened on that. `late` are the places, by name, of
+    contributions that belong to earlier iterations. `to_read` says that the weights will be read, not their headers alone.
 
     Returns the candidates sorted by stated body digest, or by name where no digest is stated. A checkpoint that cannot
     be opened is a candidate with a problem. Raises ModelError for an argument that holds no checkpoint.
@@ -192,28 +191,19 @@ def _is_checkpoint(folder: Folder) -> bool:
 
 
 def _refuse_copies(candidates: Sequence[Candidate]) -> None:
-    """Reject duplicates of a signed contribution: copying needs no key, so copies could multiply one signer's weight.
-
-    All copies are read, so that a changed copy is rejected instead of the sound one.
-    """
-    alike: dict[tuple[tuple[str, str], ...], list[Candidate]] = {}
+    """Reject duplicates of a signed contribution: copying needs no key, so copies could multiply one signer's weight."""
+    originals: dict[tuple[tuple[str, str], ...], Candidate] = {}
     for item in candidates:
         if item.signed is not None:
-            alike.setdefault(tuple(sorted(item.signed.files.items())), []).append(item)
-    for copies in alike.values():
-        kept: Candidate | None = None
-        for item in copies if len(copies) > 1 else ():
-            assert item.signed is not None
-            if problems := signatures.differences(open_folder(item.place), item.signed, manifest_proves=False):
-                item.problems += problems
-                item.signed = None
-            elif kept is not None:
-                item.problems.append(f"is a copy of {kept.name}, which {item.signed.key.name} signed once: remove it")
-            kept = kept or (item if item.signed is not None else None)
+            original = originals.setdefault(tuple(sorted(item.signed.files.items())), item)
+            if original is not item:
+                item.problems.append(
+                    f"is a copy of {original.name}, which {item.signed.key.name} signed once: remove it"
+                )
 
 
 def _open(
-    folder: _ContributionFolder,
+    offered: _ContributionFolder,
     base: Checkpoint | None,
     *,
     allow_pickle: bool,
@@ -224,19 +214,17 @@ def _open(
     signed, age, original_base = None, 0, None
     try:
         if trusted is not None:
-            signed = signatures.read(folder.folder, trusted)
-            if problems := signatures.differences(folder.folder, signed, manifest_proves=True):
-                return Candidate(folder.name, folder.place, None, problems=problems)
-        stated = read_manifest(folder.folder) if ancestry is not None else None
+            signed = signatures.verify(offered.folder, trusted)
+        folder = signed.folder if signed is not None else offered.folder
+        stated = read_manifest(folder) if ancestry is not None else None
         if ancestry is not None and stated is not None:
             digest = stated.get("base", {}).get("body_digest", "")
             age = ancestry.age(digest)
             original_base = ancestry.open(digest) if age else None
-        checkpoint = open_contribution(folder.folder, folder.name, original_base or base, allow_pickle=allow_pickle)
-        unsigned = sorted(set(checkpoint.files) - set(signed.files)) if signed is not None else []
-        if unsigned:  # in git's folder, say, which no signature covers
-            raise CheckpointError(f"{unsigned[0]} was not there when it was signed")
+        checkpoint = open_contribution(folder, offered.name, original_base or base, allow_pickle=allow_pickle)
+        if signed is not None:
+            signed.check_covers(checkpoint.files)
     except ColdctlError as error:
-        return Candidate(folder.name, folder.place, None, problems=[error.message], age=age)
-    name = checkpoint.manifest["name"] if checkpoint.manifest is not None else folder.name
-    return Candidate(name, folder.place, checkpoint, signed=signed, age=age, original_base=original_base)
+        return Candidate(offered.name, offered.place, None, problems=[error.message], age=age)
+    name = checkpoint.manifest["name"] if checkpoint.manifest is not None else offered.name
+    return Candidate(name, offered.place, checkpoint, signed=signed, age=age, original_base=original_base)

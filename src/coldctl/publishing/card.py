@@ -19,7 +19,7 @@ from coldctl.evaluation.markdown import (
     score_table,
     verdict_in_words,
 )
-from coldctl.publishing import handwritten, licenses
+from coldctl.publishing import handwritten, licenses, privacy
 from coldctl.publishing.history import fused_generations, history, with_ancestors
 
 PAPER = "https://arxiv.org/abs/2212.01378"
@@ -43,8 +43,8 @@ _PADDED_BY_ONE = {"camembert", "longformer", "mpnet", "roberta", "roberta-prelay
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What a card is about. `document` is the manifest as far as it is known, `results` an evaluation of this model alone."""
+class CardContext:
+    """A card's inputs. `document` is the manifest without file digests, `results` an evaluation of this model alone."""
 
     name: str
     reference: str  # what its users load it by
@@ -60,55 +60,76 @@ class Subject:
 
 @dataclass(frozen=True)
 class Card:
-    """A card, and the digests of its generated blocks, by which hand-written ones are told from them later."""
+    """A model card, what of it people wrote, and the sentences about licences that do not fit."""
 
     text: str
-    blocks: list[str]
+    by_people: str
     license_warnings: list[str]
 
 
-def card(subject: Subject, earlier: Sequence[tuple[str, Sequence[str]]]) -> Card:
-    """The card of `subject`, with what a person wrote into the `earlier` ones kept.
+@dataclass(frozen=True)
+class EarlierCard:
+    """What people wrote into a card that was there before: entries of its front matter, and words between the blocks."""
 
-    Each comes with the digests of its generated blocks; the first one's front matter comes before the others'.
-    """
+    metadata: Mapping[str, Any]
+    words: Mapping[str, str]
+    has_markers: bool
+
+
+def earlier_card(text: str, label: str) -> EarlierCard:
+    """Read a card that was published before. Raises OutputError, naming it by `label`, if its markers are not in pairs."""
+    blocks, words = handwritten.split(_split(text)[1], label)
+    return EarlierCard(_metadata(text), words, bool(blocks))
+
+
+def card(context: CardContext, earlier: Sequence[EarlierCard]) -> Card:
+    """Write the card of `context`, keeping what people wrote into the `earlier` ones; the first one's metadata go first."""
     from huggingface_hub import ModelCard
 
-    document = subject.document
+    document = context.document
     made_of = [item for generation in with_ancestors(document) for item in generation.get("contributions", [])]
     warnings = licenses.warnings(str(document.get("license")), _distinct(made_of))
+    kept: dict[str, Any] = {}
+    for before in earlier:
+        lists = {key: [*_list(kept.get(key)), *_list(before.metadata.get(key))] for key in ("tags", "datasets")}
+        kept = {**before.metadata, **kept, **lists}
+    metadata, added = _front_matter(context, kept)
     text = str(
         ModelCard.from_template(
-            _front_matter(subject, [text for text, _ in earlier]),
+            metadata,
             template_path=str(_TEMPLATE),
-            title=markdown(subject.name),
-            introduction=_introduction(subject),
+            title=markdown(context.name),
+            introduction=_introduction(context),
             license_warnings=[markdown(words) for words in warnings],
             paper=PAPER,
             history=history(document),
             lineage=mermaid(generations(document)),
-            results=_results(subject),
-            reference=json.dumps(subject.reference, ensure_ascii=False),
-            shell_reference=shlex.quote(subject.reference),
-            tensorflow=_tensorflow_class(subject.model_config),
-            padding=_unusual_padding(subject.model_config),
-            onnx=subject.onnx,
-            citation=_citation(subject),
+            results=_results(context),
+            reference=json.dumps(context.reference, ensure_ascii=False),
+            shell_reference=shlex.quote(context.reference),
+            tensorflow=_tensorflow_class(context.model_config),
+            padding=_unusual_padding(context.model_config),
+            onnx=context.onnx,
+            citation=_citation(context),
         )
     )
     head, body = _split(text)
-    blocks = handwritten.digests(body)
-    body = "\n\n".join(handwritten.blocks(body)) + "\n"
-    for existing, known in earlier:
-        body = handwritten.keep(body, _split(existing)[1], known)
-    return Card(f"{head}\n{body}", blocks, warnings)
+    body, words = handwritten.keep(_tidy(body), [before.words for before in earlier])
+    return Card(f"{head}\n{body}", "\n".join([*added, words]), warnings)
 
 
-def _front_matter(subject: Subject, earlier: Sequence[str]) -> Any:
-    """The YAML of the card; keys and list entries of earlier cards that we do not write are kept."""
+def _tidy(text: str) -> str:
+    """Return Markdown with one blank line where the template left several, and none above an end marker."""
+    outside_code = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
+    outside_code[::2] = [re.sub(r"\n{3,}", "\n\n", words) for words in outside_code[::2]]
+    return re.sub(r"\n+(?=<!-- coldctl:end )", "\n", "".join(outside_code))
+
+
+def _front_matter(context: CardContext, kept: Mapping[str, Any]) -> tuple[Any, list[str]]:
+    """Return the YAML of the card, and of it the texts that people added: `kept` keys and list entries of earlier cards."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    document, results = subject.document, subject.results
+    document, results = context.document, context.results
     entries = results["results"] if results else []
     sources = _sources(document)
     evaluations = [
@@ -122,19 +143,14 @@ def _front_matter(subject: Subject, earlier: Sequence[str]) -> Any:
             metric_value=round(entry["mean"], 2),
             metric_name=f"{entry['metric']} ({entry['protocol']})",
             metric_args=_provenance(entry, results or {}),
-            source_name="coldctl evaluate" if subject.page else None,
-            source_url=f"{subject.page}/{layout.RESULTS}" if subject.page else None,
+            source_name="coldctl evaluate" if context.page else None,
+            source_url=f"{context.page}/{layout.RESULTS}" if context.page else None,
         )
         for entry in entries
     ]
-    kept: dict[str, Any] = {}
-    for text in earlier:
-        found = _metadata(text)
-        lists = {key: [*_list(kept.get(key)), *_list(found.get(key))] for key in ("tags", "datasets")}
-        kept = {**found, **kept, **lists}
-    base_model = subject.base_model or _hub_id(_pretrained(document).get("name", ""))
+    base_model = context.base_model or _hub_id(_pretrained(document).get("name", ""))
     ours: dict[str, Any] = {
-        "language": subject.language,
+        "language": context.language,
         "license": printable(document.get("license") or "") or None,
         "library_name": "transformers",
         "pipeline_tag": "feature-extraction",
@@ -145,13 +161,20 @@ def _front_matter(subject: Subject, earlier: Sequence[str]) -> Any:
         "metrics": list(dict.fromkeys(_METRICS.get(entry["metric"], entry["metric"]) for entry in entries)) or None,
     }
     more = {key: value for key, value in kept.items() if key not in ours and key not in ("model-index", "model_name")}
-    return ModelCardData(
-        **ours, **more, model_name=subject.name if evaluations else None, eval_results=evaluations or None
+    added = [
+        entry
+        for key in ("tags", "datasets")
+        for entry in _list(kept.get(key))
+        if entry not in (*_TAGS, *_datasets(document))
+    ]
+    data = ModelCardData(
+        **ours, **more, model_name=context.name if evaluations else None, eval_results=evaluations or None
     )
+    return data, [*added, *privacy.texts(more)]
 
 
 def _metadata(text: str) -> dict[str, Any]:
-    """The front matter of a card as it stands; nothing if it is no YAML, by whoever wrote it."""
+    """Return the front matter of a card; empty if it is not valid YAML."""
     from huggingface_hub import ModelCard
 
     if not text.startswith("---"):
@@ -163,7 +186,7 @@ def _metadata(text: str) -> dict[str, Any]:
 
 
 def _provenance(entry: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    """How a number was measured, beside it."""
+    """Return how a score was measured, for the entry beside it."""
     return {
         "protocol": entry["protocol"],
         "seeds": [item["seed"] for item in entry["seeds"]],
@@ -178,10 +201,10 @@ def _provenance(entry: Mapping[str, Any], results: Mapping[str, Any]) -> dict[st
     }
 
 
-def _introduction(subject: Subject) -> str:
-    document = subject.document
+def _introduction(context: CardContext) -> str:
+    document = context.document
     count = len(fused_generations(document))
-    pretrained = subject.base_model or str(_pretrained(document).get("name", ""))
+    pretrained = context.base_model or str(_pretrained(document).get("name", ""))
     words = "A text encoder" + (f" that started from {code(pretrained)}" if pretrained else "")
     if count:
         many = f"{count} iterations" if count > 1 else "one iteration"
@@ -190,13 +213,13 @@ def _introduction(subject: Subject) -> str:
     words += " Use it as a base model for finetuning, or for its features."
     if not count:
         words += " Nothing was fused into it yet."
-    if subject.results:
-        words += " " + " ".join(_gains(subject.results, document))
+    if context.results:
+        words += " " + " ".join(_gains(context.results, document))
     return words
 
 
 def _gains(results: Mapping[str, Any], document: Manifest) -> list[str]:
-    """One sentence per protocol: how much better than the baseline it is, and how sure that is."""
+    """Return one sentence per protocol: the gain over the baseline and its interval."""
     sentences = []
     against = "its pretrained model" if _is_pretrained(results, document) else markdown(results["baseline"]["name"])
     for entry in results["averages"]:
@@ -211,96 +234,99 @@ def _gains(results: Mapping[str, Any], document: Manifest) -> list[str]:
     return sentences
 
 
-def _results(subject: Subject) -> str:
-    results = subject.results
+def _results(context: CardContext) -> str:
+    results = context.results
     if not results:
         return "This model was published without an evaluation."
     name = results["models"][0]["name"]
     parts = [
         f"![gain per dataset]({layout.GAIN_CHART})",
-        f"Scores are percent on test splits, gains are points against {_baseline(subject, results)} with a 95 % "
+        f"Scores are percent on test splits, gains are points against {_baseline(context, results)} with a 95 % "
         "interval (crossed paired bootstrap over seeds and test examples). Datasets marked seen were those of contributors, "
         f"unseen ones were only measured. All measurements with their provenance: [{layout.RESULTS}]({layout.RESULTS}), "
         f"[{layout.REPORT}]({layout.REPORT}).",
     ]
-    if name != subject.name:
+    if name != context.name:
         parts.append(f"The tables and the picture call this model {markdown(name)}.")
-    if subject.converted_from:
-        parts.append(f"Measured in {subject.converted_from}, before its weights were rounded for this repository.")
+    if context.converted_from:
+        parts.append(f"Measured in {context.converted_from}, before its weights were rounded for this repository.")
     for protocol in protocols_of(results, name):
         parts += [f"### {protocol.capitalize()}", "\n".join(score_table(results, name, protocol))]
         if protocol == "finetune":
-            called = subject.base_model if _is_pretrained(results, subject.document) else None
+            called = context.base_model if _is_pretrained(results, context.document) else None
             parts += published_markdown(results, name, called)
     if results.get("overlaps"):
         parts.append("\n".join(f"- {markdown(sentence)}" for sentence in overlap_sentences(results)))
     return "\n\n".join(parts)
 
 
-def _baseline(subject: Subject, results: Mapping[str, Any]) -> str:
-    """What gains are measured against, by the name that the tables have for it, and what it is."""
+def _baseline(context: CardContext, results: Mapping[str, Any]) -> str:
+    """Return the baseline's name as the tables have it, and whether it is the pretrained model."""
     name = markdown(results["baseline"]["name"])
-    if not _is_pretrained(results, subject.document):
+    if not _is_pretrained(results, context.document):
         return name
-    known = (
-        f", `{subject.base_model}`" if subject.base_model and subject.base_model != results["baseline"]["name"] else ""
+    hub_name = (
+        f", `{context.base_model}`" if context.base_model and context.base_model != results["baseline"]["name"] else ""
     )
-    return f"{name} (its pretrained model{known})"
+    return f"{name} (its pretrained model{hub_name})"
 
 
-def _citation(subject: Subject) -> str:
-    """BibTeX of the model itself. A name is cut down to what BibTeX takes without a thought."""
-    document = subject.document
-    key = re.sub(r"[^A-Za-z0-9]+", "-", subject.name).strip("-").lower() or "model"
-    title = re.sub(r"[^\w .,:/+-]", "", subject.name)
+def _citation(context: CardContext) -> str:
+    """Return BibTeX of the model itself, with a name that needs no escaping."""
+    document = context.document
+    key = re.sub(r"[^A-Za-z0-9]+", "-", context.name).strip("-").lower() or "model"
+    title = re.sub(r"[^\w .,:/+-]", "", context.name)
     year = str(document.get("created") or "")[:4]
     fields = [f'title = "{{{title}}}"', *([f'year = "{year}"'] if year else [])]
-    if subject.page:
-        fields.append(f'url = "{subject.page.partition("/blob/")[0]}"')
+    if context.page:
+        fields.append(f'url = "{context.page.partition("/blob/")[0]}"')
     fields.append(f'note = "Fused with coldctl, body {document["body_digest"]}"')
     inner = "".join(f"    {field},\n" for field in fields)
     return f"```bibtex\n@misc{{{key},\n{inner}}}\n```"
 
 
 def _distinct(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Contributions of the same name and licence in several iterations, once."""
-    return list({(item.get("name"), item.get("license"), item.get("status")): item for item in records}.values())
+    """Return each contribution once that occurs in several iterations with the same name and licence."""
+    return list(
+        {(record.get("name"), record.get("license"), record.get("status")): record for record in records}.values()
+    )
 
 
 def _pretrained(document: Manifest) -> Mapping[str, str]:
-    """Name and body digest of what it began with; empty where nothing is known."""
+    """Return name and body digest of the pretrained model; empty if the manifest states none."""
     first: Mapping[str, Any] = with_ancestors(document)[0] if document.get("ancestors") else document.get("base", {})
     return {key: str(first[key]) for key in ("name", "body_digest") if first.get(key)}
 
 
 def _is_pretrained(results: Mapping[str, Any], document: Manifest) -> bool:
-    """Whether an evaluation's baseline is the very model that it all began with."""
+    """Return True if the evaluation's baseline is the pretrained model."""
     return bool(results["baseline"]["body_digest"] == _pretrained(document).get("body_digest"))
 
 
 def _hub_id(name: str) -> str | None:
-    """The Hub's name of a pretrained model; None for a directory's, which would be a dead link."""
+    """Return the pretrained model's id on the Hub; None for a directory, which would be a dead link."""
     if "/" in name:
         return printable(name)
     return next((f"{owner}/{name}" for owner, names in _OWNERS.items() if name in names), None)
 
 
 def _datasets(document: Manifest) -> list[str]:
-    """The contributions' datasets: by their Hub ids where they came from there, else as they were called."""
+    """Return the contributions' datasets: their Hub ids, else their names."""
     sources = _sources(document)
     names = [printable(sources.get(name, name)).partition(":")[0] for name in _dataset_names(document)]
     return list(dict.fromkeys(names))
 
 
 def _dataset_names(document: Manifest) -> list[str]:
-    records = [item for generation in fused_generations(document) for item in generation["contributions"]]
-    return [str(item["dataset"]) for item in records if item.get("status") == "fused" and item.get("dataset")]
+    records = [record for generation in fused_generations(document) for record in generation["contributions"]]
+    return [str(record["dataset"]) for record in records if record.get("status") == "fused" and record.get("dataset")]
 
 
 def _sources(document: Manifest) -> dict[str, str]:
-    """By name, the datasets of contributions that came from the Hub, as `ORG/NAME[:CONFIG]`."""
-    records = [item for generation in fused_generations(document) for item in generation["contributions"]]
-    return {str(item["dataset"]): str(item["source"]) for item in records if item.get("source") and item.get("dataset")}
+    """Return the datasets that came from the Hub, as `ORG/NAME[:CONFIG]` by name."""
+    records = [record for generation in fused_generations(document) for record in generation["contributions"]]
+    stated = (record for record in records if record.get("source") and record.get("dataset"))
+    return {str(record["dataset"]): str(record["source"]) for record in stated}
 
 
 def _tensorflow_class(config: Mapping[str, Any]) -> str | None:
@@ -310,7 +336,7 @@ def _tensorflow_class(config: Mapping[str, Any]) -> str | None:
 
 
 def _unusual_padding(config: Mapping[str, Any]) -> int | None:
-    """The padding id from which positions are counted, where TensorFlow's class takes another one for granted."""
+    """Return the padding id from which positions count, if TensorFlow's class assumes another one."""
     padding = config.get("pad_token_id", 1)
     return padding if config.get("model_type") in _PADDED_BY_ONE and isinstance(padding, int) and padding != 1 else None
 
@@ -321,7 +347,7 @@ def _list(value: Any) -> list[str]:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Front matter, with its fences, and the body of a card."""
+    """Return the front matter of a card, with its fences, and its body."""
     match = re.match(r"---\s*\n.*?\n---[ \t]*\n", text.replace("\r\n", "\n"), flags=re.DOTALL)
     clean = text.replace("\r\n", "\n")
     return (clean[: match.end()], clean[match.end() :]) if match else ("", clean)

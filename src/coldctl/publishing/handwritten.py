@@ -1,87 +1,76 @@
-"""What people wrote into a generated document is kept when the document is generated again.
+"""People's words in a generated Markdown document: everything outside the generated blocks' markers is kept.
 
-A document is a sequence of blocks: paragraphs, tables, headings, fenced code. The manifest keeps a digest of every block that
-was generated. Any other block that is found in the document later was written by a person, who needs to know of no marks.
+A generated block stands between the lines `<!-- coldctl:begin NAME -->` and `<!-- coldctl:end NAME -->`.
 """
 
-import hashlib
+import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
-_FENCE = re.compile(r"\s{0,3}(`{3,}|~{3,})")
+from coldctl.common.errors import OutputError
+
+_MARKER = re.compile(r"^[ \t]*<!--[ \t]*coldctl:(begin|end)[ \t]+([\w-]+)[ \t]*-->[ \t]*$", re.MULTILINE)
+TOP = ""  # the name of the place above the first block
 
 
-def blocks(text: str) -> list[str]:
-    """The blocks of a Markdown text: what blank lines and headings separate, fenced code never cut.
+def split(text: str, label: str) -> tuple[dict[str, str], dict[str, str]]:
+    r"""Return a document's generated blocks by name, and people's words by the block that they follow.
 
-    >>> blocks("# A\\nwords\\n\\n```\\nx\\n\\ny\\n```\\n")
-    ['# A', 'words', '```\\nx\\n\\ny\\n```']
+    Raises OutputError, naming the document by `label`, if a marker has no partner or a block occurs twice.
+
+    >>> split("Mine.\n<!-- coldctl:begin a -->\n# A\n<!-- coldctl:end a -->\n\nMine, too.\n", "README.md")[1]
+    {'': 'Mine.', 'a': 'Mine, too.'}
     """
-    found: list[str] = []
-    current: list[str] = []
-    fence = ""
-    for line in text.splitlines():
-        mark = _FENCE.match(line)
-        if fence:
-            current.append(line)
-            if mark and mark[1].startswith(fence) and not line.strip().strip(fence[0]):
-                fence = ""
-            continue
-        if mark:
-            fence = mark[1]
-        if (not line.strip() or _level(line)) and current:
-            found.append("\n".join(current))
-            current = []
-        if _level(line):
-            found.append(line.rstrip())
-        elif line.strip():
-            current.append(line.rstrip())
-    return [*found, "\n".join(current)] if current else found
-
-
-def digests(text: str) -> list[str]:
-    """A short digest (16 hexadecimal digits of sha256) of every block, in order."""
-    return [_digest(block) for block in blocks(text)]
-
-
-def keep(generated: str, existing: str, known: Iterable[str]) -> str:
-    """`generated` with the blocks of `existing` that are not among the `known` digests.
-
-    A block stays in the section (by its heading) that it was written in, at its end, and above the title what stood above
-    it; a section that a person added follows the one that it followed.
-    """
-    machine = {*known, *digests(generated)}
-    sections = [(heading, list(content)) for heading, content in _sections(blocks(generated))]
-    if sections[0][0]:
-        sections.insert(0, ("", []))
-    places = {heading: index for index, (heading, _) in enumerate(sections)}
-    last = 0
-    for heading, content in _sections(blocks(existing)):
-        if heading in places:
-            last = places[heading]
-        added = [] if not heading or heading in places or _digest(heading) in machine else [heading]
-        added += [block for block in content if _digest(block) not in machine]
-        sections[last][1].extend(added)
-    return (
-        "\n\n".join(block for heading, content in sections for block in ([heading] if heading else []) + content) + "\n"
-    )
-
-
-def _sections(found: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Headings with the blocks below them; what stands before the first one has the heading ""."""
-    sections: list[tuple[str, list[str]]] = [("", [])]
-    for block in found:
-        if _level(block):
-            sections.append((block, []))
+    blocks: dict[str, str] = {}
+    words: dict[str, str] = {}
+    opened, last, at = None, TOP, 0
+    for marker in _MARKER.finditer(text):
+        kind, name = marker.groups()
+        if kind == "begin" and opened is None and name not in blocks:
+            words[last] = text[at : marker.start()].strip("\n")
+            opened, at = name, marker.start()
+        elif kind == "end" and name == opened:
+            blocks[name] = text[at : marker.end()]
+            opened, last, at = None, name, marker.end()
         else:
-            sections[-1][1].append(block)
-    return sections if sections[0][1] or len(sections) == 1 else sections[1:]
+            raise _unbalanced(label, f"{kind} {name}")
+    if opened is not None:
+        raise _unbalanced(label, f"begin {opened}")
+    words[last] = text[at:].strip("\n")
+    return blocks, words
 
 
-def _level(line: str) -> int:
-    match = re.match(r"(#{1,6})\s", line)
-    return len(match[1]) if match else 0
+def keep(generated: str, earlier: Iterable[Mapping[str, str]]) -> tuple[str, str]:
+    """Put people's words of `earlier` documents, as `split` returns them, into a `generated` one.
+
+    Words stay behind the block that they followed. A document without markers is kept whole below the last block: nothing
+    tells which of it a person wrote. Returns the document and the words alone.
+    """
+    blocks, kept = split(generated, "the generated document")
+    for words in earlier:
+        last = TOP if words.keys() - {TOP} else list(blocks)[-1]
+        for name, text in words.items():
+            last = name if name in blocks else last
+            kept[last] = _union(kept[last], text)
+    pieces = [kept[TOP], *(text for name, block in blocks.items() for text in (block, kept[name]))]
+    return "\n\n".join(filter(None, pieces)) + "\n", "\n\n".join(filter(None, kept.values()))
 
 
-def _digest(block: str) -> str:
-    return hashlib.sha256(block.encode()).hexdigest()[:16]
+def _union(ours: str, theirs: str) -> str:
+    """Return the lines of both texts, those that they share once."""
+    if not ours or not theirs or ours == theirs:
+        return ours or theirs
+    one, other = ours.split("\n"), theirs.split("\n")
+    lines: list[str] = []
+    for kind, start, end, other_start, other_end in difflib.SequenceMatcher(None, one, other, False).get_opcodes():
+        lines += one[start:end]
+        if kind in ("insert", "replace"):
+            lines += other[other_start:other_end]
+    return "\n".join(lines)
+
+
+def _unbalanced(label: str, marker: str) -> OutputError:
+    return OutputError(
+        f"{label}: the marker <!-- coldctl:{marker} --> has no partner or occurs twice. Leave one begin line and one end "
+        "line of each block, or delete all of them to keep the whole text."
+    )

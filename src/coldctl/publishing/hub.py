@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,19 @@ from coldctl.artifacts import layout
 from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import ColdctlError, ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Drawing, Progress
-from coldctl.publishing.targets import Sending
+from coldctl.publishing.targets import Upload
 
 _REFERENCE = re.compile(r"hf://(?P<name>[^@]+?)/?(?:@(?P<revision>.+))?")
 _MAIN = "main"
 _INITIAL = {".gitattributes"}  # what a new repository holds
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token of yours that may write"
 _AGAIN = "run the same command again"
+_REQUESTS = 20  # open pull requests that are looked at, newest first
 _TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "hf_xet")
 
 
 def target(reference: str, progress: Progress, *, private: bool, create_pr: bool) -> "HubTarget":
-    """The repository that `hf://ORG/NAME[@REVISION]` means. Raises ConfigError for a name that the Hub refuses."""
+    """Return the repository that `hf://ORG/NAME[@REVISION]` means. Raises ConfigError for a name that the Hub refuses."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -49,8 +51,8 @@ def target(reference: str, progress: Progress, *, private: bool, create_pr: bool
 class HubTarget:
     """A model repository. The address is the library's own (`HF_ENDPOINT`), and so is the token (`HF_TOKEN`, or a login).
 
-    What breaks leaves the repository as it was: there is one commit, and a repository or branch that was made for it is
-    deleted again. Where the connection is gone for that, too, they stay empty, and the same command goes on with them.
+    There is one commit, so a failure leaves the files as they were. A repository, a branch or a pull request that was made
+    before the failure stays, and the same command goes on with it.
     """
 
     name: str
@@ -78,7 +80,7 @@ class HubTarget:
         self._asked = False
 
     def is_done(self, identity: str, *, overwrite: bool) -> bool:
-        """Whether this very work stands there. Raises OutputError if files that coldctl did not write would be replaced.
+        """Return True if this very work is published already. Raises OutputError if it would replace others' files.
 
         A model that coldctl published needs no `overwrite`: the Hub keeps every earlier commit.
         """
@@ -89,7 +91,12 @@ class HubTarget:
             )
         if self._manifest is not None:
             complete = set(self._manifest["files"]) <= self._files  # somebody may have deleted one by hand
-            return complete and not self._is_new_branch and self._manifest.get("identity") == identity
+            if complete and not self._is_new_branch and self._manifest.get("identity") == identity:
+                return True
+        if self.create_pr and self._is_requested(identity):
+            return True
+        if self._manifest is not None:
+            return False
         if self._files - _INITIAL - {layout.CARD} and not overwrite:
             raise OutputError(
                 f"{self.label} holds files that coldctl did not write: give --overwrite to commit on top of them, or "
@@ -97,12 +104,25 @@ class HubTarget:
             )
         return False
 
-    def standing(self) -> tuple[str | None, Manifest | None]:
-        """The card and the manifest of the revision, if it has them."""
+    def _is_requested(self, identity: str) -> bool:
+        """Look for an open pull request of this very work: an earlier call may have broken off before its answer came."""
+        with self._library("read"):
+            requests = self._api.get_repo_discussions(
+                self.name, discussion_type="pull_request", discussion_status="open"
+            )
+            for request in islice(requests if self._head else (), _REQUESTS):
+                document = self._read(layout.MANIFEST, f"refs/pr/{request.num}")
+                if document is not None and document.get("identity") == identity:
+                    self._manifest, self.label = document, request.url
+                    return True
+        return False
+
+    def current(self) -> tuple[str | None, Manifest | None]:
+        """Return the card and the manifest of the revision, if it has them."""
         self._ask()
         return self._card, self._manifest
 
-    def settle(self, tag: str | None) -> None:
+    def repair_tag(self, tag: str | None) -> None:
         """Set the tag that an earlier call, broken off after its commit, could not set."""
         self._ask()
         if tag is None or self.create_pr or self._manifest is None or self._head is None:
@@ -115,40 +135,41 @@ class HubTarget:
             self._tag(tag, self._head)
 
     @contextmanager
-    def writing(self) -> Iterator[Sending]:
-        """A temporary directory, sent as one commit when the block ends well."""
+    def writing(self) -> Iterator[Upload]:
+        """Yield a temporary directory, and send it as one commit when the block ends well."""
         self._ask()
         self._check_token()  # filling the directory may take long
         with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-            sending = Sending(Path(scratch) / "published")
-            sending.folder.mkdir()
-            yield sending
-            self._send(sending)
+            upload = Upload(Path(scratch) / "published")
+            upload.folder.mkdir()
+            yield upload
+            self._send(upload)
 
-    def _send(self, sending: Sending) -> None:
+    def _send(self, upload: Upload) -> None:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        names = {path.relative_to(sending.folder).as_posix() for path in sending.folder.rglob("*") if path.is_file()}
-        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=sending.folder / name) for name in sorted(names)]
+        names = {path.relative_to(upload.folder).as_posix() for path in upload.folder.rglob("*") if path.is_file()}
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=upload.folder / name) for name in sorted(names)]
         ours = (
             {*self._manifest["files"], layout.SIGNATURE} if self._manifest else set()
         )  # it signs other bytes than these
         deleted = [CommitOperationDelete(path_in_repo=name) for name in sorted((ours & self._files) - names)]
         operations: list[Any] = [*added, *deleted]
-        with self._library("write to", bars=True), self._made():
+        with self._library("write to", bars=True):
+            self._make_missing()
             # Sent by itself for one argument: without it a .gitignore on the Hub would leave files out in silence.
             self._api.preupload_lfs_files(
                 self.name, added, revision=self.revision, create_pr=self.create_pr or None, free_memory=False,
                 gitignore_content="",
             )  # fmt: skip
             commit = self._api.create_commit(
-                self.name, operations, commit_message=sending.message, revision=self.revision,
+                self.name, operations, commit_message=upload.message, revision=self.revision,
                 create_pr=self.create_pr or None, parent_commit=self._head,
             )  # fmt: skip
-        sending.place = commit.pr_url or f"{self._api.endpoint}/{self.name}"
-        if sending.tag and not self.create_pr:
+        upload.place = commit.pr_url or f"{self._api.endpoint}/{self.name}"
+        if upload.tag and not self.create_pr:
             with self._library("tag"):
-                self._tag(sending.tag, commit.oid)
+                self._tag(upload.tag, commit.oid)
 
     def _tags(self) -> dict[str, str]:
         return {ref.name: ref.target_commit for ref in self._api.list_repo_refs(self.name).tags}
@@ -163,7 +184,7 @@ class HubTarget:
         self._api.create_tag(self.name, tag=tag, revision=commit)
 
     def _ask(self) -> None:
-        """Find out what stands there, once."""
+        """Read the state of the repository, once."""
         if self._asked:
             return
         with self._library("read"):
@@ -173,13 +194,13 @@ class HubTarget:
                 self._is_new_branch = True
             if info is not None:
                 self._head, self._is_public = info.sha, info.private is False
-                self._files = {item.rfilename for item in info.siblings or []}
+                self._files = {sibling.rfilename for sibling in info.siblings or []}
                 self._card = self._text(layout.CARD, self._head) if layout.CARD in self._files else None
                 self._manifest = self._read(layout.MANIFEST, self._head) if layout.MANIFEST in self._files else None
         self._asked = True
 
     def _info(self, revision: str) -> Any:
-        """What the Hub says of a revision; None if there is none."""
+        """Return what the Hub says of a revision; None if it does not exist."""
         from huggingface_hub import get_token
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -200,7 +221,7 @@ class HubTarget:
             return Path(path).read_text(encoding="utf-8", errors="replace")
 
     def _read(self, name: str, revision: str | None) -> Manifest | None:
-        """A manifest of a revision; None for one that is not ours to judge, or not there."""
+        """Read a manifest of a revision; None if it is missing or not valid."""
         from huggingface_hub.errors import EntryNotFoundError
 
         with suppress(ManifestError, EntryNotFoundError):
@@ -211,7 +232,7 @@ class HubTarget:
         return OutputError(f"cannot {verb} {self.label}: there is no token: {_LOG_IN}")
 
     def _check_token(self) -> None:
-        """Refuse what can be known to be refused later."""
+        """Raise OutputError if the token cannot write, before the work is done."""
         from huggingface_hub import get_token
         from huggingface_hub.errors import HfHubHTTPError
 
@@ -229,44 +250,26 @@ class HubTarget:
                 f"cannot write to {self.label}: this token may only read: take a token that may write to {self.name}"
             )
 
-    @contextmanager
-    def _made(self) -> Iterator[None]:
-        """The repository and its branch, made where they are missing; taken back if the block fails."""
+    def _make_missing(self) -> None:
+        """Make the repository and the branch where they are missing. Raises OutputError for a name that is taken."""
         from huggingface_hub.errors import HfHubHTTPError
 
-        is_new = self._head is None
-        if is_new:
-            try:
-                self._api.create_repo(self.name, private=self.private or None)
-            except HfHubHTTPError as error:
-                if error.response.status_code != 409:
-                    raise
-                raise OutputError(
-                    f"cannot make {self.label}: the name is taken by a repository that this token may not see: take a "
-                    "token of its owner, or another name"
-                ) from None
         try:
-            if self._is_new_branch:
-                self._api.create_branch(self.name, branch=self.revision, revision=self._head)
-            yield
-        except BaseException:
-            with suppress(Exception):  # what went wrong first is what is told
-                self._take_back(is_new)
-            raise
-
-    def _take_back(self, is_new: bool) -> None:
-        """Delete what this call made, if it is still as empty as it was made: the commit may have arrived after all."""
-        heads = {ref.name: ref.target_commit for ref in self._api.list_repo_refs(self.name).branches}
-        info = self._api.model_info(self.name)
-        if is_new:
-            if set(heads.values()) <= {info.sha} and {item.rfilename for item in info.siblings or []} <= _INITIAL:
-                self._api.delete_repo(self.name, missing_ok=True)
-        elif self._is_new_branch and heads.get(self.revision) == self._head:
-            self._api.delete_branch(self.name, branch=self.revision)
+            if self._head is None:
+                self._api.create_repo(self.name, private=self.private or None)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            raise OutputError(
+                f"cannot make {self.label}: the name is taken by a repository that this token may not see: take a "
+                "token of its owner, or another name"
+            ) from None
+        if self._is_new_branch:
+            self._api.create_branch(self.name, branch=self.revision, revision=self._head)
 
     @contextmanager
     def _library(self, verb: str, *, bars: bool = False) -> Iterator[None]:
-        """Calls of the library: silent but for `bars` on a terminal, their errors in one line. Raises OutputError."""
+        """Run calls of the library silently but for `bars` on a terminal. Raises OutputError for their errors, in one line."""
         from huggingface_hub import constants
         from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -295,7 +298,7 @@ class HubTarget:
             logger.setLevel(level)
 
     def _in_words(self, verb: str, error: BaseException) -> BaseException:
-        """What the Hub or the way to it answered, in one line with its remedy; a defect of ours as it is."""
+        """Return the Hub's or the connection's error in one line with its remedy; any other error as it is."""
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
         while (
@@ -325,7 +328,7 @@ class HubTarget:
 
 @contextmanager
 def _bars_shown() -> Iterator[None]:
-    """The library's bars, which transformers hides together with its own, unless the user wants none."""
+    """Show the library's bars, which transformers hides together with its own, unless the user wants none."""
     from huggingface_hub import constants, utils
 
     if constants.HF_HUB_DISABLE_PROGRESS_BARS:

@@ -1,14 +1,18 @@
 """Loading what is to be published the way its users will, before anything is called published."""
 
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from torch import nn
 
 from coldctl.checkpoints.architectures import BODY_PREFIXES
-from coldctl.checkpoints.checkpoint import is_pooler, modern_name
+from coldctl.checkpoints.checkpoint import is_pooler, modern_name, open_checkpoint
+from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, rounded
 from coldctl.common.errors import CheckpointError
+from coldctl.storage.files import LocalFolder
 from coldctl.training import model as models
 from coldctl.training.batches import collate
 
@@ -21,16 +25,20 @@ _ROUNDING = 1e-5  # of the largest feature: the same weights in files laid out o
 
 
 def features(folder: Path, sentences: tuple[str, ...] = SENTENCES, *, rounded_to: str | None = None) -> torch.Tensor:
-    """Last hidden states of a directory's model in float32, [sentences, tokens, width], padding set to zero.
+    """Return the last hidden states of a directory's model in float32, [sentences, tokens, width], padding set to zero.
 
     `rounded_to` rounds the weights to that dtype (`bfloat16`, `float16`, …) first. Raises ModelError.
     """
-    body = models.load_body(folder)
-    if rounded_to is not None:
-        with torch.no_grad():
-            for parameter in body.parameters():
-                parameter.copy_(parameter.to(getattr(torch, rounded_to)))
-    return _hidden(folder, body, sentences)
+    if rounded_to is None:
+        return _hidden(folder, models.load_body(folder), sentences)
+    with closing(open_checkpoint(LocalFolder(folder), folder.name)) as checkpoint:
+        has_doubles = any(tensor.dtype == "F64" for tensor in checkpoint.body.values())
+    body = models.load_body(folder, torch.float64 if has_doubles else torch.float32)
+    with torch.no_grad():
+        for parameter in body.parameters():
+            values = rounded(parameter.numpy(), DTYPES[DTYPE_NAMES[rounded_to]])
+            parameter.copy_(torch.from_numpy(values.astype(np.float32)))
+    return _hidden(folder, body.float(), sentences)
 
 
 def prove_loading(before: Path, after: Path, dtype: str | None) -> None:
@@ -40,7 +48,7 @@ def prove_loading(before: Path, after: Path, dtype: str | None) -> None:
     Raises CheckpointError for a body tensor that is missing or not expected, or for features that differ beyond rounding.
     """
     models.quiet()
-    wanted = features(before, rounded_to=dtype)  # which also proves that its config and weights belong together
+    expected = features(before, rounded_to=dtype)  # which also proves that its config and weights belong together
     options = {
         "local_files_only": True,
         "trust_remote_code": False,
@@ -49,20 +57,20 @@ def prove_loading(before: Path, after: Path, dtype: str | None) -> None:
     }
     body, report = transformers.AutoModel.from_pretrained(after, **options)
     _complete(report, "", "AutoModel")
-    found = _hidden(after, body.eval(), SENTENCES)
+    loaded = _hidden(after, body.eval(), SENTENCES)
     classifier, report = transformers.AutoModelForSequenceClassification.from_pretrained(after, num_labels=3, **options)
     _complete(report, BODY_PREFIXES[classifier.config.model_type] + ".", "AutoModelForSequenceClassification")
-    if found.shape != wanted.shape:
+    if loaded.shape != expected.shape:
         raise CheckpointError("the published tokenizer gives other tokens than the source's: nothing was published")
-    worst = float((found - wanted).abs().max())
-    if not worst <= _ROUNDING * float(wanted.abs().max()):  # so that a not-a-number is refused, too
+    worst = float((loaded - expected).abs().max())
+    if not worst <= _ROUNDING * float(expected.abs().max()):  # so that a not-a-number is refused, too
         raise CheckpointError(
             f"the published model's features differ from the source's by up to {worst:.2g}: nothing was published"
         )
 
 
 def _complete(report: dict[str, list[str]], prefix: str, kind: str) -> None:
-    """The head alone may be missing, and a pooler where a class has none; nothing may be left over."""
+    """Raise CheckpointError if a tensor other than head and pooler is missing or left over."""
     missing = [name for name in report["missing_keys"] if name.startswith(prefix)]
     for words, names in (("lacks", missing), ("has unexpected", report["unexpected_keys"])):
         odd = sorted(name for name in names if not is_pooler(modern_name(name.removeprefix(prefix))))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from coldctl.artifacts import layout, output, placing
+from coldctl.artifacts import layout, output, partial_output, store_output
 from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import CheckpointError, ManifestError, OutputError
 from coldctl.common.progress import Progress
@@ -16,8 +16,8 @@ from coldctl.storage.location import Location, locate
 
 
 @dataclass
-class Sending:
-    """What is about to be published: its directory, filled by the caller, and what the target says of it afterwards."""
+class Upload:
+    """A directory that the caller fills, and what the target says of it after it was published."""
 
     folder: Path
     message: str = ""  # of a commit, where the target has commits
@@ -33,16 +33,16 @@ class Target(Protocol):
     page: str | None  # the URL of its files, if a browser can open them
 
     def is_done(self, identity: str, *, overwrite: bool) -> bool:
-        """Whether it holds the same work already. Raises OutputError if it holds something else that must stay."""
+        """Return True if it holds the same work already. Raises OutputError if it holds something else that must stay."""
 
-    def standing(self) -> tuple[str | None, Manifest | None]:
-        """The card and the manifest that stand there now, as far as they are readable."""
+    def current(self) -> tuple[str | None, Manifest | None]:
+        """Return the card and the manifest that are there now, as far as they are readable."""
 
-    def settle(self, tag: str | None) -> None:
-        """What an earlier call that was broken off may have left undone of work that is there."""
+    def repair_tag(self, tag: str | None) -> None:
+        """Set the tag of complete work that an interrupted call could not set."""
 
-    def writing(self) -> AbstractContextManager[Sending]:
-        """A directory to fill; it is published when the block ends, and only if it ends well."""
+    def writing(self) -> AbstractContextManager[Upload]:
+        """Yield a directory to fill, and publish it if the block ends well."""
 
 
 @dataclass
@@ -62,18 +62,18 @@ class LocalTarget:
         """As the protocol says."""
         return output.is_done(self.path, identity, overwrite=overwrite, flag="--to")
 
-    def standing(self) -> tuple[str | None, Manifest | None]:
+    def current(self) -> tuple[str | None, Manifest | None]:
         """As the protocol says."""
-        return standing_in(files.LocalFolder(self.path)) if self.path.is_dir() else (None, None)
+        return current_in(files.LocalFolder(self.path)) if self.path.is_dir() else (None, None)
 
-    def settle(self, tag: str | None) -> None:
-        """Nothing: it is complete or not there."""
+    def repair_tag(self, tag: str | None) -> None:
+        """Do nothing: there are no tags."""
 
     @contextmanager
-    def writing(self) -> Iterator[Sending]:
+    def writing(self) -> Iterator[Upload]:
         """As the protocol says."""
-        with output.working(self.path, None, overwrite=True) as partial:
-            yield Sending(partial, place=str(self.path))
+        with output.local_workdir(self.path, None, overwrite=True) as partial:
+            yield Upload(partial, place=str(self.path))
 
 
 @dataclass
@@ -98,7 +98,7 @@ class StoreTarget:
 
     def is_done(self, identity: str, *, overwrite: bool) -> bool:
         """As the protocol says."""
-        _, document = self.standing()
+        _, document = self.current()
         if document is not None and document.get("identity") == identity:
             return True
         if overwrite:
@@ -108,26 +108,26 @@ class StoreTarget:
                 f"{self.label} is complete but was made from something else: give --overwrite to replace it"
             )
         place = locate(self.url)
-        if _exists(place) and not _exists(layout.partial(place) / output.IDENTITY):
+        if _exists(place) and not _exists(layout.partial(place) / partial_output.IDENTITY):
             raise OutputError(f"{self.label} holds files that coldctl did not write: give another --to")
         return False
 
-    def standing(self) -> tuple[str | None, Manifest | None]:
+    def current(self) -> tuple[str | None, Manifest | None]:
         """As the protocol says."""
-        return standing_in(files.RemoteFolder(self.url)) if _exists(locate(self.url)) else (None, None)
+        return current_in(files.RemoteFolder(self.url)) if _exists(locate(self.url)) else (None, None)
 
-    def settle(self, tag: str | None) -> None:
-        """Nothing: it is complete or not there."""
+    def repair_tag(self, tag: str | None) -> None:
+        """Do nothing: there are no tags."""
 
     @contextmanager
-    def writing(self) -> Iterator[Sending]:
+    def writing(self) -> Iterator[Upload]:
         """As the protocol says."""
         with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-            sending = Sending(Path(scratch) / "published", place=self.url)
-            sending.folder.mkdir()
-            yield sending
-            with output.writing(locate(self.url), None, overwrite=True) as partial:
-                placing.send(sending.folder, partial, self.progress)
+            upload = Upload(Path(scratch) / "published", place=self.url)
+            upload.folder.mkdir()
+            yield upload
+            with output.atomic_output(locate(self.url), None, overwrite=True) as partial:
+                store_output.upload(upload.folder, partial, self.progress)
 
 
 @dataclass
@@ -143,20 +143,20 @@ class DryTarget:
         """As the protocol says."""
         return self.target.is_done(identity, overwrite=overwrite)
 
-    def standing(self) -> tuple[str | None, Manifest | None]:
+    def current(self) -> tuple[str | None, Manifest | None]:
         """As the protocol says."""
-        return self.target.standing()
+        return self.target.current()
 
-    def settle(self, tag: str | None) -> None:
-        """Nothing: only looked at."""
+    def repair_tag(self, tag: str | None) -> None:
+        """Do nothing."""
 
     @contextmanager
-    def writing(self) -> Iterator[Sending]:
+    def writing(self) -> Iterator[Upload]:
         """As the protocol says."""
         with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
             folder = Path(scratch) / "published"
             folder.mkdir()
-            yield Sending(folder, place=self.label)
+            yield Upload(folder, place=self.label)
 
 
 def _exists(place: Location) -> bool:
@@ -166,8 +166,8 @@ def _exists(place: Location) -> bool:
         raise OutputError(f"cannot look into {place}: {error}: check the URL and your credentials") from None
 
 
-def standing_in(folder: files.Folder) -> tuple[str | None, Manifest | None]:
-    """The card and the manifest of a directory, as far as it has them. Raises ManifestError for one that was changed."""
+def current_in(folder: files.Folder) -> tuple[str | None, Manifest | None]:
+    """Return the card and the manifest of a directory, as far as it has them. Raises ManifestError for one that was changed."""
     card, document = None, None
     with suppress(CheckpointError, UnicodeDecodeError):
         card = folder.read(layout.CARD).decode("utf-8") if folder.has(layout.CARD) else None

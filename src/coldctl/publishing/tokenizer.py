@@ -1,4 +1,4 @@
-"""A tokenizer's files as every reader wants them: complete for the slow classes of transformers 4, and telling nothing.
+"""Copy a tokenizer's files, complete for the slow classes of transformers 4, and without private paths.
 
 transformers 5 saves only `tokenizer.json` and `tokenizer_config.json`. Version 4's slow classes want `vocab.json` and
 `merges.txt`, or `vocab.txt`; its fast ones may come with a tokenizers library that knows merges only as "a b".
@@ -6,12 +6,12 @@ transformers 5 saves only `tokenizer.json` and `tokenizer_config.json`. Version 
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from coldctl.artifacts import layout
 from coldctl.common import text
 from coldctl.common.errors import CheckpointError
-from coldctl.common.parsing import json_value, misfit
+from coldctl.common.parsing import find_mismatch, json_value
 from coldctl.storage.files import SMALL_FILE_LIMIT, Folder
 
 _TOKENIZER, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -29,19 +29,29 @@ _DROPPED = (
     "is_local",
     "local_files_only",
 )
-# Of tokenizer.json, as far as it is looked at.
-_SHAPE = {
-    "added_tokens": [{"content": str, "id": int}],
-    "model": {
-        "merges": [lambda merge: isinstance(merge, str) or (isinstance(merge, list) and not misfit(merge, [str]))]
-    },
-}
 _MOST_VALUES = 5_000_000  # of tokenizer.json: the largest vocabularies come with half a million merges
 _GENERIC = ("TokenizersBackend", "PreTrainedTokenizerFast")  # transformers 5's name for it, and the one both know
 
 
+class _AddedToken(TypedDict, total=False):
+    content: str
+    id: int
+
+
+class _TokenizerModel(TypedDict, total=False):
+    merges: list[str | list[str]]
+    vocab: dict[str, int] | list[Any] | None  # a unigram model lists its pieces
+
+
+class _Tokenizer(TypedDict, total=False):
+    """`tokenizer.json`, as far as it is read here."""
+
+    added_tokens: list[_AddedToken]
+    model: _TokenizerModel
+
+
 def copy(source: Folder, folder: Path) -> list[str]:
-    """Copy the tokenizer's files into `folder`, and write those that older readers miss. Returns what they still miss.
+    """Copy the tokenizer's files into `folder`, and write those that older readers need. Return what is still missing.
 
     Raises CheckpointError if a file is not readable.
     """
@@ -66,45 +76,31 @@ def _config_for_all(config: dict[str, Any]) -> dict[str, Any]:
     extra = kept.get("extra_special_tokens")
     if isinstance(extra, list):  # version 4 wants names with them, and knows these by another key, which 5 still reads
         del kept["extra_special_tokens"]
-        known = _list(kept.get("additional_special_tokens"))
-        kept["additional_special_tokens"] = [*known, *(token for token in extra if token not in known)]
+        tokens = _list(kept.get("additional_special_tokens"))
+        kept["additional_special_tokens"] = [*tokens, *(token for token in extra if token not in tokens)]
     return kept
 
 
 def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> list[str]:
-    """Write the slow classes' files from the fast one's."""
-    if misfit(tokenizer, _SHAPE):
-        raise CheckpointError(f"{_TOKENIZER} is not what it should be: copy the base model's")
-    model = tokenizer.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or not isinstance(vocabulary, dict):
+    """Write the slow classes' files from the fast one's. Return what is still missing."""
+    if mismatch := find_mismatch(tokenizer, _Tokenizer):
+        raise CheckpointError(f"{_TOKENIZER}: {mismatch}. Copy the base model's.")
+    model = tokenizer.get("model", {})
+    vocabulary = model.get("vocab")
+    if not isinstance(vocabulary, dict):
         pieces = any((folder / name).exists() for name in layout.SENTENCEPIECE_FILES)
         return [] if pieces else ["the SentencePiece model that slow tokenizers of older transformers read"]
-    if misfit(vocabulary, {...: int}):
-        raise CheckpointError(f"{_TOKENIZER} is not what it should be: copy the base model's")
     ordered = sorted(vocabulary, key=lambda token: (vocabulary[token], token))
     # Tokens that were added stay out of the vocabulary, as version 4 saves them: in it they would count as word pieces.
     added = {
-        item["content"]: item["id"]
-        for item in tokenizer.get("added_tokens", [])
-        if isinstance(item, dict) and "content" in item and "id" in item and item["content"] not in vocabulary
+        token["content"]: token["id"]
+        for token in tokenizer.get("added_tokens", [])
+        if "content" in token and "id" in token and token["content"] not in vocabulary
     }
     if added and not (folder / _ADDED).exists():
         _write(folder / _ADDED, added)
-    merges = model.get("merges")
-    if isinstance(merges, list):
-        pairs = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges]
-        plain = all(len(pair) == 2 and not any(" " in part for part in pair) for pair in pairs)
-        if plain and any(isinstance(merge, list) for merge in merges):
-            model["merges"] = [" ".join(pair) for pair in pairs]
-            (folder / _TOKENIZER).write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
-        if not (folder / "vocab.json").exists():
-            text = json.dumps({token: vocabulary[token] for token in ordered}, ensure_ascii=False)
-            (folder / "vocab.json").write_text(text, encoding="utf-8")
-        if plain and not (folder / "merges.txt").exists():
-            lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
-            (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return [] if plain else ["merges that older readers know: its own hold blanks"]
+    if "merges" in model:
+        return _merges(tokenizer, ordered, folder)
     if (folder / "vocab.txt").exists():
         return []
     gapless = [vocabulary[token] for token in ordered] == list(range(len(ordered)))  # a line's number is the token's id
@@ -113,6 +109,24 @@ def _vocabulary(tokenizer: dict[str, Any], folder: Path) -> list[str]:
         return ["vocab.txt: its token ids have gaps, or its tokens line breaks"]
     (folder / "vocab.txt").write_text("\n".join(ordered) + "\n", encoding="utf-8")
     return []
+
+
+def _merges(tokenizer: dict[str, Any], ordered: list[str], folder: Path) -> list[str]:
+    """Write `vocab.json` and `merges.txt`, and merges as older readers know them. Return what is still missing."""
+    model = tokenizer["model"]
+    merges, vocabulary = model["merges"], model["vocab"]
+    pairs = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in merges]
+    plain = all(len(pair) == 2 and not any(" " in symbol for symbol in pair) for pair in pairs)
+    if plain and any(isinstance(merge, list) for merge in merges):
+        model["merges"] = [" ".join(pair) for pair in pairs]
+        (folder / _TOKENIZER).write_text(json.dumps(tokenizer, indent=2, ensure_ascii=False), encoding="utf-8")
+    if not (folder / "vocab.json").exists():
+        text = json.dumps({token: vocabulary[token] for token in ordered}, ensure_ascii=False)
+        (folder / "vocab.json").write_text(text, encoding="utf-8")
+    if plain and not (folder / "merges.txt").exists():
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in pairs)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return [] if plain else ["merges that older readers know: its own hold blanks"]
 
 
 def _list(value: Any) -> list[Any]:

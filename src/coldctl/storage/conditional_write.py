@@ -41,7 +41,7 @@ def read(path: Location) -> Version | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # each store has exceptions of its own
-        raise _failed(path, error, "read") from None
+        raise write_error(path, error, "read") from None
     raise OutputError(f"{path} changes faster than it can be read: run the same command again")
 
 
@@ -54,7 +54,7 @@ def create(path: Location, data: bytes) -> bool:
     except Exception as error:  # each store has exceptions of its own
         found = read(path)
         if found is None:
-            raise _failed(path, error) from None
+            raise write_error(path, error) from None
         return found.data == data  # a request that was answered too late and sent again meets its own result
     return True
 
@@ -71,9 +71,36 @@ def replace(path: Location, data: bytes, version: Version) -> bool:
     except Exception as error:  # each store has exceptions of its own
         found = read(path)
         if found == version:
-            raise _failed(path, error) from None
+            raise write_error(path, error) from None
         return found is not None and found.data == data
     return True
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Write a file of this machine, whole and durable, whatever is there. Raises OutputError."""
+    unfinished = _write_sibling(path, data)
+    try:
+        unfinished.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise write_error(path, error) from None
+
+
+def sync(path: Path) -> None:
+    """Make a file or directory durable (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_error(path: Location, error: Exception, verb: str = "write") -> OutputError:
+    """Return the error that says why a file or directory could not be written (or read)."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return OutputError(f"cannot {verb} {path}: {reason}: free the cause and run the same command again")
 
 
 def _knows_if_match(path: Any) -> bool:
@@ -87,13 +114,13 @@ def _tag(path: Any) -> str | None:
 
 
 def _create_here(path: Path, data: bytes) -> bool:
-    unfinished = _written_beside(path, data)
+    unfinished = _write_sibling(path, data)
     try:
         os.link(unfinished, path)  # unlike a rename, it does not replace
     except FileExistsError:
         return False
     except OSError as error:
-        raise _failed(path, error) from None
+        raise write_error(path, error) from None
     finally:
         with suppress(OSError):
             unfinished.unlink()
@@ -104,24 +131,24 @@ def _replace_here(path: Path, data: bytes, version: Version) -> bool:
     try:
         lock = os.open(path.parent, os.O_RDONLY)
     except OSError as error:
-        raise _failed(path, error) from None
+        raise write_error(path, error) from None
     try:
         with suppress(OSError):  # a file system without locks: the comparison is what remains
             fcntl.flock(lock, fcntl.LOCK_EX)
         if read(path) != version:
             return False
-        unfinished = _written_beside(path, data)
+        unfinished = _write_sibling(path, data)
         unfinished.replace(path)
         os.fsync(lock)
     except OSError as error:
-        raise _failed(path, error) from None
+        raise write_error(path, error) from None
     finally:
         os.close(lock)
     return True
 
 
-def _written_beside(path: Path, data: bytes) -> Path:
-    """A hidden sibling of the writer's own with these bytes, fsynced."""
+def _write_sibling(path: Path, data: bytes) -> Path:
+    """Write a hidden sibling of this thread's own with these bytes, fsynced, and return its path."""
     unfinished = path.parent / f".{path.name}.{os.getpid()}-{threading.get_native_id()}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,10 +159,5 @@ def _written_beside(path: Path, data: bytes) -> Path:
     except OSError as error:
         with suppress(OSError):
             unfinished.unlink()
-        raise _failed(path, error) from None
+        raise write_error(path, error) from None
     return unfinished
-
-
-def _failed(path: Location, error: Exception, verb: str = "write") -> OutputError:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return OutputError(f"cannot {verb} {path}: {reason}: free the cause and run the same command again")

@@ -368,17 +368,19 @@ def open_folder(reference: "str | Location") -> Folder:
     return RemoteFolder(place) if is_url(place) else LocalFolder(Path(place))
 
 
-def download(url: str, folder: Path, patterns: Sequence[str]) -> Path:
-    """Copy the files of a remote folder whose names match one of `patterns` into a local one. Return `folder`."""
-    filesystem, root = _filesystem(url)
-    folder.mkdir(parents=True, exist_ok=True)
-    source = RemoteFolder(url)
-    for name in source.names():
-        if not any(fnmatch(name, pattern) for pattern in patterns):
-            continue
+def download(source: RemoteFolder, folder: Path, patterns: Sequence[str] | None) -> None:
+    """Copy files of a remote folder into a local one: those directly in it that match `patterns`; None means all, also below.
+
+    Raises CheckpointError or ModelError.
+    """
+    filesystem, root = _filesystem(source.label)
+    names = source.walk() if patterns is None else source.names()
+    for name in names:
+        if patterns is not None and not any(fnmatch(name, pattern) for pattern in patterns):
+            continue  # never code, never pickles
         source.open(name)  # refuses what may not be read
-        _persistently(partial(filesystem.get_file, f"{root}/{name}", str(folder / name)), f"{url}/{name}")
-    return folder
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        _persistently(partial(filesystem.get_file, f"{root}/{name}", str(folder / name)), f"{source.label}/{name}")
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -75,9 +75,9 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_body(folder: Path) -> nn.Module:
-    """Load the bare encoder in float32, in evaluation mode. Raises ModelError if a body tensor is missing."""
-    return _load(transformers.AutoModel, folder).eval()
+def load_body(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Load the bare encoder in evaluation mode. Raises ModelError if a body tensor is missing."""
+    return _load(transformers.AutoModel, folder, dtype).eval()
 
 
 def load_classifier(folder: Path, labels: Sequence[str], seed: int, *, multilabel: bool = False) -> nn.Module:
@@ -169,7 +169,7 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
+def _load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
     """Load a checkpoint with `kind.from_pretrained`, after checks that read headers only. Raises ModelError."""
     quiet()
     source = LocalFolder(folder)
@@ -191,7 +191,7 @@ def _load(kind: Any, folder: Path, **options: Any) -> nn.Module:
             model, report = kind.from_pretrained(
                 place,
                 config=config,
-                dtype=torch.float32,
+                dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,

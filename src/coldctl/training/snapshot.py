@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import CheckpointError
+from coldctl.storage.conditional_write import sync
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -25,12 +25,8 @@ def write(path: Path, tensors: Tensors, state: Mapping[str, Any]) -> None:
     text = json.dumps(state)
     with as_os_errors():
         save_file(contiguous, unfinished, {"state": text, "digest": _digest(contiguous, text)})
-    descriptor = os.open(unfinished, os.O_RDONLY)
-    try:
-        # Without this a crash of the machine could leave a complete name and an empty file.
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # Without this a crash of the machine could leave a complete name and an empty file.
+    sync(unfinished)
     unfinished.replace(path)
 
 
