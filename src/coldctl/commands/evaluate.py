@@ -519,10 +519,11 @@ def _trained(
     cell: Cell, loaded: Sequence[Dataset], folder: Path, scratch: Path, progress: Progress
 ) -> tuple[list[Any], dict[str, Any]]:
     from coldctl.training import model as models
-    from coldctl.training.loop import Examples, Head, Place, predict, train
+    from coldctl.training.batches import Examples
+    from coldctl.training.loop import Task, TrainingContext, predict, train
 
     tokenizer = models.load_tokenizer(folder)
-    heads, tests = [], []
+    tasks, tests = [], []
     for entry, dataset in zip(cell.datasets, loaded, strict=True):
         seed = derived_seed(cell.seed, "evaluate", cell.protocol, entry.name)
         training_split = dataset.train
@@ -535,17 +536,17 @@ def _trained(
             for split in (training_split, dataset.validation, dataset.test)
         )
         measured = partial(scoring.score, metric_of(entry, dataset), validation.labels)
-        heads.append(Head(model, training, validation, measured))
+        tasks.append(Task(model, training, validation, measured))
         tests.append(test)
-    models.share_body([head.model for head in heads])
+    models.share_body([task.model for task in tasks])
     seed = derived_seed(cell.seed, "evaluate", cell.protocol, *(entry.name for entry in cell.datasets))
     name = f"{cell.title}, {cell.protocol}, seed {cell.seed}"
-    place = Place(
+    context = TrainingContext(
         models.device_of_choice(), tokenizer.pad_token_id, scratch / layout.TRAINING, progress, name,
         checkpoint_seconds=math.inf,
     )  # fmt: skip
-    trained = train(heads, replace(cell.finetuning, anchor=0.0, compile=False), place, seed=seed)
-    predictions = [predict(head.model, test.encoded, place) for head, test in zip(heads, tests, strict=True)]
+    trained = train(tasks, replace(cell.finetuning, anchor=0.0, compile=False), context, seed=seed)
+    predictions = [predict(task.model, test.encoded, context) for task, test in zip(tasks, tests, strict=True)]
     return predictions, {"validation": trained.best_score, "steps": trained.steps, "stopped": trained.stopped}
 
 

@@ -13,6 +13,7 @@ from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, rounded
 from coldctl.common.errors import CheckpointError
 from coldctl.storage.files import LocalFolder
 from coldctl.training import model as models
+from coldctl.training.batches import collate
 
 SENTENCES = (
     "A short sentence.",
@@ -80,7 +81,7 @@ def _hidden(folder: Path, body: nn.Module, sentences: tuple[str, ...]) -> torch.
     tokenizer = models.load_tokenizer(folder)
     limit = models.length_limit(tokenizer, body.config, 64)
     encoded = models.encode(tokenizer, list(sentences), None, limit)
-    batch = models.collate(encoded, range(len(encoded)), tokenizer.pad_token_id, torch.device("cpu"))
+    batch = collate(encoded, range(len(encoded)), tokenizer.pad_token_id, torch.device("cpu"))
     with torch.inference_mode():
         hidden: torch.Tensor = body(**batch).last_hidden_state
         return hidden * batch["attention_mask"][..., None]
