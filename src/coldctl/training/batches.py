@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from coldctl.core.config import derived_seed
+from coldctl.common.digests import derived_seed
 from coldctl.data.texts import Ragged
 from coldctl.training.model import Encoded
 
