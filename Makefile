@@ -2,7 +2,7 @@
 # make experiment EXPERIMENT=FILE.toml   full rounds under several settings, and their curves side by side
 # make test      set up what is missing, then run the tests
 .SUFFIXES:
-.PHONY: iterate experiment publish test test-scale test-faults fuzz mutate test-peers test-tensorflow lint format bench bench-finetune bench-evaluate assets setup clean help
+.PHONY: iterate experiment publish test test-scale test-faults fuzz mutate test-peers test-tensorflow test-oldest lint format reference bench bench-finetune bench-evaluate assets setup clean help
 
 PYTHON = python3
 ITERATIONS = 1
@@ -77,6 +77,10 @@ format: $(ready)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 
+# docs/reference.md, from the settings classes.
+reference: $(ready)
+	$(bin)/python scripts/reference.py docs/reference.md
+
 bench: $(ready)
 	$(bin)/python benchmarks/fuse.py $(BENCH)
 
@@ -94,6 +98,16 @@ test-peers: .venv-peers/ready
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt \
 		--editable . mergekit flwr pytest hypothesis
+	@touch $@
+
+# The oldest versions that pyproject.toml admits, in an environment of its own.
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest tests/commands/test_pipeline.py tests/data/test_data.py tests/artifacts/test_signatures.py -k "not store"
+
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+		--editable '.[data,lora,onnx,s3,sign]' pytest hypothesis jsonschema
 	@touch $@
 
 # The card's TensorFlow block and the tokenizers of transformers 4, whose last TensorFlow classes want older versions than we do.

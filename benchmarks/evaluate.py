@@ -107,13 +107,13 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
     import torch
 
     from coldctl.common.progress import SILENT
-    from coldctl.core.config import DatasetConfig
+    from coldctl.config.settings import DatasetConfig
     from coldctl.data.datasets import Limits, load_dataset
     from coldctl.evaluation import scoring
     from coldctl.evaluation.probe import features
     from coldctl.evaluation.probe import probe as solve
     from coldctl.training import model as models
-    from coldctl.training.loop import sorted_batches
+    from coldctl.training.batches import collate, sorted_batches
 
     config = DatasetConfig(folder.name, str(folder), text_pair="text_pair" if has_pairs(folder) else None)
     dataset = load_dataset(config, Limits(options.train, options.validation, options.test), 0)
@@ -125,7 +125,7 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
         encoded = [models.encode(tokenizer, split.texts, split.pairs, options.length) for split in splits]
         seconds["tokenize"].append(time.perf_counter() - started)
         batches = [
-            models.collate(part, batch, tokenizer.pad_token_id, device)
+            collate(part, batch, tokenizer.pad_token_id, device)
             for part in encoded
             for batch in sorted_batches(part.lengths, BATCH)
         ]
@@ -245,9 +245,9 @@ def ours_round(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 def stitched_round(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """A script per step, one after another, each in a process of its own."""
-    from coldctl.core import config
+    from coldctl.config import loading
 
-    suite = config.read(options.config).datasets
+    suite = loading.read(options.config).datasets
     scratch.mkdir()
     seconds = dict.fromkeys(("finetune three", "merge", "evaluate base and fused"), 0.0)
     seen = [dataset for dataset in suite if dataset.role == "seen"]

@@ -36,8 +36,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from coldctl.artifacts import layout, manifest
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
-from coldctl.core import config
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.digests import body_digest, outside_body
+from coldctl.common.digests import derived_seed
+from coldctl.config import loading
+from coldctl.config.settings import EvaluateConfig, FinetuneConfig, contributors_of
 from coldctl.data.datasets import Dataset, Limits, load_dataset, metric_of
 from coldctl.evaluation import scoring
 from coldctl.storage.files import LocalFolder
@@ -99,12 +102,12 @@ class Bench:
         self.base: Path = options.base
         self.honest = self.scratch / "contributions"
         # The first are the attackers: one of each dataset before a second one of any, so that none is theirs alone.
-        contributors = config.contributors_of(config.read(suite).datasets)
+        contributors = contributors_of(loading.read(suite).datasets)
         self.contributors = sorted(contributors, key=lambda item: item[1].part)
         self.names = [name for name, _ in self.contributors]
         self.methods = names(options.methods)
         self.cells: dict[tuple[str, int, str], dict[str, Any]] = {}
-        self.scorer = Scorer(config.read(suite), self.base, self.scratch / "predictions")
+        self.scorer = Scorer(loading.read(suite), self.base, self.scratch / "predictions")
 
     def train(self) -> None:
         """All contributions, and those of the attackers on wrong labels."""
@@ -112,13 +115,13 @@ class Bench:
             coldctl(
                 "finetune", "--suite", self.suite, "--base", self.base, "--output", self.honest, "--jobs", self.options.jobs
             )  # fmt: skip
-        settings = config.resolve(config.FinetuneConfig, config.read(self.suite), {})
+        settings = loading.resolve(FinetuneConfig, loading.read(self.suite), {})
         limits = Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
         for name, entry in self.contributors[: max(map(int, self.options.attackers.split(",")))]:
             target = self.scratch / "flipped" / name
             if not layout.is_complete(target):
                 folder = self.scratch / "flipped-data" / name
-                flip(load_dataset(entry, limits, settings.seed), folder, config.derived_seed(SEED, "flip", name))
+                flip(load_dataset(entry, limits, settings.seed), folder, derived_seed(SEED, "flip", name))
                 coldctl(
                     "finetune", folder, "--config", self.suite, "--base", self.base, "--output", target, "--name", name
                 )  # fmt: skip
@@ -209,8 +212,8 @@ class Bench:
 class Scorer:
     """The linear probes of `coldctl evaluate`, in this process: texts are read and tokenized once for all models."""
 
-    def __init__(self, file: config.ConfigFile, base: Path, folder: Path) -> None:
-        self.settings = config.resolve(config.EvaluateConfig, file, {})
+    def __init__(self, file: loading.ConfigFile, base: Path, folder: Path) -> None:
+        self.settings = loading.resolve(EvaluateConfig, file, {})
         self.datasets, self.base, self.folder = file.datasets, base, folder
         self.loaded: list[tuple[Dataset, list[Any]]] = []
 
@@ -242,7 +245,7 @@ class Scorer:
             scores.append(scoring.score(metric, truth, new))
             gains.append(scores[-1] - scoring.score(metric, truth, old))
             outcome = scoring.Outcome(metric, truth, new[None], old[None])
-            drawn.append(scoring.resampled_gains(outcome, config.derived_seed(SEED, "bootstrap", dataset.name)))
+            drawn.append(scoring.resampled_gains(outcome, derived_seed(SEED, "bootstrap", dataset.name)))
         gain = scoring.average(gains, drawn, certain=True)
         return {"mean": float(np.mean(scores)), "gain": gain.gain, "gain_interval": list(gain.interval)}
 

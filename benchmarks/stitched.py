@@ -47,7 +47,7 @@ def main() -> None:
 
 def read(folder: Path, settings: dict[str, Any]) -> tuple[Texts, int]:
     """The examples that coldctl draws, so that scores can be compared."""
-    from coldctl.core.config import DatasetConfig
+    from coldctl.config.settings import DatasetConfig
     from coldctl.data.datasets import Limits, load_dataset
 
     limits = Limits(*(settings[f"max_{split}_examples"] for split in ("train", "validation", "test")))

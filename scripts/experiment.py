@@ -19,7 +19,7 @@ from typing import Any
 import tomli_w
 
 from coldctl.common.errors import ConfigError
-from coldctl.core import config
+from coldctl.config import loading, settings
 
 ITERATE = Path(__file__).with_name("iterate.sh")
 EVALUATION = "evaluation"  # the folder beside the variants' runs that compares them
@@ -65,14 +65,14 @@ def read_variants(path: Path, to: Path) -> list[Variant]:
 
     Raises ConfigError for a mistake in the file or in the configuration that it varies.
     """
-    document = config.document_of(path)
-    config.refuse_unknown(document, ("config", "iterations", "datasets", "variant", *config.SECTIONS), str(path))
+    document = loading.document_of(path)
+    loading.refuse_unknown(document, ("config", "iterations", "datasets", "variant", *settings.SECTIONS), str(path))
     if not isinstance(document.get("config"), str):
         raise ConfigError(f'{path}: no configuration to vary. Add config = "FILE.toml".')
     source = path.parent / document["config"]
-    original = config.document_of(source)
-    config.parsed(original, source)  # a mistake in the configuration is not blamed on the experiment
-    config.parsed({key: document[key] for key in config.SECTIONS if key in document}, path)
+    original = loading.document_of(source)
+    loading.parsed(original, source)  # a mistake in the configuration is not blamed on the experiment
+    loading.parsed({key: document[key] for key in settings.SECTIONS if key in document}, path)
     common = _merged(original, document)
     common["dataset"] = _selected(common.get("dataset", []), document.get("datasets"), path)
     tables = document.get("variant")
@@ -81,7 +81,7 @@ def read_variants(path: Path, to: Path) -> list[Variant]:
     variants: list[Variant] = []
     for number, table in enumerate(tables, start=1):
         where = f"{path}: [[variant]] {table.get('name', number)!r}"
-        config.refuse_unknown(table, ("name", "iterations", "dataset", *config.SECTIONS), where)
+        loading.refuse_unknown(table, ("name", "iterations", "dataset", *settings.SECTIONS), where)
         name = _checked_name(table.get("name"), variants, where)
         iterations = table.get("iterations", document.get("iterations", 1))
         if type(iterations) is not int or iterations < 1:
@@ -89,7 +89,7 @@ def read_variants(path: Path, to: Path) -> list[Variant]:
         varied = _merged(common, table)
         varied["dataset"] = _changed_datasets(common["dataset"], table.get("dataset", {}), where)
         try:
-            config.parsed(varied, source)
+            loading.parsed(varied, source)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error.message}") from None
         variants.append(Variant(name, iterations, tomli_w.dumps(_relocated(varied, source.parent, to))))
@@ -112,7 +112,7 @@ def write_configurations(variants: list[Variant], to: Path) -> None:
 def _merged(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration whose sections have the keys that `changes` names replaced."""
     merged = dict(document)
-    for section in config.SECTIONS:
+    for section in settings.SECTIONS:
         if section in changes:
             values = changes[section]
             merged[section] = {**merged.get(section, {}), **values} if isinstance(values, dict) else values
@@ -145,7 +145,7 @@ def _check_datasets(names: list[Any], tables: list[dict[str, Any]], where: str) 
 def _checked_name(value: Any, earlier: list[Variant], where: str) -> str:
     """Return a variant's name, which is also a folder's. Raises ConfigError."""
     name = value if isinstance(value, str) and value.isprintable() else ""  # names are printed to a terminal
-    config.check_name(name, where)
+    loading.check_name(name, where)
     if name == EVALUATION:
         raise ConfigError(f"{where}: the folder {name!r} holds the comparison. Choose another name.")
     if name in [variant.name for variant in earlier]:
@@ -157,7 +157,7 @@ def _relocated(document: Mapping[str, Any], old: Path, new: Path) -> dict[str, A
     """Return a configuration that means the same in folder `new` as it does in `old`: local paths are relative to it."""
 
     def relocate(table: dict[str, Any], key: str) -> dict[str, Any]:
-        path = config.located(str(table.get(key, "")), old)
+        path = loading.located(str(table.get(key, "")), old)
         return (
             {**table, key: os.path.relpath(path, new.resolve())} if key in table and Path(path).is_absolute() else table
         )

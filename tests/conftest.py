@@ -41,7 +41,7 @@ class Ran:
 
 def run_coldctl(*arguments: object) -> Ran:
     """Run the real entry point in this process, as the console script does."""
-    from coldctl.cli import app
+    from coldctl.cli.app import app
 
     result: Result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=True)
     if result.exception is not None and not isinstance(result.exception, SystemExit):

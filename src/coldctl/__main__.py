@@ -1,5 +1,5 @@
 """`python -m coldctl` is the same program as `coldctl`."""
 
-from coldctl.cli import main
+from coldctl.cli.app import main
 
 main()

@@ -326,7 +326,7 @@ def test_a_clock_that_jumps(years: int, work: Work, tmp_path: Path) -> None:
     code = (
         "import time, itertools; steps = itertools.count()\n"
         f"now = time.time(); time.time = lambda: now + {years} * 3e7 * (next(steps) % 3 - 1)\n"
-        "from coldctl.cli import main; import sys\n"
+        "from coldctl.cli.app import main; import sys\n"
         "sys.argv = ['coldctl', *sys.argv[1:]]; main()"
     )
     command = mine.command("fuse", tmp_path / "out")

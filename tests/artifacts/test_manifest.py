@@ -12,6 +12,7 @@ import pytest
 
 from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import Manifest
+from coldctl.common.digests import canonical, digest_of
 from coldctl.common.errors import ManifestError
 from coldctl.storage.files import LocalReader
 
@@ -26,7 +27,7 @@ def document(**changed: Any) -> bytes:
     """A manifest that is as it was written, whatever it says."""
     content: dict[str, Any] = {"schema": 1, **LEAST, "files": {}, **changed}
     content = {key: value for key, value in content.items() if value is not ...}
-    return json.dumps({**content, "manifest_digest": manifest.digest_of(content)}).encode()
+    return json.dumps({**content, "manifest_digest": digest_of(content)}).encode()
 
 
 def refused(data: bytes, words: str) -> None:
@@ -35,7 +36,7 @@ def refused(data: bytes, words: str) -> None:
 
 
 def test_digests() -> None:
-    assert manifest.digest_of({"b": [1, 2.5], "a": "é"}) == sha('{"a":"é","b":[1,2.5]}'.encode())
+    assert digest_of({"b": [1, 2.5], "a": "é"}) == sha('{"a":"é","b":[1,2.5]}'.encode())
 
 
 def test_digests_of_files_and_readers(tmp_path: Path) -> None:
@@ -175,5 +176,5 @@ def test_what_descendants_carry() -> None:
 
 
 def test_canonical_bytes_do_not_depend_on_order(tmp_path: Path) -> None:
-    order: Callable[..., bytes] = manifest.canonical
+    order: Callable[..., bytes] = canonical
     assert order({"a": 1, "b": {"d": 1, "c": 2}}) == order({"b": {"c": 2, "d": 1}, "a": 1})

@@ -542,7 +542,7 @@ def test_datasets(case: str, tmp_path: Path, base: Path, coldctl: Run) -> None:
 
 
 def test_labels_that_share_a_hash_cost_no_more_than_others(tmp_path: Path) -> None:
-    from coldctl.core.config import DatasetConfig
+    from coldctl.config.settings import DatasetConfig
     from coldctl.data.datasets import Limits, config_from_reference, load_dataset
 
     prime = (1 << 61) - 1  # to Python all multiples of it have the hash 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from coldctl.common.digests import digest_of
 from coldctl.common.errors import ConfigError
 from conftest import FAST, Ran, suite_text
 from helpers import tiny
@@ -150,7 +151,7 @@ def test_configs(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> Non
 
     attempt("[finetune]\nepoch = 3\n", "unknown key 'epoch'", "'epochs'")
     attempt("[finetun]\n", "unknown key 'finetun'", "'finetune'")
-    attempt('[finetune]\nepochs = "3"\n', "epochs", "must be int")
+    attempt('[finetune]\nepochs = "3"\n', "epochs", "must be a whole number")
     attempt("[finetune]\nepochs = 0\n", "out of range")
     attempt("[finetune]\nlearning_rate = -1.0\n", "out of range")
     attempt("[finetune]\nlearning_rate = nan\n", "out of range")
@@ -162,9 +163,9 @@ def test_configs(tmp_path: Path, base: Path, dataset: Path, coldctl: Run) -> Non
     attempt('[[dataset]]\nname = "a"\npath = "x"\ntrain = []\n', "train = []", "wrong type")
     attempt('[[dataset]]\nname = "a"\npath = "x"\ncontributors = 2\npart = 3\n', "part = 3", "there are 2 contributors")
     attempt("[dataset]\n", "[[dataset]]")
-    attempt("[finetune]\nlora_rank = 100000\n", "--lora-rank 100000 is out of range")
-    attempt("[finetune]\nlabel_smoothing = 1.0\n", "leaves nothing to learn")
-    attempt("[finetune]\nlabel_smoothing = 1.5\n", "a share, at most 1")
+    attempt("[finetune]\nlora_rank = 100000\n", "lora_rank = 100000 is out of range: it must be 0 to 4096")
+    attempt("[finetune]\nlabel_smoothing = 1.0\n", "it must be 0 to below 1")
+    attempt("[finetune]\nlabel_smoothing = 1.5\n", "it must be 0 to below 1")
     ran = coldctl("finetune", dataset, "--base", base, "--output", tmp_path / "out", "--config", tmp_path / "none.toml")
     refused(ran, tmp_path / "out", "no configuration file")
     ran = coldctl("finetune", "--base", base, "--output", tmp_path / "out")
@@ -247,7 +248,9 @@ def test_fuse_and_others(tmp_path: Path, base: Path, contributions: Path, suite:
         out,
         "choose one of mean",
     )
-    refused(coldctl("fuse", contributions, "--base", base, "--output", out, "--max-shard-size", "big"), out, "no size")
+    refused(
+        coldctl("fuse", contributions, "--base", base, "--output", out, "--max-shard-size", "big"), out, "not a size"
+    )
     refused(coldctl("publish", base, "--to", out), out, "no licence")
     refused(
         coldctl("publish", base, "--to", out, "--license", "mit", "--evaluation", base), out, "`coldctl evaluate` wrote"
@@ -381,10 +384,10 @@ def test_ctrl_c_before_a_stage_has_begun() -> None:
         "import sys\n"
         "class Pressed:\n"
         "    def find_spec(self, name, *more):\n"
-        "        if name == 'coldctl.console': raise KeyboardInterrupt\n"
+        "        if name == 'coldctl.cli.screen': raise KeyboardInterrupt\n"
         "sys.meta_path.insert(0, Pressed())\n"
         "sys.argv = ['coldctl', 'status', 'run']\n"
-        "from coldctl.cli import main\n"
+        "from coldctl.cli.app import main\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -491,7 +494,6 @@ def test_a_diverged_training_is_no_contribution(tmp_path: Path, base: Path, data
 
 
 def test_strangers_manifests(tmp_path: Path, base: Path, contributions: Path, coldctl: Run) -> None:
-    from coldctl.artifacts import manifest
 
     fused = tmp_path / "fused"
     assert coldctl("fuse", contributions, "--base", base, "--output", fused).code == 0
@@ -502,7 +504,7 @@ def test_strangers_manifests(tmp_path: Path, base: Path, contributions: Path, co
     for change in changes:
         document = {**json.loads((fused / "coldctl.json").read_text()), **change}
         document.pop("manifest_digest")
-        document["manifest_digest"] = manifest.digest_of(document)
+        document["manifest_digest"] = digest_of(document)
         evil = tmp_path / "evil"
         shutil.rmtree(evil, ignore_errors=True)
         shutil.copytree(fused, evil)

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from coldctl.checkpoints.architectures import BODY_PREFIXES
-from coldctl.core import config
+from coldctl.config import loading
+from coldctl.config.settings import EvaluateConfig, FinetuneConfig, FuseConfig, PublishConfig, RunConfig
 from conftest import Ran
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def test_light_commands_import_no_torch(arguments: str, tmp_path: Path, base: Pa
         "plan": plan,
     }.get(arguments, arguments.split())
     code = (
-        "import sys\nfrom coldctl.cli import app\n"
+        "import sys\nfrom coldctl.cli.app import app\n"
         "def go(line):\n    try: app(line, standalone_mode=False)\n    except SystemExit as e: assert not e.code, e\n"
         f"go({before!r}) if {before!r} else None\ngo({line!r})\n"
         "heavy = {'torch', 'transformers', 'sklearn', 'pandas', 'datasets', 'ray'} & set(sys.modules)\n"
@@ -75,7 +76,7 @@ def test_json_is_the_only_thing_on_stdout(
 
 
 def test_what_is_reported_after_its_end_draws_nothing() -> None:
-    from coldctl.console import Screen, _Bars
+    from coldctl.cli.screen import Screen, _Bars
 
     drawn = Progress(console=Console(file=io.StringIO()))
     bars = _Bars(drawn, Screen())
@@ -102,29 +103,22 @@ def test_a_reader_that_leaves_and_a_place_that_cannot_be(
 
 
 def test_shipped_configs_parse() -> None:
-    demo = config.read(ROOT / "configs/demo.toml")
+    demo = loading.read(ROOT / "configs/demo.toml")
     assert [dataset.role for dataset in demo.datasets].count("unseen") == 1
-    recycling = config.read(ROOT / "configs/model-recycling.toml")
+    recycling = loading.read(ROOT / "configs/model-recycling.toml")
     assert len(recycling.datasets) == 36
     assert {dataset.metric for dataset in recycling.datasets if dataset.name == "stsb"} == {"spearman"}
     for file in (demo, recycling):
         for kind in (
-            config.RunConfig,
-            config.FinetuneConfig,
-            config.FuseConfig,
-            config.EvaluateConfig,
-            config.PublishConfig,
+            RunConfig,
+            FinetuneConfig,
+            FuseConfig,
+            EvaluateConfig,
+            PublishConfig,
         ):
-            config.resolve(kind, file, {})
-    assert config.resolve(config.RunConfig, recycling, {}).base == "roberta-base"
+            loading.resolve(kind, file, {})
+    assert loading.resolve(RunConfig, recycling, {}).base == "roberta-base"
     assert all(dataset.path.startswith("hf:") for dataset in recycling.datasets)
-
-
-def test_flag_beats_file_beats_default(tmp_path: Path) -> None:
-    path = tmp_path / "c.toml"
-    path.write_text("[finetune]\nepochs = 3\nbatch_size = 8\n")
-    settings = config.resolve(config.FinetuneConfig, config.read(path), {"epochs": 4, "seed": None})
-    assert (settings.epochs, settings.batch_size, settings.learning_rate) == (4, 8, 5e-5)
 
 
 def test_prefixes_are_those_of_transformers() -> None:

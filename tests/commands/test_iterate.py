@@ -18,7 +18,8 @@ from coldctl.artifacts.model_ref import Model, resolve
 from coldctl.commands.finetune import jobs_of_suite, single_job
 from coldctl.common.errors import OutputError
 from coldctl.common.progress import Progress
-from coldctl.core.config import DatasetConfig, FinetuneConfig, read
+from coldctl.config.loading import read
+from coldctl.config.settings import DatasetConfig, FinetuneConfig
 from coldctl.data.datasets import config_from_reference
 from coldctl.workers.processes import in_processes
 from conftest import Ran, suite_text

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from coldctl.common.errors import DataError
-from coldctl.core.config import DatasetConfig
+from coldctl.config.settings import DatasetConfig
 from coldctl.data.datasets import Dataset, Limits, config_from_reference, load_dataset
 from coldctl.data.sampling import stratified
 from coldctl.evaluation import probe, scoring
@@ -315,7 +315,7 @@ def test_a_million_examples_are_no_burden(tmp_path: Path) -> None:
         "import re, sys\n"
         "from pathlib import Path\n"
         "from coldctl.data.datasets import Limits, load_dataset\n"
-        "from coldctl.core.config import DatasetConfig\n"
+        "from coldctl.config.settings import DatasetConfig\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) >> 10\n"
         "before = peak()\n"
         "found = load_dataset(DatasetConfig('many', sys.argv[1]), Limits(), 0)\n"

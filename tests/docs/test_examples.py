@@ -10,7 +10,7 @@ import pytest
 import typer
 import yaml
 
-from coldctl.cli import app
+from coldctl.cli.app import app
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path for path in EXAMPLES.rglob("*") if path.suffix in (".sh", ".sbatch"))

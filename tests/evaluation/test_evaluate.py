@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from coldctl.artifacts.output import write_text
-from coldctl.core.config import DatasetConfig
+from coldctl.config.settings import DatasetConfig
 from coldctl.data.datasets import Limits, load_dataset
 from coldctl.evaluation import cache, charts, curves, leaderboard
 from coldctl.evaluation.models import models_under_test

@@ -82,7 +82,7 @@ def warm() -> None:
     """Import what the stages import, without starting a thread of torch's: a fork would not have it."""
 
     for name in (
-        "coldctl.cli",
+        "coldctl.cli.app",
         "coldctl.training.model",
         "coldctl.evaluation.probe",
         "coldctl.publishing.load_check",
@@ -237,7 +237,7 @@ def _be_the_command(
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(moment.at), int(moment.at)))
         if moment and moment.kind == "time":
             _end_after(moment.at, group, answer)
-        from coldctl.cli import main
+        from coldctl.cli.app import main
 
         try:
             main()

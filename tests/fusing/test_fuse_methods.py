@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from coldctl.artifacts.manifest import digest_of
+from coldctl.common.digests import digest_of
 from coldctl.common.errors import ConfigError
 from coldctl.fusing import methods
 from conftest import Ran
@@ -543,9 +543,9 @@ def test_settings_that_do_not_go_together(tmp_path: Path, base: Path, models: li
         (("--weights", "examples", "--method", "median"), "takes no --weights"),
         (("--outer-optimizer", "sgd", "--scale", "2"), "exclude each other"),
         (("--method", "trimmed-mean", "--trim", 0.6), "leaves nothing"),
-        (("--density", 1.5), "at most 1"),
+        (("--density", 1.5), "must be 0 to 1"),
         (("--dtype", "int8"), "choose one of"),
-        (("--position", 2), "between 0"),
+        (("--position", 2), "must be 0 to 1"),
         (("--weights", "nowhere.json"), "a file that exists"),
         (("--weights", "examples", "--max-share", 0.01), "how many training"),
     ]

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from coldctl.artifacts import manifest, signatures
+from coldctl.artifacts import signatures
 from coldctl.checkpoints import writer
+from coldctl.common.digests import digest_of
 
 BODY: dict[str, tuple[int, ...]] = {
     "embeddings.word_embeddings.weight": (6, 4),
@@ -106,7 +107,7 @@ def manifest_document() -> dict[str, Any]:
 
 def signed(document: dict[str, Any]) -> bytes:
     document.pop("manifest_digest", None)
-    document["manifest_digest"] = manifest.digest_of(document)
+    document["manifest_digest"] = digest_of(document)
     return spelt(document)
 
 

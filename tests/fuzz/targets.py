@@ -19,10 +19,11 @@ import samples
 
 from coldctl.artifacts import layout, lineage, manifest, run, signatures
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tensors
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.formats import open_contribution
-from coldctl.core import config
-from coldctl.core.config import DatasetConfig
+from coldctl.config import loading
+from coldctl.config.settings import SECTIONS, DatasetConfig, contributors_of
 from coldctl.data.datasets import Limits, config_from_reference, load_dataset
 from coldctl.data.sources import FORMATS
 from coldctl.evaluation import markdown, results
@@ -58,10 +59,7 @@ def examine(folder: Path) -> None:
     found = open_contribution(LocalFolder(folder), "it", base(), allow_pickle=True)
     compare(base(), found, None, allow_other_base=False)
     sanitize.note(found.config)
-    try:
-        body_digest(found)
-    finally:
-        found.close()
+    body_digest(found)
 
 
 def read_index(folder: Path) -> None:
@@ -108,10 +106,10 @@ def load_rows(folder: Path) -> None:
 
 
 def read_config(folder: Path) -> None:
-    found = config.read(folder / "suite.toml")
-    for kind in config.SECTIONS.values():
-        config.as_record(config.resolve(kind, found, {}))
-    config.contributors_of(found.datasets)
+    found = loading.read(folder / "suite.toml")
+    for kind in SECTIONS.values():
+        loading.as_record(loading.resolve(kind, found, {}))
+    contributors_of(found.datasets)
 
 
 def read_weights(folder: Path) -> None:

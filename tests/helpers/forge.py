@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from coldctl.artifacts import manifest
+from coldctl.common.digests import digest_of
 
 
 def forge(source: Path, target: Path, **changes: object) -> Path:
@@ -12,6 +12,6 @@ def forge(source: Path, target: Path, **changes: object) -> Path:
     shutil.copytree(source, target)
     document = {**json.loads((target / "coldctl.json").read_text()), **changes}
     document.pop("manifest_digest")
-    document["manifest_digest"] = manifest.digest_of(document)
+    document["manifest_digest"] = digest_of(document)
     (target / "coldctl.json").write_text(json.dumps(document))
     return target

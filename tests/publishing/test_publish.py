@@ -18,7 +18,8 @@ import yaml
 from fsspec.implementations.memory import MemoryFileSystem
 
 import coldctl as coldctl_package
-from coldctl.artifacts.manifest import digest_of, digest_of_file
+from coldctl.artifacts.manifest import digest_of_file
+from coldctl.common.digests import digest_of
 from coldctl.common.errors import CheckpointError
 from coldctl.evaluation.markdown import published as place_among_published
 from coldctl.publishing.load_check import prove_loading

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from coldctl.common.digests import digest_of
 from conftest import FAST, Ran, run_coldctl
 from helpers import tiny
 from helpers.bodies import body, digest
@@ -118,7 +119,6 @@ def test_a_mixed_fuse_is_that_of_what_the_encodings_stand_for(
 @pytest.mark.parametrize("send", [*DELTAS, "lora"])
 def test_any_range_is_decoded_as_the_whole_is(send: str, base: Path, sent: Path) -> None:
     from coldctl.checkpoints.checkpoint import open_checkpoint
-    from coldctl.checkpoints.deltas import elements
     from coldctl.checkpoints.formats import open_contribution
     from coldctl.storage.files import LocalFolder
 
@@ -127,7 +127,7 @@ def test_any_range_is_decoded_as_the_whole_is(send: str, base: Path, sent: Path)
         whole = found.read(name).reshape(-1)
         for start, stop in ((0, 1), (3, 5), (7, tensor.size - 2), (tensor.size - 1, tensor.size)):
             if 0 <= start < stop <= tensor.size:
-                np.testing.assert_array_equal(elements(found, name, start, stop), whole[start:stop], err_msg=name)
+                np.testing.assert_array_equal(found.floats(name, start, stop), whole[start:stop], err_msg=name)
 
 
 def test_differences_are_looked_at_and_withdrawn_as_others_are(
@@ -179,7 +179,7 @@ def rewritten(source: Path, target: Path, change: Callable[[dict[str, Any]], Non
     document = manifest(target)
     document["files"]["delta.safetensors"] = manifests.digest_of_file(target / "delta.safetensors")
     document.pop("outside_body")
-    document["manifest_digest"] = manifests.digest_of({k: v for k, v in document.items() if k != "manifest_digest"})
+    document["manifest_digest"] = digest_of({k: v for k, v in document.items() if k != "manifest_digest"})
     (target / "coldctl.json").write_text(json.dumps(document))
     return target
 
@@ -226,11 +226,10 @@ def test_a_bad_difference_is_named(case: str, tmp_path: Path, base: Path, sent: 
 
 
 def test_a_difference_needs_its_manifest(tmp_path: Path, base: Path, sent: Path, coldctl: Run) -> None:
-    from coldctl.artifacts import manifest as manifests
 
     bad = Path(shutil.copytree(sent / "delta-bf16", tmp_path / "bad"))
     document = {**manifest(bad), "encoding": "delta-int4"}
-    document["manifest_digest"] = manifests.digest_of({k: v for k, v in document.items() if k != "manifest_digest"})
+    document["manifest_digest"] = digest_of({k: v for k, v in document.items() if k != "manifest_digest"})
     (bad / "coldctl.json").write_text(json.dumps(document))
     ran = coldctl("fuse", bad, "--base", base, "--output", tmp_path / "out")
     assert ran.code == 2

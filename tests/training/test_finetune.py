@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from coldctl.common.errors import DeclinedError
 from coldctl.common.progress import SILENT
-from coldctl.core.config import FinetuneConfig
+from coldctl.config.settings import FinetuneConfig
 from coldctl.training import model as models
 from coldctl.training import snapshot
-from coldctl.training.loop import Examples, Head, Place, length_batches, predict, train
+from coldctl.training.batches import Examples, collate, length_batches
+from coldctl.training.loop import Task, TrainingContext, predict, train
 from conftest import FAST, Ran
 from helpers import tiny
 
@@ -65,10 +66,10 @@ def learn(
     if hook is not None:
         model.register_forward_pre_hook(hook, with_kwargs=True)
     config = FinetuneConfig(**({"epochs": 2, "batch_size": 8, "learning_rate": 1e-3, "validate_every": 4} | settings))
-    place = Place(torch.device("cpu"), tokenizer.pad_token_id, scratch, SILENT, "x", shortcuts=shortcuts)
-    head = Head(model, examples, examples, lambda found: float(np.mean(found == examples.labels)) * 100)
-    trained = train([head], config, place, seed=1)
-    return dict(model.state_dict()), (trained, predict(model, encoded, place))
+    context = TrainingContext(torch.device("cpu"), tokenizer.pad_token_id, scratch, SILENT, "x", shortcuts=shortcuts)
+    task = Task(model, examples, examples, lambda found: float(np.mean(found == examples.labels)) * 100)
+    trained = train([task], config, context, seed=1)
+    return dict(model.state_dict()), (trained, predict(model, encoded, context))
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -233,14 +234,14 @@ def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(numbers: bool, tmp
     encoded = models.encode(tokenizer, ["a good day", "bad", "very bad"], None, 64)
     labels = np.array([1.5, 0.0, -3.0] if numbers else [1, 0, 0])
     examples = Examples(encoded, labels)
-    place = Place(torch.device("cpu"), tokenizer.pad_token_id, tmp_path, SILENT, "x")
+    context = TrainingContext(torch.device("cpu"), tokenizer.pad_token_id, tmp_path, SILENT, "x")
     models.body_of(model).register_parameter("spare", torch.nn.Parameter(torch.ones(3)))  # no output depends on it
-    write_fisher(model, examples, place, tmp_path, 0)
+    write_fisher(model, examples, context, tmp_path, 0)
     assert load_file(tmp_path / "fisher.safetensors")["spare"].tolist() == [0, 0, 0]
     expected = torch.zeros(())
     weight = model.bert.encoder.layer[0].output.dense.weight  # type: ignore[union-attr, index]
     for index, label in enumerate(labels.tolist()):
-        logits = model(**models.collate(encoded, [index], tokenizer.pad_token_id, place.device)).logits
+        logits = model(**collate(encoded, [index], tokenizer.pad_token_id, context.device)).logits
         # Numbers are taken as normally distributed around what the model says, as widely as they are spread themselves.
         chance = (
             -((logits[0, 0] - label) ** 2) / (2 * labels.var()) if numbers else torch.log_softmax(logits, -1)[0, label]
@@ -500,15 +501,15 @@ def test_heads_on_one_body_go_on_with_the_same_bits(tmp_path: Path) -> None:
     base = tiny.make_base("bert", tmp_path / "base")
     tokenizer = models.load_tokenizer(base)
 
-    def heads() -> list[Head]:
+    def tasks() -> list[Task]:
         made = []
         for seed, labels in enumerate((("food", "sport"), ("music", "travel", "money"))):
             data = tiny.make_dataset(tmp_path / f"data-{seed}", seed=seed, train=40, labels=labels)
             rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
             encoded = models.encode(tokenizer, [row["text"] for row in rows], None, 64)
             examples = Examples(encoded, np.array([labels.index(row["label"]) for row in rows]))
-            made.append(Head(models.load_classifier(base, labels, seed), examples, examples, lambda _: 50.0))
-        models.share_body([head.model for head in made])
+            made.append(Task(models.load_classifier(base, labels, seed), examples, examples, lambda _: 50.0))
+        models.share_body([task.model for task in made])
         return made
 
     class Listener:
@@ -525,15 +526,17 @@ def test_heads_on_one_body_go_on_with_the_same_bits(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
 
     config = FinetuneConfig(epochs=3, batch_size=4, learning_rate=1e-3, validate_every=7)
-    place = Place(torch.device("cpu"), tokenizer.pad_token_id, tmp_path / "whole", SILENT, "x")
-    whole = heads()
-    train(whole, config, place, seed=3)
+    context = TrainingContext(torch.device("cpu"), tokenizer.pad_token_id, tmp_path / "whole", SILENT, "x")
+    whole = tasks()
+    train(whole, config, context, seed=3)
     listener = Listener()
-    cut = Place(torch.device("cpu"), tokenizer.pad_token_id, tmp_path / "cut", listener, "x", checkpoint_seconds=0)
+    cut = TrainingContext(
+        torch.device("cpu"), tokenizer.pad_token_id, tmp_path / "cut", listener, "x", checkpoint_seconds=0
+    )
     for listener.left in (3, 33):  # first of all before the second head has learned anything
         with pytest.raises(KeyboardInterrupt):
-            train(heads(), config, cut, seed=3)
-    resumed = heads()
+            train(tasks(), config, cut, seed=3)
+    resumed = tasks()
     train(resumed, config, cut, seed=3)
     for one, two in zip(whole, resumed, strict=True):
         for name, value in one.model.state_dict().items():

@@ -18,6 +18,7 @@ from msgspec import Meta
 
 from coldctl import __version__
 from coldctl.artifacts import layout
+from coldctl.common.digests import LONGEST_NAME, digest_of
 from coldctl.common.errors import ManifestError
 from coldctl.common.parsing import find_mismatch, json_value
 from coldctl.common.text import printable
@@ -26,7 +27,6 @@ from coldctl.storage.location import Location
 
 SCHEMA = 1
 MANIFEST_LIMIT = 16 << 20  # bytes; about 10,000 contributions over all iterations (docs/scale.md)
-LONGEST_NAME = 200  # bytes; file systems take 255, and hidden siblings and logs need some
 _LONGEST_PATH = 1000  # characters
 _COPY = 1 << 20
 
@@ -116,20 +116,6 @@ class Manifest(GenerationRecord, total=False):
     outside_body: dict[str, str]
     manifest_digest: str
     ancestors: list[GenerationRecord]
-
-
-def canonical(document: Mapping[str, Any]) -> bytes:
-    """The bytes that digests of JSON documents are taken over: sorted keys, no spaces, UTF-8.
-
-    >>> canonical({"b": 1, "a": "é"}).decode()
-    '{"a":"é","b":1}'
-    """
-    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def digest_of(document: Mapping[str, Any]) -> str:
-    """`sha256:…` of a JSON document's canonical bytes."""
-    return "sha256:" + hashlib.sha256(canonical(document)).hexdigest()
 
 
 def digest_of_file(path: Location) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from coldctl.artifacts import disk_output, layout, manifest, store_output
 from coldctl.artifacts.partial_output import IDENTITY, LEASE, claim
+from coldctl.common.digests import digest_of
 from coldctl.common.errors import ManifestError, OutputError
 from coldctl.common.progress import SILENT, Progress
 from coldctl.storage import conditional_write
@@ -138,5 +139,5 @@ def _local_partial(path: Location) -> Path:
     """Return the local directory of the unfinished work on `path`."""
     if isinstance(path, Path):
         return layout.partial(path)
-    key = manifest.digest_of({"output": str(path)}).removeprefix("sha256:")[:16]
+    key = digest_of({"output": str(path)}).removeprefix("sha256:")[:16]
     return cache_folder("unfinished") / f"{path.name}-{key}"

@@ -18,7 +18,7 @@ from coldctl.artifacts import layout
 from coldctl.artifacts.partial_output import IDENTITY
 from coldctl.common.errors import CheckpointError, ConfigError, ModelError
 from coldctl.common.parsing import json_value
-from coldctl.core.config import check_name
+from coldctl.config.loading import check_name
 from coldctl.storage import user_cache
 from coldctl.storage.files import Folder, LocalFolder, RemoteFolder
 

@@ -9,8 +9,8 @@ import numpy as np
 from coldctl.artifacts import layout, signatures
 from coldctl.artifacts.model_ref import Model
 from coldctl.artifacts.signatures import TrustedKey
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
-from coldctl.checkpoints.decoded import RelativeCheckpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.header import DTYPES
 from coldctl.common.errors import ColdctlError
 from coldctl.common.progress import Progress
@@ -116,7 +116,7 @@ def _signature_problems(contribution: Candidate, keys: Sequence[TrustedKey]) -> 
 def _deep_problems(contribution: Candidate) -> list[str]:
     """Return values that are not finite and digests that do not match, or why the checkpoint cannot be read."""
     checkpoint = contribution.checkpoint
-    if checkpoint is None or (isinstance(checkpoint, RelativeCheckpoint) and contribution.problems):
+    if checkpoint is None or (checkpoint.relative and contribution.problems):
         return []  # a delta that does not fit its base cannot be decoded
     try:
         return _content_problems(checkpoint)
@@ -147,7 +147,7 @@ def _not_finite(checkpoint: Checkpoint) -> list[str]:
         dtype = DTYPES[tensor.dtype]
         for start in range(0, tensor.size if tensor.floating else 0, length):
             block = buffer[: (min(start + length, tensor.size) - start) * dtype.itemsize]
-            checkpoint.read_into(tensor, start, block)
+            checkpoint.read_into(name, start, block)
             if not np.isfinite(np.frombuffer(block, dtype).astype(np.float64)).all():
                 names.append(name)
                 break

@@ -19,7 +19,7 @@ from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import open_checkpoint
 from coldctl.common.errors import ConfigError
 from coldctl.common.progress import Progress
-from coldctl.core.config import as_record, identity
+from coldctl.config.loading import as_record, identity
 from coldctl.data.datasets import Dataset
 from coldctl.data.sources import is_hub
 from coldctl.evaluation import results as results_file

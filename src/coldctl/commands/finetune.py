@@ -16,21 +16,15 @@ from coldctl.artifacts import layout, manifest, output, run
 from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import Model, memory_needed, resolve
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from coldctl.checkpoints.deltas import ENCODINGS
+from coldctl.checkpoints.digests import body_digest, outside_body
+from coldctl.common.digests import derived_seed
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.common.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
 from coldctl.common.progress import Progress
-from coldctl.core.config import (
-    DatasetConfig,
-    FinetuneConfig,
-    as_record,
-    check_name,
-    contributors_of,
-    derived_seed,
-    identity,
-    settled_finetuning,
-)
+from coldctl.config.loading import as_record, check_name, identity
+from coldctl.config.settings import DatasetConfig, FinetuneConfig, contributors_of, settled_finetuning
 from coldctl.data.datasets import Dataset, Limits, load_dataset, metric_of
 from coldctl.data.labels import REGRESSION_METRICS
 from coldctl.data.sources import is_hub
@@ -113,14 +107,14 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
     unfinished training goes on from its last checkpoint.
     """
     started = time.perf_counter()
-    peers = distributed.find()
+    team = distributed.find()
     error: ColdctlError | None = None
     with ExitStack() as stack:
         work, folder = None, None
         try:
             job, work = _gone_on_with(job, _prepared(job), progress)
             destination = locate(job.destination)
-            if peers.leads and not output.is_done(destination, work.key, overwrite=job.overwrite):
+            if team.is_main and not output.is_done(destination, work.key, overwrite=job.overwrite):
                 working = output.local_workdir(destination, work.key, overwrite=job.overwrite, progress=progress)
                 folder = stack.enter_context(working)
         except OutputError as caught:
@@ -128,8 +122,8 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             error = type(caught)(f"{caught.message}{others}", caught.details)
         except ColdctlError as caught:
             error = caught
-        if _together(peers, work, error, done=folder is None):
-            signed = job.sign_key is not None and peers.leads and _signing().sign_complete(destination, job.sign_key)
+        if _together(team, work, error, done=folder is None):
+            signed = job.sign_key is not None and team.is_main and _signing().sign_complete(destination, job.sign_key)
             return Finetuned(job.name, job.destination, True, manifest.read(destination), 0.0, None, None, signed)
         assert work is not None
         if folder is None:  # a process that computes its share and writes nothing
@@ -141,15 +135,15 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             base = job.base.local()
             if is_url(job.base.place):  # what is sent is measured against the base: its copy is read, not the store
                 work = replace(work, source=open_checkpoint(LocalFolder(base), job.base.name))
-            trained = _train(job, work, base, folder, threads, progress, peers)
-            document: Mapping[str, Any] = _manifest(job, work, folder, trained, threads) if peers.leads else {}
-            if peers.leads and job.sign_key is not None:
+            trained = _train(job, work, base, folder, threads, progress, team)
+            document: Mapping[str, Any] = _manifest(job, work, folder, trained, threads) if team.is_main else {}
+            if team.is_main and job.sign_key is not None:
                 _signing().sign(folder, job.sign_key)
         except (ColdctlError, OSError) as caught:
             if isinstance(caught, DeclinedError):  # there is nothing to go on from
                 shutil.rmtree(folder / layout.TRAINING, ignore_errors=True)
-            if peers.size > 1:
-                raise TeamError(f"{job.name}, process {peers.rank}: {caught}") from caught
+            if team.size > 1:
+                raise TeamError(f"{job.name}, process {team.rank}: {caught}") from caught
             raise
     if (
         job.joins
@@ -370,19 +364,19 @@ def _refuse_log_inside(job: Job) -> None:
         )
 
 
-def _together(peers: distributed.Team, work: _Prepared | None, error: ColdctlError | None, *, done: bool) -> bool:
+def _together(team: distributed.Team, work: _Prepared | None, error: ColdctlError | None, *, done: bool) -> bool:
     """Let all processes of a team raise what one of them found; return whether the leader has nothing to do."""
-    if peers.size == 1:
+    if team.size == 1:
         if error is not None:
             raise error
         return done
-    found = peers.gathered((work.key if work else None, error))
+    found = team.all_gather((work.key if work else None, error))
     for rank, (_, theirs) in enumerate(found):
         if theirs is not None:
             raise type(theirs)(f"process {rank}: {theirs.message}" if rank else theirs.message, theirs.details)
     if len({key for key, _ in found}) > 1:
         raise ConfigError("the processes see different data or bases: give all of them the same files and flags")
-    return peers.agreed(done)
+    return team.broadcast(done)
 
 
 def _limits(config: FinetuneConfig) -> Limits:
@@ -451,47 +445,48 @@ def _manifest(job: Job, work: _Prepared, folder: Path, learned: _Learned, thread
 
 
 def _train(
-    job: Job, work: _Prepared, base: Path, folder: Path, threads: int, progress: Progress, peers: distributed.Team
+    job: Job, work: _Prepared, base: Path, folder: Path, threads: int, progress: Progress, team: distributed.Team
 ) -> _Learned:
     """Train, save weights and pictures. Everything that needs torch is below here."""
     import torch
 
     from coldctl.training import model as models
     from coldctl.training import trainable
+    from coldctl.training.batches import Examples
     from coldctl.training.export import write_weights
     from coldctl.training.fisher import write_fisher
-    from coldctl.training.loop import Examples, Head, Place, predict, train
+    from coldctl.training.loop import Task, TrainingContext, predict, train
 
-    torch.set_num_threads(max(1, threads // peers.local_size))
+    torch.set_num_threads(max(1, threads // team.local_size))
     config, dataset = job.config, work.dataset
     seed = derived_seed(config.seed, "finetune", work.number, job.name)
     tokenizer = models.load_tokenizer(base)
     model = models.load_classifier(base, dataset.labels, seed, multilabel=dataset.multilabel)
-    adapted = trainable.restrict(model, config, job.base.name, seed)
+    adapted = trainable.configure_trainable(model, config, job.base.name, seed)
     length = models.length_limit(tokenizer, model.config, config.max_length)
     training, validation, test = (
         Examples(models.encode(tokenizer, split.texts, split.pairs, length), split.labels)
         for split in (dataset.train, dataset.validation, dataset.test)
     )
     metric = metric_of(job.dataset, dataset)
-    with _log(job, peers) as log:
-        place = Place(
-            models.device_of_choice(peers.local_rank), tokenizer.pad_token_id, folder / layout.TRAINING, progress,
-            job.name, peers, log, job.watching.checkpoint_seconds,
+    with _log(job, team) as log:
+        context = TrainingContext(
+            models.device_of_choice(team.local_rank), tokenizer.pad_token_id, folder / layout.TRAINING, progress,
+            job.name, team, log, job.watching.checkpoint_seconds,
         )  # fmt: skip
-        head = Head(model, training, validation, lambda found: scoring.score(metric, validation.labels, found))
-        trained = train([head], config, place, seed=seed)
-        reached = scoring.score(metric, test.labels, predict(model, test.encoded, place))
+        task = Task(model, training, validation, lambda found: scoring.score(metric, validation.labels, found))
+        trained = train([task], config, context, seed=seed)
+        reached = scoring.score(metric, test.labels, predict(model, test.encoded, context))
         if log is not None:
             log.add(trained.steps, {"test": reached})
-    if peers.leads:
+    if team.is_main:
         if config.fisher:
-            write_fisher(model, training, place, folder, seed)
+            write_fisher(model, training, context, folder, seed)
         with as_os_errors():
             write_weights(model, adapted, folder, work.source, config, job.name, progress)
         training_chart(trained.curve, f"{job.name}: {trained.stopped}", metric, folder / layout.TRAINING_CHART)
     return _Learned(
-        place.device.type,
+        context.device.type,
         {"validation": {metric: trained.best_score}, "test": {metric: reached}},
         trained.examples / trained.seconds if trained.seconds else None,
         trained.seconds,
@@ -500,10 +495,10 @@ def _train(
 
 
 @contextmanager
-def _log(job: Job, peers: distributed.Team) -> Iterator[Log | None]:
+def _log(job: Job, team: distributed.Team) -> Iterator[Log | None]:
     """The log that was asked for, in the process that leads."""
     kind = job.watching.log
-    if not kind or not peers.leads:
+    if not kind or not team.is_main:
         yield None
         return
     log = open_log(kind, Path(job.watching.folder), job.name, as_record(job.config))

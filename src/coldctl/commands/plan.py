@@ -11,9 +11,11 @@ from pathlib import Path
 from coldctl.artifacts import layout, manifest, run, store_output
 from coldctl.artifacts.model_ref import Model, resolve
 from coldctl.artifacts.run import Iteration, Run
+from coldctl.common.digests import digest_of
 from coldctl.common.errors import ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core.config import ConfigFile, RunConfig, contributors_of
+from coldctl.config.loading import ConfigFile
+from coldctl.config.settings import RunConfig, contributors_of
 from coldctl.evaluation import results, scoring
 from coldctl.storage import conditional_write
 from coldctl.storage.location import Location, children
@@ -79,7 +81,7 @@ def _as_recorded(base: str, folder: Location) -> str:
 
 def _upload_base(model: Model, place: Location, progress: Progress) -> None:
     """Upload a local pretrained model into a RUN in a store, once. Raises OutputError or ConfigError."""
-    digest = manifest.digest_of(
+    digest = digest_of(
         {name: manifest.digest_of_reader(model.folder.open(name)) for name in model.folder.names() if _is_model(name)}
     )
     marker = place.parent / f".{place.name}.digest"

@@ -12,11 +12,13 @@ from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.body_export import WrittenBody, write_body, write_config
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.header import DTYPE_NAMES
 from coldctl.common.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.common.progress import Progress
-from coldctl.core.config import PublishConfig, as_record, check_name, identity, size_in_bytes
+from coldctl.config.loading import as_record, check_name, identity
+from coldctl.config.settings import PublishConfig
 from coldctl.evaluation import results
 from coldctl.evaluation.charts import gain_chart
 from coldctl.fusing.passes import prove
@@ -211,7 +213,7 @@ def _fill(work: _Work, target: Target, upload: Upload, earlier: list[EarlierCard
     """Write the whole repository into the directory of `upload` and return its manifest."""
     folder, config, progress = upload.folder, work.config, work.progress
     started = time.perf_counter()
-    body = write_body(work.source, folder, config.dtype, size_in_bytes(config.max_shard_size), progress)
+    body = write_body(work.source, folder, config.dtype, config.max_shard_size, progress)
     prove(work.source, body.source_digest)
     write_config(work.source, folder, config.dtype)
     if words := sanitize.note_on(work.source.folder):

@@ -41,7 +41,11 @@ def status(folder: Location) -> RunStatus:
     promoted = [number for number, is_promoted in decided.items() if is_promoted]
     evaluation = layout.evaluation(folder, promoted[-1]) if promoted else None
     last_fused = max((number for number in numbers if layout.is_complete(layout.fused(folder, number))), default=0)
-    waiting = late.waiting(folder, last_fused + 1, late.listed(folder, but=0)) if last_fused else {}
+    waiting = (
+        late.late_contributions(folder, last_fused + 1, late.recorded_contributions(folder, but=0))
+        if last_fused
+        else {}
+    )
     return RunStatus(
         state.pretrained,
         state.base_model,

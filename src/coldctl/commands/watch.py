@@ -15,7 +15,7 @@ from coldctl.artifacts.model_ref import Model, resolve
 from coldctl.commands import evaluate, fuse, plan
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, DeclinedError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core.config import DatasetConfig, EvaluateConfig, FinetuneConfig, FuseConfig
+from coldctl.config.settings import DatasetConfig, EvaluateConfig, FinetuneConfig, FuseConfig
 from coldctl.evaluation.measure import Suite
 from coldctl.evaluation.results import Results
 from coldctl.storage.location import Location

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from coldctl.common.digests import derived_seed
 from coldctl.common.errors import DataError
-from coldctl.core.config import Columns, DatasetConfig, derived_seed
+from coldctl.config.settings import Columns, DatasetConfig
 from coldctl.data.labels import (
     MULTILABEL_METRICS,
     REGRESSION_METRICS,

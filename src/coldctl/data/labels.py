@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.common.errors import DataError
-from coldctl.core.config import DatasetConfig
+from coldctl.config.settings import DatasetConfig
 
 REGRESSION_METRICS = ("pearson", "spearman")
 MULTILABEL_METRICS = ("accuracy", "macro_f1")

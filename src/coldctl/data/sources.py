@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from coldctl.common.errors import DataError
 from coldctl.common.parsing import json_row
-from coldctl.core.config import DatasetConfig
+from coldctl.config.settings import DatasetConfig
 
 FORMATS = (".jsonl", ".csv", ".tsv", ".parquet")
 ROW_LIMIT = 4 << 20  # characters of one row

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.artifacts import manifest, output
+from coldctl.artifacts import output
+from coldctl.common.digests import digest_of
 from coldctl.common.disk_errors import as_os_errors
 from coldctl.storage import user_cache
 from coldctl.storage.location import Location
@@ -29,7 +30,7 @@ Features = NDArray[np.float32]
 
 def write_cell(path: Location, document: Mapping[str, Any]) -> None:
     """Write a cell atomically, with a digest of its content. Raises OutputError."""
-    output.write_text(path, json.dumps({**document, "digest": manifest.digest_of(document)}) + "\n")
+    output.write_text(path, json.dumps({**document, "digest": digest_of(document)}) + "\n")
 
 
 def read_cell(path: Location) -> dict[str, Any] | None:
@@ -39,7 +40,7 @@ def read_cell(path: Location) -> dict[str, Any] | None:
         stated = document.pop("digest")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return document if stated == manifest.digest_of(document) else None
+    return document if stated == digest_of(document) else None
 
 
 def cached_features(
@@ -49,7 +50,7 @@ def cached_features(
 
     `complain` is told if the cache cannot be written.
     """
-    name = manifest.digest_of({"schema": _SCHEMA, **key}).removeprefix("sha256:")
+    name = digest_of({"schema": _SCHEMA, **key}).removeprefix("sha256:")
     path = user_cache.cache_folder("features") / f"{name}.safetensors"
     if (cached := _read(path)) is not None:
         return cached

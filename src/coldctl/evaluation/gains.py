@@ -8,7 +8,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.core.config import PROTOCOLS, DatasetConfig, EvaluateConfig, derived_seed
+from coldctl.common.digests import derived_seed
+from coldctl.config.settings import PROTOCOLS, DatasetConfig, EvaluateConfig
 from coldctl.data.datasets import Dataset, metric_of
 from coldctl.evaluation import scoring
 from coldctl.evaluation.measure import Cell, Suite, measurement_of, seeds_of

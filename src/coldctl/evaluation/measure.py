@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.model_ref import memory_needed
+from coldctl.common.digests import derived_seed, digest_of
 from coldctl.common.errors import DataError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.core.config import DatasetConfig, EvaluateConfig, FinetuneConfig, as_record, derived_seed
+from coldctl.config.loading import as_record
+from coldctl.config.settings import DatasetConfig, EvaluateConfig, FinetuneConfig
 from coldctl.data.datasets import Dataset, Limits, load_dataset, metric_of
 from coldctl.data.sampling import stratified
 from coldctl.evaluation import cache, scoring
@@ -127,7 +129,7 @@ def _cell_name(cell: Cell) -> str:
         inputs["names"] = [dataset.name for dataset in suite.datasets]  # the seed of a training depends on them
     if cell.protocol == "few-shot":
         inputs["settings"]["shots"] = suite.config.shots
-    return manifest.digest_of(inputs).removeprefix("sha256:")[:32]
+    return digest_of(inputs).removeprefix("sha256:")[:32]
 
 
 def measure_cells(cells: Sequence[Cell], reusable: Sequence[Location], engine: Engine, progress: Progress) -> None:
@@ -244,11 +246,12 @@ def _finetune(cell: Cell, loaded: Sequence[Dataset], progress: Progress) -> tupl
     Returns the test predictions per dataset, and how the training went.
     """
     from coldctl.training import model as models
-    from coldctl.training.loop import Examples, Head, Place, predict, train
+    from coldctl.training.batches import Examples
+    from coldctl.training.loop import Task, TrainingContext, predict, train
 
     folder, config = cell.model.model.local(), cell.suite.config
     tokenizer = models.load_tokenizer(folder)
-    heads, tests = [], []
+    tasks, tests = [], []
     for entry, dataset in zip(cell.suite.datasets, loaded, strict=True):
         seed = derived_seed(cell.seed, "evaluate", cell.protocol, entry.name)
         training_split = dataset.train
@@ -261,16 +264,16 @@ def _finetune(cell: Cell, loaded: Sequence[Dataset], progress: Progress) -> tupl
             for split in (training_split, dataset.validation, dataset.test)
         )
         score = partial(scoring.score, metric_of(entry, dataset), validation.labels)
-        heads.append(Head(model, training, validation, score))
+        tasks.append(Task(model, training, validation, score))
         tests.append(test)
-    models.share_body([head.model for head in heads])
+    models.share_body([task.model for task in tasks])
     seed = derived_seed(cell.seed, "evaluate", cell.protocol, *(entry.name for entry in cell.suite.datasets))
     settings = replace(cell.suite.finetuning, anchor=0.0, compile=False)
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-        place = Place(
+        context = TrainingContext(
             models.device_of_choice(), tokenizer.pad_token_id, Path(scratch) / layout.TRAINING, progress,
             f"{cell.title}, {cell.protocol}, seed {cell.seed}", checkpoint_seconds=math.inf,
         )  # fmt: skip
-        trained = train(heads, settings, place, seed=seed)
-        predictions = [predict(head.model, test.encoded, place) for head, test in zip(heads, tests, strict=True)]
+        trained = train(tasks, settings, context, seed=seed)
+        predictions = [predict(task.model, test.encoded, context) for task, test in zip(tasks, tests, strict=True)]
     return predictions, {"validation": trained.best_score, "steps": trained.steps, "stopped": trained.stopped}

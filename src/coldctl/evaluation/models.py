@@ -6,7 +6,9 @@ from functools import cached_property
 
 from coldctl.artifacts import layout, manifest, run
 from coldctl.artifacts.model_ref import Model, resolve
-from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import open_checkpoint
+from coldctl.checkpoints.digests import body_digest
+from coldctl.common.digests import digest_of
 from coldctl.common.errors import ModelError
 from coldctl.fusing.contributions import free_names
 from coldctl.storage.location import Location, locate
@@ -32,7 +34,7 @@ class ModelUnderTest:
         """Return the digest of its config and tokenizer, which decide what the same weights compute."""
         folder = self.model.folder
         names = [name for name in (layout.MODEL_CONFIG, *layout.TOKENIZER_FILES) if folder.has(name)]
-        return manifest.digest_of({name: manifest.digest_of_reader(folder.open(name)) for name in names})
+        return digest_of({name: manifest.digest_of_reader(folder.open(name)) for name in names})
 
 
 def models_under_test(references: Sequence[str], revision: str | None) -> list[ModelUnderTest]:

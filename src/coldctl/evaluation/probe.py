@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from coldctl.common.progress import Progress
-from coldctl.training.loop import sorted_batches
-from coldctl.training.model import Encoded, collate
+from coldctl.training.batches import collate, sorted_batches
+from coldctl.training.model import Encoded
 
 GRID = (0.001, 0.01, 0.1, 1.0)  # C, the inverse strength of the L2 penalty per example sum
 _ITERATIONS = 1000

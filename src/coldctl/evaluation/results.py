@@ -10,7 +10,7 @@ from msgspec import Meta
 from coldctl.artifacts import layout
 from coldctl.common.errors import ManifestError
 from coldctl.common.parsing import JSON_LIMIT, find_mismatch, json_value
-from coldctl.core.config import Metric, Protocol
+from coldctl.config.settings import Metric, Protocol
 from coldctl.evaluation.scoring import Verdict
 from coldctl.storage.location import Location
 

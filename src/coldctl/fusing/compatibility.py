@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, is_vocabulary
-from coldctl.checkpoints.decoded import RelativeCheckpoint
 from coldctl.fusing.staleness import generations
 
 _LISTED = 3  # names that one finding spells out
@@ -33,12 +32,12 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
     _compare_tensors(base, other, verdict)
     if finding := other_base(other, base_digest):
         remedy = "give that base as --base, or --allow-other-base to fuse it all the same"
-        if isinstance(other, RelativeCheckpoint):
+        if other.relative:
             remedy = "it is a difference from that one, give it as --base"
         declared = other.manifest["base"].get("body_digest", "") if other.manifest else ""
         if age := generations(base.manifest).get(declared):
             remedy = f"that was the base {age} iteration{'s' if age > 1 else ''} ago, --stale discount takes it"
-        if allow_other_base and not isinstance(other, RelativeCheckpoint):
+        if allow_other_base and not other.relative:
             verdict.notes.append(finding)
         else:
             verdict.problems.append(f"{finding}: {remedy}")

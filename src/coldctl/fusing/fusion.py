@@ -4,9 +4,7 @@ The stage decides where inputs come from and where the result goes. The passes r
 """
 
 import json
-import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,21 +19,16 @@ from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.artifacts.signatures import TrustedKey
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import (
-    Checkpoint,
-    body_digest,
-    open_checkpoint,
-    open_companion,
-    outside_body,
-    with_common_rows,
-)
-from coldctl.checkpoints.decoded import RelativeCheckpoint
-from coldctl.checkpoints.describe import bare_config
+from coldctl.checkpoints.body_export import bare_config
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_companion, with_common_rows
+from coldctl.checkpoints.digests import body_digest, outside_body
 from coldctl.checkpoints.header import DTYPE_NAMES
 from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
 from coldctl.common.parsing import JSON_LIMIT, find_mismatch, json_value, toml_table
 from coldctl.common.progress import Progress
-from coldctl.core.config import FuseConfig, as_record, identity
+from coldctl.config.loading import as_record, identity
+from coldctl.config.settings import FuseConfig
+from coldctl.config.values import Scale
 from coldctl.fusing import methods
 from coldctl.fusing.compatibility import compare, other_base
 from coldctl.fusing.contributions import Candidate
@@ -58,7 +51,6 @@ from coldctl.fusing.writer import write
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
 
-_SCALE = re.compile(r"(?:(?P<factor>[0-9.eE+-]+)\*)?auto|(?P<fixed>[0-9.eE+-]+)")
 # Keys of a contribution's config and environment that the fused model's manifest repeats.
 _TRAINING = ("epochs", "batch_size", "learning_rate", "max_length", "lora_rank", "send", "seed")
 _HARDWARE = ("device", "machine", "threads", "training_seconds")
@@ -68,44 +60,19 @@ _EXAMPLES_SHARE = 2.0  # with --weights examples no contribution gets more than 
 DrawChart = Callable[[Sequence[ContributionRecord], Location], None]  # norms and angles of the updates, into a file
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The factor λ of the fused update: a fixed one, or a multiple of the automatic one."""
-
-    value: float
-    automatic: bool
-
-
 def check_config(config: FuseConfig) -> Scale:
     """Return the scale. Raises ConfigError for settings that exclude each other, before anything is read."""
-    match = _SCALE.fullmatch(config.scale)
-    try:
-        scale = (
-            Scale(float((match["factor"] or 1) if match["fixed"] is None else match["fixed"]), match["fixed"] is None)
-            if match
-            else None
-        )
-    except ValueError:
-        scale = None
-    if scale is None or not math.isfinite(scale.value):
-        raise ConfigError(f"--scale {config.scale}: give a number, auto, or a multiple such as 1.5*auto")
-    plain = scale == Scale(1.0, automatic=False)
-    if config.outer_optimizer != "none" and not plain:
+    scale = config.scale
+    if config.outer_optimizer != "none" and scale != Scale():
         raise ConfigError("--scale and --outer-optimizer exclude each other: --outer-lr is the length of the step")
     if scale.automatic and config.method in PER_TENSOR:
         raise ConfigError(f"--scale auto does not go with {config.method}, which finds its own length: give a number")
     if config.weights != "equal" and config.method in UNWEIGHTED:
         raise ConfigError(f"{config.method} takes no --weights: leave them out, or take --method mean")
-    if config.density > 1:
-        raise ConfigError(f"--density {config.density}: it is a share, give at most 1")
-    if config.dtype is not None and config.dtype not in DTYPE_NAMES:
-        raise ConfigError(f"--dtype {config.dtype}: choose one of {', '.join(DTYPE_NAMES)}")
     if config.trusted_keys is not None and not config.verify:
         raise ConfigError(
             "--no-verify and --trusted-keys exclude each other: a signature says nothing of files not looked at"
         )
-    if not 0 <= config.position <= 1:
-        raise ConfigError(f"--position {config.position}: it lies between 0 (the first model) and 1 (the second)")
     return scale
 
 
@@ -473,7 +440,7 @@ class Fusion:
             if item.checkpoint is not None and not item.age and not self.config.allow_other_base:
                 finding = other_base(item.checkpoint, proof.base_digest)  # so far the base was only presumed
                 item.problems += [f"{finding}: give that base as --base"] if finding else []
-                if finding and isinstance(item.checkpoint, RelativeCheckpoint):
+                if finding and item.checkpoint.relative:
                     continue  # decoded from another base, its values mean nothing
             item.digest = proof.digests[index] or None
             item.problems += proof.problems[index]

@@ -19,10 +19,11 @@ import numpy as np
 
 from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import Manifest
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, outside_body_digest
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.digests import body_digest, outside_body_digest
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
-from coldctl.core.config import FuseConfig
+from coldctl.config.settings import FuseConfig
 from coldctl.fusing import methods
 from coldctl.fusing.blocks import Block, Digester, Stretch, cut, read_blocks, stretches
 from coldctl.fusing.methods import Array

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from coldctl.core.config import FuseConfig
+from coldctl.config.settings import FuseConfig
 from coldctl.fusing import methods
 from coldctl.fusing.blocks import Block
 from coldctl.fusing.methods import Array

@@ -14,7 +14,8 @@ from itertools import groupby, islice
 import numpy as np
 
 from coldctl.artifacts import manifest
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.header import FLOATING
 from coldctl.checkpoints.writer import write_index
 from coldctl.common.progress import Progress

@@ -7,7 +7,7 @@ from typing import Any
 
 from coldctl.artifacts.manifest import GenerationRecord, Manifest
 from coldctl.common.text import code, markdown
-from coldctl.core.config import FuseConfig
+from coldctl.config.settings import FuseConfig
 
 # Settings of a fuse that its card tells: of an outer step, and where they are not the defaults.
 _OUTER = ("outer_optimizer", "outer_lr", "outer_momentum")

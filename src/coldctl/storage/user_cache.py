@@ -13,7 +13,7 @@ from pathlib import Path
 
 import platformdirs
 
-from coldctl.artifacts.manifest import digest_of
+from coldctl.common.digests import digest_of
 from coldctl.common.errors import CheckpointError
 from coldctl.storage.files import RemoteFolder, download
 

@@ -1,4 +1,4 @@
-"""What of a trained model goes into its contribution, in the encoding that was asked for."""
+"""Export of a trained model into its contribution, in the encoding that `--send` asks for."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,12 @@ from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from coldctl.checkpoints.deltas import ENCODINGS, open_delta, write_delta
 from coldctl.checkpoints.lora import open_adapter
 from coldctl.common.progress import Progress
-from coldctl.core.config import FinetuneConfig, size_in_bytes
+from coldctl.config.settings import FinetuneConfig
 from coldctl.storage.files import LocalFolder
 from coldctl.training import trainable
 
-_SHARD = "5GB"  # larger bodies are written in several files
-_WHOLE = "whole"  # below the training's own folder: the trained model as it is, until what is sent of it is written
+_SHARD = 5_000_000_000  # bytes; larger bodies are written in several files
+_MODEL = "whole"  # folder of the full trained model, temporary, from which body or delta are written
 
 
 def write_weights(
@@ -28,9 +28,9 @@ def write_weights(
     name: str,
     progress: Progress,
 ) -> None:
-    """Write the weights that `config.send` asks for into `folder`; `adapted` is PEFT's wrapper where there is one.
+    """Write the weights that `config.send` asks for into `folder`; `adapted` is PEFT's wrapper of the model, if it has adapters.
 
-    Raises CheckpointError for a difference that its encoding cannot hold.
+    Raises CheckpointError for a delta that its encoding cannot represent.
     """
     if adapted is not None:
         trainable.save_adapter(adapted.cpu(), folder, base.name, body_only=config.body_only)
@@ -40,18 +40,18 @@ def write_weights(
     if encoding == "full":
         model.save_pretrained(folder)  # type: ignore[operator]
         return
-    whole = folder / layout.TRAINING / _WHOLE
-    model.save_pretrained(whole)  # type: ignore[operator]
-    source = open_checkpoint(LocalFolder(whole), name)
+    full = folder / layout.TRAINING / _MODEL
+    model.save_pretrained(full)  # type: ignore[operator]
+    source = open_checkpoint(LocalFolder(full), name)
     if encoding == "body":
-        write_body(source, folder, None, size_in_bytes(_SHARD), progress, f"{name}: write the body")
+        write_body(source, folder, None, _SHARD, progress, f"{name}: write the body")
         write_config(source, folder, None)
         return
     write_delta(source, base, folder, encoding)
 
 
 def open_written(folder: Path, name: str, base: Checkpoint, config: FinetuneConfig) -> Checkpoint:
-    """What `write_weights` wrote, before it has a manifest."""
+    """Open the contribution that `write_weights` wrote, which has no manifest yet."""
     encoding, place = encoding_of(config), LocalFolder(folder)
     if encoding == "adapter":
         return open_adapter(place, name, base)
@@ -59,7 +59,7 @@ def open_written(folder: Path, name: str, base: Checkpoint, config: FinetuneConf
 
 
 def encoding_of(config: FinetuneConfig) -> str:
-    """How the manifest calls what is sent."""
+    """Return the encoding as the manifest names it."""
     if config.send == "lora":
         return "adapter"
     return "body" if config.body_only and config.send == "full" else config.send or "full"
