@@ -101,11 +101,11 @@ class _Pair:
     def judge(self, measured: _Measured) -> tuple[_Entry, _Resamples]:
         """Return the entry of `results.json`, and the gain in each bootstrap resample."""
         seeds = seeds_of(self.protocol, self.settings)
-        new, old = (
+        ours, theirs = (
             [measured[name, self.config.name, self.protocol, seed] for seed in seeds]
             for name in (self.model, self.baseline)
         )
-        predictions, baseline = (np.stack([one.labels for one in several]) for several in (new, old))
+        predictions, baseline = (np.stack([by_seed.labels for by_seed in rows]) for rows in (ours, theirs))
         metric, truth = metric_of(self.config, self.dataset), self.dataset.test.labels
         resamples = self._resampled(scoring.Outcome(metric, truth, predictions, baseline))
         scores, baseline_scores = (
@@ -120,8 +120,8 @@ class _Pair:
             "metric": metric,
             "num_test": len(truth),
             "seeds": [
-                {"seed": seed, "score": score, "baseline_score": other, "cell": ours.cell, "baseline_cell": theirs.cell}
-                for seed, score, other, ours, theirs in zip(seeds, scores, baseline_scores, new, old, strict=True)
+                {"seed": seed, "score": score, "baseline_score": before, "cell": new.cell, "baseline_cell": old.cell}
+                for seed, score, before, new, old in zip(seeds, scores, baseline_scores, ours, theirs, strict=True)
             ],
             "mean": mean,
             "std": float(np.std(scores, ddof=1)) if len(scores) > 1 else None,
