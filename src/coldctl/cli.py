@@ -275,6 +275,7 @@ def finetune(
         from coldctl.artifacts import model_ref
         from coldctl.commands import finetune as stage
         from coldctl.data.datasets import config_from_reference
+        from coldctl.training.jobs import JobOptions, LogOptions, jobs_of_suite, single_job
         from coldctl.training.logs import check_kind
         from coldctl.workers import choose
 
@@ -296,7 +297,7 @@ def finetune(
         settings = resolve(FinetuneConfig, file, flags)
         if log is not None:
             check_kind(log)
-        watching = stage.Watching(log, str(log_folder), checkpoint_seconds)
+        options = JobOptions(overwrite, LogOptions(log, str(log_folder), checkpoint_seconds), sign_key)
         model = model_ref.resolve(base, revision)
         if data is None and any((name, license_, text, text_pair, label)):
             raise ConfigError(
@@ -306,33 +307,13 @@ def finetune(
             raise ConfigError("--sample and --only go with --suite: DATA is one dataset")
         if data is None:
             chosen = [part for part in only.split(",") if part]
-            work = stage.jobs_of_suite(
-                suite_datasets,
-                model,
-                locate(output),
-                settings,
-                sample=sample,
-                only=chosen,
-                overwrite=overwrite,
-                watching=watching,
-                sign_key=sign_key,
-            )
+            work = jobs_of_suite(suite_datasets, model, locate(output), settings, options, sample=sample, only=chosen)
         else:
             columns = DatasetConfig(
                 "", data, text=text or "text", text_pair=text_pair, label=label or "label", license=license_
             )
             dataset = config_from_reference(data, columns)
-            job = stage.single_job(
-                dataset,
-                model,
-                locate(output),
-                settings,
-                name=name,
-                overwrite=overwrite,
-                watching=watching,
-                sign_key=sign_key,
-            )
-            work = [job]
+            work = [single_job(dataset, model, locate(output), settings, options, name=name)]
         with screen.progress() as progress, closing(where):
             outcomes = stage.finetune_all(work, where, progress, lambda item: progress.note(_finetuned_line(item)))
             distributed.disband()
