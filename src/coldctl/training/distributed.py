@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.common.errors import ConfigError
+from coldctl.common.errors import ColdctlError, ConfigError
 
 T = TypeVar("T")
 
@@ -61,6 +61,15 @@ class Team:
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value)
         return values
+
+    def check_agreement(self, key: str | None, error: ColdctlError | None) -> None:
+        """Raise in every process the error of any of them, or ConfigError if their keys differ."""
+        answers = self.all_gather((key, error))
+        for rank, (_, theirs) in enumerate(answers):
+            if theirs is not None:
+                raise type(theirs)(f"process {rank}: {theirs.message}" if rank else theirs.message, theirs.details)
+        if len({key for key, _ in answers}) > 1:
+            raise ConfigError("the processes see different data or bases: give all of them the same files and flags")
 
     def sum_gradients(self, parameters: Iterable[Any], loss: Any) -> Any:
         """Replace each gradient by its sum over all processes; return the sum of the losses, a scalar tensor."""

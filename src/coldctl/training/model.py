@@ -42,7 +42,7 @@ class Encoded:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens per example, int64 [examples]."""
+        """Return the tokens per example, int64 [examples]."""
         return self.tokens.lengths
 
 
