@@ -9,6 +9,7 @@ import pytest
 from coldctl.checkpoints.header import rounded
 from coldctl.common.errors import ConfigError
 from coldctl.fusing import methods
+from coldctl.fusing.weights import normalised
 
 
 def array(*values: Any, dtype: Any = np.float32) -> Any:
@@ -306,25 +307,25 @@ def test_outer_steps() -> None:
 
 
 def test_normalised() -> None:
-    assert methods.normalised([1, 3]).tolist() == [0.25, 0.75]
-    assert methods.normalised([0, 2]).tolist() == [0, 1]
-    assert methods.normalised([0.125, 0.125]).tolist() == [0.5, 0.5]
+    assert normalised([1, 3]).tolist() == [0.25, 0.75]
+    assert normalised([0, 2]).tolist() == [0, 1]
+    assert normalised([0.125, 0.125]).tolist() == [0.5, 0.5]
     for wrong in ([-1.0, 2], [0.0, 0], [np.inf, 1], [np.nan, 1]):
         with pytest.raises(ConfigError, match="finite, not negative, and not all zero"):
-            methods.normalised(wrong)
+            normalised(wrong)
 
 
 def test_normalised_below_a_largest_share() -> None:
-    assert methods.normalised([8, 1, 1], 0.5) == pytest.approx([0.5, 0.25, 0.25])
-    assert methods.normalised([8, 1, 1], 0.8).tolist() == [0.8, 0.1, 0.1]
-    assert methods.normalised([8, 1, 1], 1 / 3) == pytest.approx([1 / 3] * 3)
-    assert methods.normalised([16, 6, 1, 1], 0.4) == pytest.approx([0.4, 0.4, 0.1, 0.1])  # one cut makes another
-    assert methods.normalised([8, 2, 2, 0], 0.5) == pytest.approx([0.5, 0.25, 0.25, 0])
-    assert methods.normalised([5], 1.0).tolist() == [1]
+    assert normalised([8, 1, 1], 0.5) == pytest.approx([0.5, 0.25, 0.25])
+    assert normalised([8, 1, 1], 0.8).tolist() == [0.8, 0.1, 0.1]
+    assert normalised([8, 1, 1], 1 / 3) == pytest.approx([1 / 3] * 3)
+    assert normalised([16, 6, 1, 1], 0.4) == pytest.approx([0.4, 0.4, 0.1, 0.1])  # one cut makes another
+    assert normalised([8, 2, 2, 0], 0.5) == pytest.approx([0.5, 0.25, 0.25, 0])
+    assert normalised([5], 1.0).tolist() == [1]
     with pytest.raises(ConfigError, match=r"--max-share 0\.3 is less than an equal share of 3"):
-        methods.normalised([8, 1, 1], 0.3)
+        normalised([8, 1, 1], 0.3)
     with pytest.raises(ConfigError, match="equal share of 2"):
-        methods.normalised([8, 1, 0], 0.45)  # a weight of zero takes nothing over
+        normalised([8, 1, 0], 0.45)  # a weight of zero takes nothing over
 
 
 def test_rounded_to_nearest_even() -> None:

@@ -110,10 +110,7 @@ def _fused(folder: Location, number: int, base: Model, settings: Settings, progr
         return Look(number, "waiting", usable)
     place = layout.fused(folder, number)
     try:
-        fuse.fuse(
-            given, base, place, settings.fuse, overwrite=False, progress=progress, manifests_only=True,
-            engine=settings.engine,
-        )  # fmt: skip
+        fuse.fuse_complete(given, base, place, settings.fuse, progress=progress, engine=settings.engine)
     except (CheckpointError, DeclinedError) as error:  # better ones may come, or somebody mends what is there
         return Look(number, "refused", usable, "; ".join([error.message, *error.details]))
     except OutputError as error:

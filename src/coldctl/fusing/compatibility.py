@@ -1,11 +1,22 @@
 """Whether a contribution can be fused with a base, judged from headers, configs and manifests alone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from coldctl.artifacts import layout
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, is_vocabulary
+from coldctl.checkpoints.checkpoint import (
+    Checkpoint,
+    is_pooler,
+    is_vocabulary,
+    open_companion,
+    with_common_rows,
+)
 from coldctl.checkpoints.decoded import RelativeCheckpoint
-from coldctl.fusing.staleness import generations
+from coldctl.common.errors import CheckpointError, ColdctlError
+from coldctl.config.settings import FuseConfig
+from coldctl.fusing.contributions import Candidate
+from coldctl.fusing.staleness import generations, rebase
 
 _LISTED = 3  # names that one finding spells out
 
@@ -111,3 +122,43 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _short(digest: object) -> str:
     return f"{digest[:19]}…" if isinstance(digest, str) else "none"
+
+
+def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: FuseConfig) -> None:
+    """Check a candidate by its headers and add its problems and notes; with --common-rows leave out other rows first."""
+    if item.checkpoint is None:
+        return
+    if config.common_rows:
+        item.checkpoint = with_common_rows(base, item.checkpoint)
+    verdict = compare(
+        base, item.checkpoint, None if item.age else base_digest, allow_other_base=config.allow_other_base
+    )
+    item.problems += verdict.problems
+    item.notes += verdict.notes
+    if item.original_base is not None and not item.problems:
+        try:
+            item.checkpoint = rebase(item.checkpoint, base, item.original_base, item.age)
+        except CheckpointError as error:
+            item.problems.append(error.message)
+    if config.method == "fisher":
+        try:
+            open_companion(item.checkpoint, layout.FISHER)
+        except ColdctlError as error:
+            item.problems.append(f"{error.message}: --method fisher needs it")
+
+
+def stated_digest(checkpoint: Checkpoint) -> str | None:
+    """Return the body digest that a checkpoint's manifest states, None without a manifest."""
+    return checkpoint.manifest["body_digest"] if checkpoint.manifest else None
+
+
+def presumed_base(candidates: Sequence[Candidate], config: FuseConfig) -> str | None:
+    """Return the body digest of the base that all manifests agree on, None if they do not agree.
+
+    It stands in for the digest of a base without a manifest. The digest that is taken while reading confirms it later.
+    """
+    if config.allow_other_base:
+        return None
+    manifests = [item.checkpoint.manifest for item in candidates if item.checkpoint and item.checkpoint.manifest]
+    digests = {document.get("base", {}).get("body_digest") for document in manifests}
+    return digests.pop() if len(digests) == 1 else None

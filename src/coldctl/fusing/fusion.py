@@ -4,20 +4,14 @@ The stage decides where inputs come from and where the result goes. The passes r
 """
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from coldctl.artifacts import layout, manifest
-from coldctl.artifacts.lineage import signers_within
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.artifacts.model_ref import Model
-from coldctl.artifacts.signatures import TrustedKey
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import (
     Checkpoint,
@@ -25,19 +19,16 @@ from coldctl.checkpoints.checkpoint import (
     open_checkpoint,
     open_companion,
     outside_body,
-    with_common_rows,
 )
 from coldctl.checkpoints.decoded import RelativeCheckpoint
 from coldctl.checkpoints.describe import bare_config
 from coldctl.checkpoints.header import DTYPE_NAMES
-from coldctl.common.errors import CheckpointError, ColdctlError, ConfigError, DeclinedError
-from coldctl.common.parsing import JSON_LIMIT, find_mismatch, json_value, toml_table
+from coldctl.common.errors import CheckpointError, ConfigError, DeclinedError
 from coldctl.common.progress import Progress
-from coldctl.config.loading import as_record, identity
 from coldctl.config.settings import FuseConfig
 from coldctl.config.values import Scale
 from coldctl.fusing import methods
-from coldctl.fusing.compatibility import compare, other_base
+from coldctl.fusing.compatibility import other_base
 from coldctl.fusing.contributions import Candidate
 from coldctl.fusing.methods import Array
 from coldctl.fusing.passes import (
@@ -51,18 +42,13 @@ from coldctl.fusing.passes import (
     thresholds,
 )
 from coldctl.fusing.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
-from coldctl.fusing.sinks import Written, output_dtype
-from coldctl.fusing.staleness import rebase, staleness_weight
+from coldctl.fusing.record import FuseRequest, contribution_record, model_name, public_record
+from coldctl.fusing.staleness import staleness_weight
 from coldctl.fusing.statistics import UpdateStatistics, names_of, outliers
-from coldctl.fusing.writer import write
+from coldctl.fusing.weights import shares_of, weights_of
+from coldctl.fusing.writer import Written, output_dtype, write
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
-
-# Keys of a contribution's config and environment that the fused model's manifest repeats.
-_TRAINING = ("epochs", "batch_size", "learning_rate", "max_length", "lora_rank", "send", "seed")
-_HARDWARE = ("device", "machine", "threads", "training_seconds")
-_EXAMPLES_SHARE = 2.0  # with --weights examples no contribution gets more than this many equal shares
-
 
 DrawChart = Callable[[Sequence[ContributionRecord], Location], None]  # norms and angles of the updates, into a file
 
@@ -81,99 +67,6 @@ def check_config(config: FuseConfig) -> Scale:
             "--no-verify and --trusted-keys exclude each other: a signature says nothing of files not looked at"
         )
     return scale
-
-
-def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: FuseConfig) -> None:
-    """Check a candidate by its headers and add its problems and notes; with --common-rows leave out other rows first."""
-    if item.checkpoint is None:
-        return
-    if config.common_rows:
-        item.checkpoint = with_common_rows(base, item.checkpoint)
-    verdict = compare(
-        base, item.checkpoint, None if item.age else base_digest, allow_other_base=config.allow_other_base
-    )
-    item.problems += verdict.problems
-    item.notes += verdict.notes
-    if item.original_base is not None and not item.problems:
-        try:
-            item.checkpoint = rebase(item.checkpoint, base, item.original_base, item.age)
-        except CheckpointError as error:
-            item.problems.append(error.message)
-    if config.method == "fisher":
-        try:
-            open_companion(item.checkpoint, layout.FISHER)
-        except ColdctlError as error:
-            item.problems.append(f"{error.message}: --method fisher needs it")
-
-
-def stated_digest(checkpoint: Checkpoint) -> str | None:
-    """Return the body digest that a checkpoint's manifest states, None without a manifest."""
-    return checkpoint.manifest["body_digest"] if checkpoint.manifest else None
-
-
-def presumed_base(candidates: Sequence[Candidate], config: FuseConfig) -> str | None:
-    """Return the body digest of the base that all manifests agree on, None if they do not agree.
-
-    It stands in for the digest of a base without a manifest. The digest that is taken while reading confirms it later.
-    """
-    if config.allow_other_base:
-        return None
-    manifests = [item.checkpoint.manifest for item in candidates if item.checkpoint and item.checkpoint.manifest]
-    digests = {document.get("base", {}).get("body_digest") for document in manifests}
-    return digests.pop() if len(digests) == 1 else None
-
-
-@dataclass(frozen=True)
-class FuseRequest:
-    """The settings and the contributions of one fuse, as they were before any weights were read.
-
-    The identity is computed from this object alone, so nothing that a pass finds out can change it.
-    """
-
-    config: FuseConfig
-    candidates: Sequence[Candidate]
-    trusted: Sequence[TrustedKey] | None
-    weights: Mapping[str, float] | None  # what the file of weights holds, if there is one
-    stated: Sequence[Any]  # what identifies each candidate; None where only its body's digest does
-    signers: Sequence[str | None]
-
-    @classmethod
-    def of(
-        cls, config: FuseConfig, candidates: Sequence[Candidate], trusted: Sequence[TrustedKey] | None
-    ) -> "FuseRequest":
-        """Record what is asked for. Raises ConfigError if the file of weights cannot be read."""
-        weights = _weights_file(Path(config.weights)) if config.weights not in ("equal", "examples") else None
-        stated = [_stated_identity(item, verify=config.verify) for item in candidates]
-        signers = [item.signed.key.fingerprint if item.signed else None for item in candidates]
-        return cls(config, candidates, trusted, weights, stated, signers)
-
-    def identity(self, base_digest: str) -> str:
-        """Return the digest of the config and of all that was offered, whether it was then fused or not.
-
-        Reads each body whose digest is neither stated nor computed yet.
-        """
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            contributions = list(pool.map(_identity_of, self.candidates, self.stated))
-        settings = replace(
-            self.config, weights="file" if self.weights is not None else self.config.weights, trusted_keys=None
-        )
-        keys = {} if self.trusted is None else {"trusted": _fingerprints(self.trusted), "signers": self.signers}
-        return identity("fuse", settings, base=base_digest, contributions=contributions, weights=self.weights, **keys)
-
-
-def _stated_identity(item: Candidate, *, verify: bool) -> Any:
-    """Return what identifies a candidate without reading its weights, None if only its body's digest does."""
-    if item.checkpoint is None:
-        return [item.name, *item.problems]
-    if digest := item.stated_digest or item.digest:
-        return digest
-    return None if verify else [item.name, item.checkpoint.files]
-
-
-def _identity_of(item: Candidate, stated: Any) -> Any:
-    if stated is not None or item.checkpoint is None:
-        return stated
-    return item.digest or body_digest(item.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -257,7 +150,7 @@ class Fusion:
         inputs = self._inputs(accepted)
         return measure_updates(
             inputs,
-            self._weights(accepted),
+            weights_of(self._shares(accepted), self.config),
             prover or Prover(inputs, verify=False, whole=False),
             gram=self._needs_gram,
             pairs=self.config.screen != "off",
@@ -361,33 +254,13 @@ class Fusion:
         fisher = [open_companion(item, layout.FISHER) for item in checkpoints] if self.config.method == "fisher" else []
         return Inputs(self.base_checkpoint, checkpoints, fisher)
 
-    def _weights(self, accepted: Sequence[Candidate]) -> Array:
-        """Return the nominal weights: float64 [N], which sum to one. Raises ConfigError."""
-        config, count = self.config, len(accepted)
-        cap = config.max_share or None
-        if config.weights == "examples":
-            cap = max(config.max_share or min(1.0, _EXAMPLES_SHARE / count), 1 / count)
-        return (
-            np.full(count, 1 / count) if config.weights == "equal" else methods.normalised(self._shares(accepted), cap)
-        )
-
     def _shares(self, accepted: Sequence[Candidate]) -> list[float]:
-        """Return the weights before they are normalised. Raises ConfigError."""
-        config = self.config
-        if config.weights == "equal":
-            return [1.0] * len(accepted)
-        if config.weights == "examples":
-            return [_examples(item) for item in accepted]
-        table = self.request.weights or {}
-        names = [item.name if item.name in table else item.contributor for item in accepted]
-        if missing := [name for name in names if name not in table]:
-            raise ConfigError(f"{config.weights} gives no weight for {missing[0]!r}: add it (0 leaves it out)")
-        return [table[name] for name in names]
+        return shares_of(accepted, self.config, self.request.weights)
 
     def _recipe(self, accepted: Sequence[Candidate], statistics: UpdateStatistics | None) -> Recipe:
         """Compute the method's parameters, in a pass over the inputs if the method needs one. Raises ConfigError."""
         config, inputs = self.config, self._inputs(accepted)
-        weights = self._weights(accepted)
+        weights = weights_of(self._shares(accepted), self.config)
         shares = np.asarray(self._shares(accepted), np.float64)
         gram = statistics.gram if statistics is not None else None
         if config.method == "multi-krum" and gram is not None:
@@ -512,7 +385,7 @@ class Fusion:
         model = open_checkpoint(open_folder(folder), name)
         weights = self._reported_weights(recipe)
         shares = {id(item): float(weight) for item, weight in zip(fused, weights, strict=True)}
-        records = [_record(item, shares.get(id(item))) for item in self.candidates]
+        records = [contribution_record(item, shares.get(id(item))) for item in self.candidates]
         sanitize.copy_tokenizer(self.base_checkpoint.folder, folder)
         if self.draw_chart is not None:
             self.draw_chart(records, folder / layout.FUSE_CHART)
@@ -532,7 +405,7 @@ class Fusion:
             "outside_body": outside_body(model),
             "base": {"name": ancestor["name"], "body_digest": base_digest},
             "config": {
-                **_public_record(self.config, self.request.trusted),
+                **public_record(self.config, self.request.trusted),
                 "byzantine": self._byzantine,
                 "effective_scale": recipe.scale,
             },
@@ -544,90 +417,5 @@ class Fusion:
         return manifest.write(folder, document, written.digests)
 
 
-def model_name(destination: Location) -> str:
-    """Return the name of a directory, or that of its iteration inside a RUN."""
-    whole = destination.resolve()
-    return whole.parent.name if whole.name == "fused" and whole.parent.name.startswith("iteration-") else whole.name
-
-
-def _record(item: Candidate, weight: float | None) -> ContributionRecord:
-    source = item.checkpoint.manifest if item.checkpoint else None
-    data = source.get("dataset", {}) if source else {}
-    fused = weight is not None
-    return {
-        "name": item.name,
-        "dataset": data.get("name"),
-        "num_train": data.get("num_train"),
-        "source": data.get("source"),
-        "license": source.get("license") if source else None,
-        "training": _chosen(source.get("config"), _TRAINING) if source else {},
-        "environment": _chosen(source.get("environment"), _HARDWARE) if source else {},
-        "body_digest": item.digest or item.stated_digest or "",
-        "weight": weight or 0.0,
-        "status": "fused" if fused else "rejected",
-        "reason": _without_place("; ".join(item.problems), item) or None,
-        "verified": item.verified,
-        "age": item.age,
-        "discount": staleness_weight(item.age),
-        "iteration": source.get("iteration") if source else None,
-        "signer": item.signed.key.name if item.signed else None,
-        "signer_key": item.signed.key.fingerprint if item.signed else None,
-        "signers_within": signers_within(source) if source else {},
-        "update_norm": item.update_norm if fused else None,
-        "cosine_to_mean": item.cosine_to_mean if fused else None,
-        "update_share": item.update_share if fused else None,
-        "notes": [_without_place(note, item) for note in item.notes],
-    }
-
-
 def _discounts(items: Sequence[Candidate]) -> Array:
     return np.asarray([staleness_weight(item.age) for item in items], np.float64)
-
-
-def _chosen(record: Any, keys: Sequence[str]) -> dict[str, Any]:
-    """Return these keys of a contribution's own record, if they hold a number or text."""
-    values = record if isinstance(record, dict) else {}
-    return {key: values[key] for key in keys if isinstance(values.get(key), int | float | str)}
-
-
-def _without_place(text: str, item: Candidate) -> str:
-    """Replace the place of a candidate by its name, since a manifest is published and must not tell local paths."""
-    return text.replace(f"{item.place}/", "").replace(item.place, item.name)
-
-
-def _examples(item: Candidate) -> float:
-    source = item.checkpoint.manifest if item.checkpoint else None
-    count = source.get("dataset", {}).get("num_train") if source else None
-    if not isinstance(count, int) or count <= 0:
-        raise ConfigError(
-            f"--weights examples: {item.name} does not say how many training examples it had: give a FILE"
-        )
-    return float(count)
-
-
-def _weights_file(path: Path) -> dict[str, float]:
-    """Load names and weights from a JSON or TOML file. Raises ConfigError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(JSON_LIMIT + 1)
-        table = json_value(data) if path.suffix == ".json" else toml_table(data)
-    except FileNotFoundError:
-        raise ConfigError(f"--weights {path}: give equal, examples, or a file that exists") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--weights {path} cannot be read: {error}") from None
-    if find_mismatch(table, dict[str, float]):
-        raise ConfigError(f"--weights {path}: write one `name = weight` per contribution (JSON or TOML)")
-    return {str(key): float(value) for key, value in table.items()}
-
-
-def _public_record(config: FuseConfig, trusted: Sequence[TrustedKey] | None) -> dict[str, Any]:
-    """Return the config as the manifest stores it: a file of weights by its name alone, keys by their fingerprints."""
-    record = as_record(config)
-    record["trusted_keys"] = _fingerprints(trusted)
-    if config.weights not in ("equal", "examples"):
-        record["weights"] = Path(config.weights).name
-    return record
-
-
-def _fingerprints(trusted: Sequence[TrustedKey] | None) -> dict[str, str] | None:
-    return None if trusted is None else {key.name: key.fingerprint for key in trusted}

@@ -287,26 +287,3 @@ def outer_step(
 
 
 # Weights and rounding -------------------------------------------------------------------------------------------
-
-
-def normalised(shares: Sequence[float], largest: float | None = None) -> Array:
-    """Shares as weights that sum to one, none above `largest`: what is cut off goes to the others in proportion.
-
-    Raises ConfigError if a share is negative or not finite, all are zero, or `largest` cannot be met.
-    """
-    weights: Array = np.asarray(shares, np.float64)
-    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
-        raise ConfigError(f"weights must be finite, not negative, and not all zero: {list(shares)}")
-    weights = np.divide(weights, weights.sum())
-    if largest is None:
-        return weights
-    if largest * np.count_nonzero(weights) < 1 - 1e-9:
-        raise ConfigError(
-            f"--max-share {largest} is less than an equal share of {np.count_nonzero(weights)} contributions"
-        )
-    while (weights > largest * (1 + 1e-12)).any():
-        full = weights >= largest
-        weights[full] = largest
-        rest = weights[~full]
-        weights[~full] = rest * (1 - largest * np.count_nonzero(full)) / rest.sum()
-    return weights
