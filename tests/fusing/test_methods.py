@@ -9,6 +9,7 @@ import pytest
 from coldctl.checkpoints.header import rounded
 from coldctl.common.errors import ConfigError
 from coldctl.fusing import methods
+from coldctl.fusing.recipe import outer_step, scaled
 from coldctl.fusing.weights import normalised
 
 
@@ -92,12 +93,12 @@ def test_groups_of_doubles_weighted_by_their_sizes_give_the_mean_of_all() -> Non
 
 def test_scaled() -> None:
     base, merged = array(1, 2), array(3, 1, dtype=np.float64)
-    assert methods.scaled(base, merged, 1.0) is merged
-    assert methods.scaled(base, merged, 0.0).tolist() == [1, 2]
-    assert methods.scaled(base, array(np.inf, 1, dtype=np.float64), 0.0).tolist() == [1, 2]
-    assert methods.scaled(base, merged, 0.5).tolist() == [2, 1.5]
-    assert methods.scaled(base, merged, -1.0).tolist() == [-1, 3]
-    assert methods.scaled(base, merged, 2.0).tolist() == [5, 0]
+    assert scaled(base, merged, 1.0) is merged
+    assert scaled(base, merged, 0.0).tolist() == [1, 2]
+    assert scaled(base, array(np.inf, 1, dtype=np.float64), 0.0).tolist() == [1, 2]
+    assert scaled(base, merged, 0.5).tolist() == [2, 1.5]
+    assert scaled(base, merged, -1.0).tolist() == [-1, 3]
+    assert scaled(base, merged, 2.0).tolist() == [5, 0]
 
 
 # One weight per contribution ------------------------------------------------------------------------------------
@@ -287,19 +288,19 @@ def test_fisher() -> None:
 def test_outer_steps() -> None:
     base, merged = array(10), np.asarray([8.0])  # g = 2
     zero = [np.zeros(1)]
-    after, state = methods.outer_step("sgd", base, merged, 0.5, 0.9, zero)
+    after, state = outer_step("sgd", base, merged, 0.5, 0.9, zero)
     assert (after.tolist(), [item.tolist() for item in state]) == ([9.0], [[2.0]])
-    after, state = methods.outer_step("sgd", base, merged, 0.5, 0.9, [np.ones(1)])
+    after, state = outer_step("sgd", base, merged, 0.5, 0.9, [np.ones(1)])
     assert after[0] == pytest.approx(10 - 0.5 * 2.9)
     assert state[0][0] == pytest.approx(2.9)
-    after, state = methods.outer_step("nesterov", base, merged, 0.5, 0.9, [np.ones(1)])
+    after, state = outer_step("nesterov", base, merged, 0.5, 0.9, [np.ones(1)])
     assert after[0] == pytest.approx(10 - 0.5 * (2 + 0.9 * 2.9))
     assert state[0][0] == pytest.approx(2.9)
-    after, state = methods.outer_step("adam", base, merged, 0.1, 0.9, [np.ones(1), np.full(1, 3.0)])
+    after, state = outer_step("adam", base, merged, 0.1, 0.9, [np.ones(1), np.full(1, 3.0)])
     first, second = 0.9 + 0.1 * 2, 0.99 * 3 + 0.01 * 4
     assert after[0] == pytest.approx(10 - 0.1 * first / (np.sqrt(second) + 1e-3), rel=1e-12)
     assert [item[0] for item in state] == pytest.approx([first, second])
-    after, _ = methods.outer_step("adam", base, np.asarray([7.0]), 0.1, 0.0, [np.zeros(1), np.zeros(1)])
+    after, _ = outer_step("adam", base, np.asarray([7.0]), 0.1, 0.0, [np.zeros(1), np.zeros(1)])
     assert after[0] == pytest.approx(10 - 0.1 * 3 / (0.3 + 1e-3), rel=1e-12)
 
 

@@ -148,6 +148,7 @@ def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[
 
     Returns an empty list if there is no contribution yet.
     """
+    check_config(config)
     base_checkpoint = open_checkpoint(base.folder, base.name)
     offer = _Offer(references, manifests_only=True, to_read=False)
     config = _settled(replace(config, verify=False), offer.home)

@@ -226,3 +226,6 @@ class _Workers:
     def __exit__(self, *_: object) -> None:
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+Array = NDArray[np.float64]

@@ -16,6 +16,8 @@ from coldctl.checkpoints.decoded import RelativeCheckpoint
 from coldctl.common.errors import CheckpointError, ColdctlError
 from coldctl.config.settings import FuseConfig
 from coldctl.fusing.contributions import Candidate
+from coldctl.fusing.methods import find_method
+from coldctl.fusing.recipe import Need
 from coldctl.fusing.staleness import generations, rebase
 
 _LISTED = 3  # names that one finding spells out
@@ -140,11 +142,11 @@ def judge(item: Candidate, base: Checkpoint, base_digest: str | None, config: Fu
             item.checkpoint = rebase(item.checkpoint, base, item.original_base, item.age)
         except CheckpointError as error:
             item.problems.append(error.message)
-    if config.method == "fisher":
+    if find_method(config.method).needs is Need.FISHER:
         try:
             open_companion(item.checkpoint, layout.FISHER)
         except ColdctlError as error:
-            item.problems.append(f"{error.message}: --method fisher needs it")
+            item.problems.append(f"{error.message}: --method {config.method} needs it")
 
 
 def stated_digest(checkpoint: Checkpoint) -> str | None:

@@ -5,7 +5,7 @@ The stage decides where inputs come from and where the result goes. The passes r
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,10 +27,10 @@ from coldctl.common.errors import CheckpointError, ConfigError, DeclinedError
 from coldctl.common.progress import Progress
 from coldctl.config.settings import FuseConfig
 from coldctl.config.values import Scale
-from coldctl.fusing import methods
+from coldctl.fusing.blocks import Array
 from coldctl.fusing.compatibility import other_base
 from coldctl.fusing.contributions import Candidate
-from coldctl.fusing.methods import Array
+from coldctl.fusing.methods import find_method
 from coldctl.fusing.passes import (
     Inputs,
     Proof,
@@ -41,7 +41,7 @@ from coldctl.fusing.passes import (
     tensor_weights,
     thresholds,
 )
-from coldctl.fusing.recipe import OUTER_STATES, PER_TENSOR, UNWEIGHTED, WEIGHTED, Recipe
+from coldctl.fusing.recipe import OUTER_STATES, Method, Need, Recipe
 from coldctl.fusing.record import FuseRequest, contribution_record, model_name, public_record
 from coldctl.fusing.staleness import staleness_weight
 from coldctl.fusing.statistics import UpdateStatistics, names_of, outliers
@@ -55,12 +55,12 @@ DrawChart = Callable[[Sequence[ContributionRecord], Location], None]  # norms an
 
 def check_config(config: FuseConfig) -> Scale:
     """Return the scale. Raises ConfigError for settings that exclude each other, before anything is read."""
-    scale = config.scale
+    scale, method = config.scale, find_method(config.method)
     if config.outer_optimizer != "none" and scale != Scale():
         raise ConfigError("--scale and --outer-optimizer exclude each other: --outer-lr is the length of the step")
-    if scale.automatic and config.method in PER_TENSOR:
+    if scale.automatic and method.per_tensor:
         raise ConfigError(f"--scale auto does not go with {config.method}, which finds its own length: give a number")
-    if config.weights != "equal" and config.method in UNWEIGHTED:
+    if config.weights != "equal" and not method.takes_weights:
         raise ConfigError(f"{config.method} takes no --weights: leave them out, or take --method mean")
     if config.trusted_keys is not None and not config.verify:
         raise ConfigError(
@@ -88,6 +88,11 @@ class Fusion:
         return self.request.config
 
     @property
+    def method(self) -> Method:
+        """Return the merge method."""
+        return find_method(self.config.method)
+
+    @property
     def candidates(self) -> Sequence[Candidate]:
         """Return all contributions that were offered."""
         return self.request.candidates
@@ -113,16 +118,12 @@ class Fusion:
         return self._describe(folder, written, accepted, recipe, base_digest)
 
     @property
-    def _needs_gram(self) -> bool:
-        return self.config.method in ("multi-krum", "geometric-median")
-
-    @property
     def _measures_first(self) -> bool:
         """Return whether the updates are measured in a pass of its own, before the one that writes."""
         # Where one is refused already, the others are looked at, too, so that all findings are listed at once.
         refused = any(item.problems and not item.late for item in self.candidates)
-        automatic = self.scale.automatic and self.config.method in WEIGHTED
-        return refused or automatic or self._needs_gram or self.config.screen == "reject"
+        automatic = self.scale.automatic and self.method.linear
+        return refused or automatic or self.method.needs is Need.GRAM or self.config.screen == "reject"
 
     def _select(self, accepted: Sequence[Candidate]) -> tuple[list[Candidate], UpdateStatistics, str]:
         """Verify and measure the contributions, and drop those that screening rejects.
@@ -152,7 +153,7 @@ class Fusion:
             inputs,
             weights_of(self._shares(accepted), self.config),
             prover or Prover(inputs, verify=False, whole=False),
-            gram=self._needs_gram,
+            gram=self.method.needs is Need.GRAM,
             pairs=self.config.screen != "off",
             progress=self.progress,
             spread=self.spread,
@@ -215,7 +216,7 @@ class Fusion:
     def _byzantine(self) -> int:
         """Return the number of attackers that multi-krum still expects among the accepted contributions."""
         expected = self.config.byzantine
-        return max(0, expected - self._dropped_attackers) if self.config.method == "multi-krum" else expected
+        return max(0, expected - self._dropped_attackers) if "byzantine" in self.method.settings else expected
 
     def _accepted(self) -> list[Candidate]:
         """Return the candidates without problems.
@@ -251,7 +252,9 @@ class Fusion:
 
     def _inputs(self, accepted: Sequence[Candidate]) -> Inputs:
         checkpoints = [item.checkpoint for item in accepted if item.checkpoint is not None]
-        fisher = [open_companion(item, layout.FISHER) for item in checkpoints] if self.config.method == "fisher" else []
+        fisher = (
+            [open_companion(item, layout.FISHER) for item in checkpoints] if self.method.needs is Need.FISHER else []
+        )
         return Inputs(self.base_checkpoint, checkpoints, fisher)
 
     def _shares(self, accepted: Sequence[Candidate]) -> list[float]:
@@ -259,39 +262,42 @@ class Fusion:
 
     def _recipe(self, accepted: Sequence[Candidate], statistics: UpdateStatistics | None) -> Recipe:
         """Compute the method's parameters, in a pass over the inputs if the method needs one. Raises ConfigError."""
-        config, inputs = self.config, self._inputs(accepted)
-        weights = weights_of(self._shares(accepted), self.config)
+        config, method, inputs = self.config, self.method, self._inputs(accepted)
         shares = np.asarray(self._shares(accepted), np.float64)
-        gram = statistics.gram if statistics is not None else None
-        if config.method == "multi-krum" and gram is not None:
-            if self._byzantine < config.byzantine:
-                self.progress.note(
-                    f"screening dropped {self._dropped_attackers}, who count among the attackers of --byzantine "
-                    f"{config.byzantine}: {self._byzantine} are left for multi-krum"
-                )
-            weights = methods.krum_weights(gram, self._byzantine)
-        elif config.method == "geometric-median" and gram is not None:
-            weights = methods.geometric_median_weights(gram, weights)
-        elif config.method == "slerp" and len(accepted) != 2:
-            raise ConfigError(f"slerp takes two contributions, there are {len(accepted)}: take --method mean")
-        elif config.method == "trimmed-mean":
-            methods.trimmed_mean([np.zeros(1)] * len(accepted), config.trim)  # refuses a trim that leaves nothing
-        if config.method == "dare":  # its draws are seeded by the body digest
+        weights = weights_of(shares, config)
+        if method.check is not None:
+            method.check(config, len(accepted))
+        if method.needs is Need.GRAM:
+            weights = self._weights_from_gram(weights, statistics)
+        if method.needs is Need.DIGESTS:
             for item in accepted:
                 if item.checkpoint is not None and item.digest is None:
                     item.digest = body_digest(item.checkpoint)
         keys = [item.digest or item.name for item in accepted]
         plain = np.array_equal(weights, shares / shares.sum())  # neither capped nor computed by a method
-        recipe = Recipe(config, weights, keys, shares if plain else None)
-        if config.method in PER_TENSOR:
-            recipe.tensor_weights = tensor_weights(inputs, config, self.progress, self.spread)
-        elif config.method == "ties":
-            recipe.thresholds = thresholds(inputs, recipe.density, self.progress, self.spread)
-        recipe.scale = self.scale.value
+        recipe = Recipe(config, method, weights, keys, shares if plain else None)
+        if method.per_tensor:
+            recipe = replace(recipe, tensor_weights=tensor_weights(inputs, recipe, self.progress, self.spread))
+        elif method.needs is Need.RANKS:
+            recipe = replace(recipe, thresholds=thresholds(inputs, recipe.density, self.progress, self.spread))
+        scale = self.scale.value
         if self.scale.automatic:
-            recipe.scale *= self._automatic_scale(recipe, inputs, statistics)
-            self.progress.note(f"scale {config.scale}: {recipe.scale:.4g}")
-        return recipe
+            scale *= self._automatic_scale(recipe, inputs, statistics)
+            self.progress.note(f"scale {config.scale}: {scale:.4g}")
+        return replace(recipe, scale=scale)
+
+    def _weights_from_gram(self, weights: Array, statistics: UpdateStatistics | None) -> Array:
+        """Return the method's weights, float64 [N], from the nominal ones and the updates' inner products."""
+        config = replace(self.config, byzantine=self._byzantine)
+        assert self.method.solve is not None
+        assert statistics is not None
+        assert statistics.gram is not None
+        if config.byzantine < self.config.byzantine:
+            self.progress.note(
+                f"screening dropped {self._dropped_attackers}, who count among the attackers of --byzantine "
+                f"{self.config.byzantine}: {config.byzantine} are left for {self.method.name}"
+            )
+        return self.method.solve(statistics.gram, weights, config)
 
     def _automatic_scale(self, recipe: Recipe, inputs: Inputs, statistics: UpdateStatistics | None) -> float:
         """Return λ = Σ wᵢ‖dᵢ‖ / ‖merged − base‖, which gives the fused update the mean norm; 1 if its norm is zero."""
@@ -301,7 +307,7 @@ class Fusion:
                 progress=self.progress, spread=self.spread,
             )  # fmt: skip
         mean_of_norms = float(recipe.weights @ statistics.norms)
-        if recipe.config.method in ("mean", "task-arithmetic"):
+        if recipe.method.linear and recipe.method.needs is not Need.GRAM:
             length = statistics.mean_norm
         elif statistics.gram is not None:
             length = float(np.sqrt(abs(float(recipe.weights @ statistics.gram @ recipe.weights))))
@@ -362,7 +368,7 @@ class Fusion:
             return recipe.weights
         body = self.base_checkpoint.body
         sizes = np.asarray([body[name].size for name in recipe.tensor_weights], np.float64)
-        rows = np.stack([item.contributions for item in recipe.tensor_weights.values()])
+        rows = np.stack([weights[:-1] for weights in recipe.tensor_weights.values()])
         return np.asarray(sizes @ rows / sizes.sum())
 
     def _write_config(self, folder: Location) -> None:

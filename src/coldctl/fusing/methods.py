@@ -1,4 +1,4 @@
-"""The arithmetic of fusing: short pure functions on named arrays, float64 in between, one rounding at the end.
+"""The merge methods: their arithmetic in short pure functions, float64 in between, and their registry `METHODS`.
 
 Three kinds of methods, by what they must know before the first element can be written:
 
@@ -9,20 +9,21 @@ Three kinds of methods, by what they must know before the first element can be w
 Notation: N contributions xᵢ of the base θ, updates dᵢ = xᵢ − θ, weights wᵢ that sum to one.
 """
 
+import difflib
 import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.common.errors import ConfigError
+from coldctl.config.settings import FuseConfig
+from coldctl.fusing.blocks import Array, Block
+from coldctl.fusing.recipe import Method, Need, Recipe
 
-Array = NDArray[np.float64]
 Parts = Sequence[NDArray[Any]]
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _PIECE = 1 << 16  # elements converted and added at a time: what stays in the core's own cache
 _NEARLY_COLINEAR = 0.9995  # slerp falls back to a straight line above this cosine
 _WEISZFELD_STEPS = 100
@@ -81,17 +82,6 @@ def _mean_of_doubles(parts: Parts, weights: Array | None) -> Array:
         else:
             total += part.astype(np.longdouble) * weights[index]
     return np.asarray(total / (len(parts) if weights is None else weights.sum()), np.float64)
-
-
-def scaled(base: NDArray[Any], merged: Array, scale: float) -> Array:
-    """θ + λ (merged − θ): task arithmetic (arXiv 2212.04089) for the mean, and the same step for any other method.
-
-    λ = 1 is the merged value itself, not a rounded way there and back; λ = 0 is the base itself.
-    """
-    if scale == 1.0:
-        return merged
-    start = base.astype(np.float64)
-    return start if scale == 0.0 else start + scale * (merged - start)
 
 
 def krum_weights(gram: Array, byzantine: int) -> Array:
@@ -263,27 +253,179 @@ def fisher(parts: Parts, information: Parts, weights: Array) -> Array:
     )
 
 
-# The outer step -------------------------------------------------------------------------------------------------
+# The registry ---------------------------------------------------------------------------------------------------
 
 
-def outer_step(
-    optimizer: str, base: NDArray[Any], merged: Array, learning_rate: float, momentum: float, state: Sequence[Array]
-) -> tuple[Array, list[Array]]:
-    """One step of the server's optimiser on the pseudo-gradient g = θ − merged; returns the new θ and the new state.
-
-    `sgd`: v ← μ v + g, θ ← θ − η v. `nesterov`: v ← μ v + g, θ ← θ − η (g + μ v) (DiLoCo, arXiv 2311.08105).
-    `adam`: m ← μ m + (1 − μ) g, s ← β₂ s + (1 − β₂) g², θ ← θ − η m / (√s + τ) (FedAdam, arXiv 2003.00295,
-    algorithm 2, with β₂ = 0.99 and τ = 10⁻³).
-    """
-    start = base.astype(np.float64)
-    gradient = start - merged
-    if optimizer == "adam":
-        first = momentum * state[0] + (1 - momentum) * gradient
-        second = 0.99 * state[1] + 0.01 * gradient**2
-        return start - learning_rate * first / (np.sqrt(second) + 1e-3), [first, second]
-    velocity = momentum * state[0] + gradient
-    step = gradient + momentum * velocity if optimizer == "nesterov" else velocity
-    return start - learning_rate * step, [velocity]
+def weighted_mean(block: Block, recipe: Recipe) -> Array:
+    """Return the mean by one weight per contribution."""
+    return mean(block.contributions, recipe.weights if recipe.shares is None else recipe.shares)
 
 
-# Weights and rounding -------------------------------------------------------------------------------------------
+def mean_per_tensor(block: Block, recipe: Recipe) -> Array:
+    """Return Σ wᵢ xᵢ + w θ by the weights of the block's tensor."""
+    weights = recipe.tensor_weights[block.name]
+    total = stacked(block.contributions).T @ weights[:-1]
+    return np.asarray(total + weights[-1] * block.base.astype(np.float64) if weights[-1] else total)
+
+
+def _median(block: Block, recipe: Recipe) -> Array:  # noqa: ARG001
+    return median(block.contributions)
+
+
+def _trimmed_mean(block: Block, recipe: Recipe) -> Array:
+    return trimmed_mean(block.contributions, recipe.config.trim)
+
+
+def _ties(block: Block, recipe: Recipe) -> Array:
+    return ties(block.contributions, block.base, recipe.thresholds[block.name], recipe.weights)
+
+
+def _dare(block: Block, recipe: Recipe) -> Array:
+    parts, seed = block.contributions, recipe.config.seed
+    return dare(parts, block.base, recipe.weights, recipe.density, recipe.keys, block.name, block.start, seed)
+
+
+def _fisher(block: Block, recipe: Recipe) -> Array:
+    return fisher(block.contributions, block.companions[: len(block.contributions)], recipe.weights)
+
+
+def _krum(gram: Array, weights: Array, config: FuseConfig) -> Array:  # noqa: ARG001
+    return krum_weights(gram, config.byzantine)
+
+
+def _geometric_median(gram: Array, weights: Array, config: FuseConfig) -> Array:  # noqa: ARG001
+    return geometric_median_weights(gram, weights)
+
+
+def _model_stock(gram: Array, weights: Array, config: FuseConfig) -> Array:  # noqa: ARG001
+    share = model_stock_share(gram)
+    return np.append(np.full(len(gram), share / len(gram)), 1 - share)
+
+
+def _slerp(gram: Array, weights: Array, config: FuseConfig) -> Array:  # noqa: ARG001
+    return np.append(slerp_weights(gram, config.position), 0.0)
+
+
+def _check_trim(config: FuseConfig, count: int) -> None:
+    trimmed_mean([np.zeros(1)] * count, config.trim)
+
+
+def _check_two(config: FuseConfig, count: int) -> None:  # noqa: ARG001
+    if count != 2:
+        raise ConfigError(f"slerp takes two contributions, there are {count}: take --method mean")
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Add a merge method, so that `--method NAME` takes it. Raises ConfigError if there is one of that name."""
+    if method.name in METHODS:
+        raise ConfigError(f"{method.name} is already a merge method: choose another name")
+    METHODS[method.name] = method
+    return method
+
+
+def find_method(name: str) -> Method:
+    """Return the merge method of this name. Raises ConfigError that names the nearest one if there is none."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name[:40], METHODS, n=1, cutoff=0.0)[0]
+        choices = ", ".join(METHODS)
+        raise ConfigError(f"--method {name[:40]!r} is not known, did you mean {near!r}: choose one of {choices}")
+    return METHODS[name]
+
+
+def method_table() -> list[tuple[str, str, str]]:
+    """Return name, summary and paper of every merge method."""
+    return [(method.name, method.summary, method.paper) for method in METHODS.values()]
+
+
+# To add a method, write its function and one entry here. `summary` is what `coldctl fuse --help` and the docs show.
+for _method in (
+    Method("mean", "Σ wᵢ xᵢ", "ColD Fusion, arXiv 2212.01378", weighted_mean, linear=True),
+    Method(
+        "task-arithmetic",
+        "θ + λ Σ wᵢ dᵢ; the same as `mean` with `--scale λ`",
+        "arXiv 2212.04089",
+        weighted_mean,
+        linear=True,
+    ),
+    Method(
+        "ties",
+        "per tensor: keep the share `--density` of largest magnitude of each dᵢ, elect a sign per element by Σ wᵢ dᵢ, "
+        "average those that agree",
+        "arXiv 2306.01708",
+        _ties,
+        needs=Need.RANKS,
+        settings=("density",),
+        density=0.2,
+    ),
+    Method(
+        "dare",
+        "keep each element of dᵢ with probability `--density`, rescale by its inverse, then the mean; drawn by `--seed`",
+        "arXiv 2311.03099",
+        _dare,
+        needs=Need.DIGESTS,
+        settings=("density", "seed"),
+        density=0.5,
+    ),
+    Method(
+        "model-stock",
+        "per tensor: t · mean + (1 − t) · θ, t = N cos φ / (1 + (N − 1) cos φ), held to 0 … 1",
+        "arXiv 2403.19522",
+        mean_per_tensor,
+        needs=Need.TENSOR_GRAM,
+        solve=_model_stock,
+        takes_weights=False,
+    ),
+    Method(
+        "slerp",
+        "per tensor, two contributions: spherical interpolation, `--position` is the share of the second",
+        "Shoemake 1985",
+        mean_per_tensor,
+        needs=Need.TENSOR_PRODUCTS,
+        solve=_slerp,
+        takes_weights=False,
+        settings=("position",),
+        check=_check_two,
+    ),
+    Method("median", "coordinate-wise median", "arXiv 1803.01498", _median, takes_weights=False),
+    Method(
+        "trimmed-mean",
+        "coordinate-wise mean without ⌊trim · N⌋ values at each end (`--trim`)",
+        "arXiv 1803.01498",
+        _trimmed_mean,
+        takes_weights=False,
+        settings=("trim",),
+        check=_check_trim,
+    ),
+    Method(
+        "multi-krum",
+        "mean of the N − f − 2 updates closest to their N − f − 2 nearest others; needs N ≥ 2f + 3 (`--byzantine f`, of "
+        "whom those that `--screen reject` drops are no longer expected)",
+        "arXiv 1703.02757",
+        weighted_mean,
+        linear=True,
+        needs=Need.GRAM,
+        solve=_krum,
+        takes_weights=False,
+        settings=("byzantine",),
+    ),
+    Method(
+        "geometric-median",
+        "argmin of Σ wᵢ ‖dᵢ − z‖ over whole models, by Weiszfeld iterations on inner products",
+        "arXiv 1912.13445",
+        weighted_mean,
+        linear=True,
+        needs=Need.GRAM,
+        solve=_geometric_median,
+    ),
+    Method(
+        "fisher",
+        "Σ wᵢ Fᵢ xᵢ / Σ wᵢ Fᵢ element by element, Fᵢ from `fisher.safetensors` beside the weights",
+        "arXiv 2111.09832",
+        _fisher,
+        needs=Need.FISHER,
+    ),
+):
+    register(_method)

@@ -22,11 +22,9 @@ from coldctl.artifacts.manifest import Manifest
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, outside_body_digest
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
-from coldctl.config.settings import FuseConfig
 from coldctl.fusing import methods
-from coldctl.fusing.blocks import Block, Digester, Stretch, cut, read_blocks, stretches
-from coldctl.fusing.methods import Array
-from coldctl.fusing.recipe import Recipe, TensorWeights
+from coldctl.fusing.blocks import Array, Block, Digester, Stretch, cut, read_blocks, stretches
+from coldctl.fusing.recipe import Need, Recipe
 from coldctl.fusing.statistics import NotFinite, UpdateStatistics, not_finite
 
 Piece = TypeVar("Piece")
@@ -252,35 +250,31 @@ def _all(work: Callable[[Sequence[Stretch]], Iterator[Result]], pieces: Sequence
 
 
 def tensor_weights(
-    inputs: Inputs, config: FuseConfig, progress: Progress, spread: Spread | None = None
-) -> dict[str, TensorWeights]:
-    """Return weights per tensor by name, from the inner products within each tensor. Reads the inputs once.
+    inputs: Inputs, recipe: Recipe, progress: Progress, spread: Spread | None = None
+) -> dict[str, Array]:
+    """Return weights per tensor by name, float64 [N + 1], the last of the base. Reads the inputs once.
 
-    Model Stock takes the products of the updates, spherical interpolation those of the tensors.
+    The method computes them from the inner products within each tensor, of the updates or of the contributions.
     """
+    solve = recipe.method.solve
+    assert solve is not None
+    updates = recipe.method.needs is Need.TENSOR_GRAM
     pieces = [cut(inputs.base, inputs.contributions, [name]) for name in inputs.names]
-    grams = run_chunks(partial(_products, inputs, config), pieces, "angles", progress, spread)
-    return {name: _weights_within(gram, config) for name, gram in zip(inputs.names, grams, strict=True)}
+    grams = run_chunks(partial(_products, inputs, updates), pieces, "angles", progress, spread)
+    return {name: solve(gram, recipe.weights, recipe.config) for name, gram in zip(inputs.names, grams, strict=True)}
 
 
-def _products(inputs: Inputs, config: FuseConfig, pieces: Sequence[Stretch]) -> Iterator[Array]:
+def _products(inputs: Inputs, updates: bool, pieces: Sequence[Stretch]) -> Iterator[Array]:
     count = len(inputs.contributions)
     with closing(read_blocks(inputs.base, inputs.contributions, joined(pieces))) as blocks:
         for piece in pieces:
             gram = np.zeros((count, count))
             for block in islice(blocks, len(piece)):
                 rows = methods.stacked(block.contributions)
-                if config.method == "model-stock":
+                if updates:
                     rows -= block.base
                 gram += rows @ rows.T
             yield gram
-
-
-def _weights_within(gram: Array, config: FuseConfig) -> TensorWeights:
-    if config.method == "slerp":
-        return TensorWeights(methods.slerp_weights(gram, config.position), 0.0)
-    share = methods.model_stock_share(gram)
-    return TensorWeights(np.full(len(gram), share / len(gram)), 1 - share)
 
 
 def thresholds(inputs: Inputs, density: float, progress: Progress, spread: Spread | None = None) -> dict[str, Array]:
@@ -323,6 +317,6 @@ def _moved(inputs: Inputs, recipe: Recipe, pieces: Sequence[Stretch]) -> Iterato
         for piece in pieces:
             total = 0.0
             for block in islice(blocks, len(piece)):
-                step = recipe.merged(block) - block.base
+                step = recipe.method.merge(block, recipe) - block.base
                 total += float(step @ step)
             yield total

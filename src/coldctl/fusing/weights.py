@@ -8,8 +8,8 @@ import numpy as np
 from coldctl.common.errors import ConfigError
 from coldctl.common.parsing import JSON_LIMIT, find_mismatch, json_value, toml_table
 from coldctl.config.settings import FuseConfig
+from coldctl.fusing.blocks import Array
 from coldctl.fusing.contributions import Candidate
-from coldctl.fusing.methods import Array
 
 _EXAMPLES_SHARE = 2.0  # with --weights examples no contribution gets more than this many equal shares
 
@@ -30,7 +30,7 @@ def shares_of(contributions: Sequence[Candidate], config: FuseConfig, table: Map
     return [table[name] for name in names]
 
 
-def weights_of(shares: Sequence[float], config: FuseConfig) -> Array:
+def weights_of(shares: Sequence[float] | Array, config: FuseConfig) -> Array:
     """Return shares as weights, float64 [N], that sum to one and observe --max-share. Raises ConfigError."""
     count = len(shares)
     if config.weights == "equal":
@@ -66,14 +66,14 @@ def load_weights(path: Path) -> dict[str, float]:
     return {str(key): float(value) for key, value in table.items()}
 
 
-def normalised(shares: Sequence[float], largest: float | None = None) -> Array:
+def normalised(shares: Sequence[float] | Array, largest: float | None = None) -> Array:
     """Return shares as weights that sum to one, none above `largest`: what is cut off goes to the others in proportion.
 
     Raises ConfigError if a share is negative or not finite, all are zero, or `largest` cannot be met.
     """
     weights: Array = np.asarray(shares, np.float64)
     if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
-        raise ConfigError(f"weights must be finite, not negative, and not all zero: {list(shares)}")
+        raise ConfigError(f"weights must be finite, not negative, and not all zero: {np.asarray(shares).tolist()}")
     weights = np.divide(weights, weights.sum())
     if largest is None:
         return weights

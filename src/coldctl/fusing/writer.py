@@ -26,10 +26,9 @@ from coldctl.checkpoints.writer import Layout, Shard, WeightsWriter, file_order,
 from coldctl.common.progress import Progress
 from coldctl.config.settings import FuseConfig
 from coldctl.fusing import methods
-from coldctl.fusing.blocks import Block, Digester, Stretch, read_blocks, stretches
-from coldctl.fusing.methods import Array
+from coldctl.fusing.blocks import Array, Block, Digester, Stretch, read_blocks, stretches
 from coldctl.fusing.passes import Inputs, PassResult, Prover, Spread, joined, run_chunks
-from coldctl.fusing.recipe import OUTER_STATES, Recipe
+from coldctl.fusing.recipe import OUTER_STATES, Recipe, outer_step
 from coldctl.fusing.statistics import UpdateStatistics
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, in_store
@@ -356,13 +355,13 @@ def _written(
             for block in islice(blocks, len(piece)):
                 merged = recipe.apply(block)
                 if job.values or job.empty is not None:
-                    plain = config.method == "mean" and recipe.scale == 1.0
+                    plain = recipe.method.linear and recipe.scale == 1.0
                     averaged = merged if plain else methods.mean(block.contributions, recipe.weights)
                     found.look(block, averaged, recipe.weights, values=job.values)
                 if kinds:
                     before = [array.astype(np.float64) for array in block.companions[len(inputs.companions) :]]
                     before = before or [np.zeros(block.base.size) for _ in kinds]
-                    merged, after = methods.outer_step(
+                    merged, after = outer_step(
                         config.outer_optimizer, block.base, merged, config.outer_lr, config.outer_momentum, before
                     )
                     for sink, state in zip(sinks[1:], after, strict=True):
