@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 
 from coldctl.artifacts.output import write_text
-from coldctl.commands.evaluate import candidates_of
 from coldctl.config.settings import DatasetConfig
 from coldctl.data.datasets import Limits, load_dataset
 from coldctl.evaluation import cache, charts, curves, leaderboard
+from coldctl.evaluation.models import models_under_test
 from conftest import Ran, suite_text
 from helpers import tiny
 
 Run = Callable[..., Ran]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -254,17 +254,17 @@ def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path: Path, monkeyp
         return np.full((10, 25), number, np.float32)
 
     for place, number in enumerate((0, 1, 0, 2)):
-        found = cache.cached({"number": number}, lambda: [features(number)], pytest.fail)  # noqa: B023
+        found = cache.cached_features({"number": number}, lambda: [features(number)], pytest.fail)  # noqa: B023
         assert found[0][0, 0] == number
         for path in (tmp_path / "features").iterdir():  # clocks of file systems are coarse
             if path.stat().st_mtime > 1e6:
                 os.utime(path, (place, place))
     assert computed == [0, 1, 2]
-    cache.cached({"number": 0}, lambda: [features(0)], pytest.fail)
-    cache.cached({"number": 1}, lambda: [features(1)], pytest.fail)
+    cache.cached_features({"number": 0}, lambda: [features(0)], pytest.fail)
+    cache.cached_features({"number": 1}, lambda: [features(1)], pytest.fail)
     assert computed == [0, 1, 2, 1]
     monkeypatch.setattr(cache, "LIMIT", 10)  # nothing fits
-    cache.cached({"number": 3}, lambda: [features(3)], pytest.fail)
+    cache.cached_features({"number": 3}, lambda: [features(3)], pytest.fail)
     assert not list((tmp_path / "features").iterdir())
 
 
@@ -276,7 +276,7 @@ def test_curves_begin_at_the_pretrained_model_and_tell_nothing_twice() -> None:
         for number in (1, 2)
     ]  # fmt: skip
     both = {"models": models, "averages": averages}
-    (panel,) = curves.panels(both, [both, {"models": models[:1], "averages": averages[:1]}])
+    (panel,) = curves.panels_of(both, [both, {"models": models[:1], "averages": averages[:1]}])
     assert [point.iteration for point in panel.curves["run"]] == [1, 2]
     assert panel.levels == {"pretrained model": 50.0}
     figure = charts.curve_figure([panel, replace(panel, levels={}), panel], columns=2)
@@ -387,7 +387,7 @@ def test_runs_are_told_apart_by_where_they_lie(tmp_path: Path, base: Path) -> No
     one, two = (tmp_path / folder / "demo" for folder in ("one", "two"))
 
     def runs(*places: Path) -> list[tuple[str | None, int | None]]:
-        return [(item.run, item.iteration) for item in candidates_of([str(place) for place in places], None)]
+        return [(item.run, item.iteration) for item in models_under_test([str(place) for place in places], None)]
 
     first, second = (place / "iteration-001" / "fused" for place in (one, two))
     assert runs(first, second) == [("demo", 1), ("demo-2", 1)]
@@ -432,7 +432,7 @@ def test_what_changes_while_it_is_measured_is_noticed(
 ) -> None:
     """Of the data a part that vanishes, of the measurements one that was made; what else was measured is kept."""
     from coldctl.artifacts.model_ref import memory_needed
-    from coldctl.commands.evaluate import measure
+    from coldctl.evaluation.measure import measure
 
     for seed, name in enumerate(("red", "green")):
         tiny.make_dataset(tmp_path / name, seed=seed)
@@ -448,7 +448,7 @@ def test_what_changes_while_it_is_measured_is_noticed(
             validation.rename(tmp_path / "aside")
         return memory_needed(*arguments, **options)
 
-    monkeypatch.setattr("coldctl.commands.evaluate.memory_needed", change)
+    monkeypatch.setattr("coldctl.evaluation.measure.memory_needed", change)
     ran = coldctl(*command)
     assert ran.code == 2
     assert "2 of 4 measurements failed; the others are kept" in ran.stderr
@@ -463,7 +463,7 @@ def test_what_changes_while_it_is_measured_is_noticed(
             Path(done[0]).unlink()
         return done[-1]
 
-    monkeypatch.setattr("coldctl.commands.evaluate.measure", remove)
+    monkeypatch.setattr("coldctl.evaluation.measure.measure", remove)
     ran = coldctl(*command)
     assert len(done) == 2  # those of red are there
     assert ran.code == 2

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.header import DTYPES, rounded
 from coldctl.data.sampling import stratified
 from coldctl.evaluation import scoring

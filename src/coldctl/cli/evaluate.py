@@ -42,21 +42,19 @@ def evaluate(
 ) -> None:
     """Measure whether models are better base models than a baseline, with intervals, on a suite of datasets."""
     with boundary(common) as screen:
-        from coldctl.artifacts import model_ref
         from coldctl.cli.tables import evaluation_tables
         from coldctl.commands import evaluate as stage
         from coldctl.evaluation import scoring
+        from coldctl.evaluation.measure import Suite
 
         engine = common.workers(threads=common.threads)
         datasets, file = suite_of(suite, common.config)
         settings = resolve(EvaluateConfig, file, {**flags, "seed": common.seed})
         finetuning = resolve(FinetuneConfig, file, {"seed": common.seed})
-        candidates = stage.candidates_of(models, revision)
-        against = model_ref.resolve(baseline, revision) if baseline else stage.default_baseline(candidates[0].model)
         with screen.progress() as progress, closing(engine):
             done = stage.evaluate(
-                candidates, against, datasets, locate(output), settings, finetuning,
-                engine=engine, overwrite=common.overwrite, progress=progress,
+                models, baseline, Suite(datasets, settings, finetuning), locate(output),
+                revision=revision, engine=engine, overwrite=common.overwrite, progress=progress,
             )  # fmt: skip
         screen.show(*evaluation_tables(done.results))
         screen.say(f"{'complete already, left alone' if done.unchanged else 'written'}: {output}")

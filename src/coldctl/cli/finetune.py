@@ -19,7 +19,7 @@ from coldctl.storage.location import locate
 
 if TYPE_CHECKING:
     from coldctl.cli.screen import Screen
-    from coldctl.commands.finetune import Job, Watching
+    from coldctl.training.jobs import Job, LogOptions
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ class Logs:
         ),
     ] = 60.0
 
-    def watching(self) -> "Watching":
-        """Return what the training needs to know of it. Raises ConfigError."""
-        from coldctl.commands.finetune import Watching
+    def options(self) -> "LogOptions":
+        """Return them as the training takes them. Raises ConfigError."""
+        from coldctl.training.jobs import LogOptions
         from coldctl.training.logs import check_kind
 
         if self.log is not None:
             check_kind(self.log)
-        return Watching(self.log, str(self.log_folder), self.checkpoint_seconds)
+        return LogOptions(self.log, str(self.log_folder), self.checkpoint_seconds)
 
 
 def finetune(
@@ -102,6 +102,7 @@ def finetune(
     with boundary(common, mute=follows) as screen:
         from coldctl.commands import finetune as stage
         from coldctl.data.datasets import config_from_reference
+        from coldctl.training.jobs import JobOptions, jobs_of_suite, single_job
 
         alone = distributed.find().size == 1
         if not alone and common.engine != "local":
@@ -111,9 +112,7 @@ def finetune(
             raise ConfigError("give either DATA or --suite FILE.toml: see coldctl finetune --help")
         suite_datasets, file = suite_of(suite.suite, common.config)
         settings = resolve(FinetuneConfig, file, {**flags, "seed": common.seed})
-        more: dict[str, Any] = {
-            "overwrite": common.overwrite, "watching": logs.watching(), "sign_key": target.sign_key,
-        }  # fmt: skip
+        options = JobOptions(common.overwrite, logs.options(), target.sign_key)
         model, output = base.model(), locate(target.output)
         if data is None:
             if target.name or columns:
@@ -121,12 +120,12 @@ def finetune(
                     "--name, --license, --text, --text-pair and --label go with DATA: a suite's file has its own"
                 )
             only = [name for name in suite.only.split(",") if name]
-            work = stage.jobs_of_suite(suite_datasets, model, output, settings, sample=suite.sample, only=only, **more)
+            work = jobs_of_suite(suite_datasets, model, output, settings, options, sample=suite.sample, only=only)
         else:
             if suite.sample is not None or suite.only:
                 raise ConfigError("--sample and --only go with --suite: DATA is one dataset")
             dataset = config_from_reference(data, DatasetConfig(**{"name": "", "path": data, **columns}))
-            work = [stage.single_job(dataset, model, output, settings, name=target.name, **more)]
+            work = [single_job(dataset, model, output, settings, options, name=target.name)]
         with screen.progress() as progress, closing(engine):
             outcomes = stage.finetune_all(work, engine, progress, lambda done: progress.note(_line(done)))
             distributed.disband()

@@ -13,7 +13,8 @@ from coldctl.artifacts import layout, manifest, output, run, signatures
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
 from coldctl.common.progress import SILENT, Progress
 from coldctl.config.loading import ConfigFile, resolve
@@ -23,7 +24,7 @@ from coldctl.fusing.compatibility import judge, presumed_base, stated_digest
 from coldctl.fusing.contributions import Candidate, gather
 from coldctl.fusing.distributed import spread_over
 from coldctl.fusing.fusion import DrawChart, Fusion, check_config
-from coldctl.fusing.late import as_listed, counted_once, listed, waiting
+from coldctl.fusing.late import drop_duplicates, keep_recorded, late_contributions, recorded_contributions
 from coldctl.fusing.record import FuseRequest
 from coldctl.fusing.staleness import Ancestry
 from coldctl.storage.files import open_folder
@@ -111,7 +112,7 @@ def _fuse(
     candidates = _offered(offer, base, base_checkpoint, config, progress)
     closed = home is not None and not overwrite and str(destination.resolve()) == str(layout.fused(*home))
     if closed and layout.is_complete(destination):
-        candidates = as_listed(candidates, manifest.read(destination), progress)
+        candidates = keep_recorded(candidates, manifest.read(destination), progress)
     output.refuse_overlap(destination, [item.place for item in candidates])
     _judge(candidates, base_checkpoint, config)
     if words := sanitize.note(base_checkpoint.config):
@@ -206,15 +207,15 @@ def _offered(
     if home is None:
         candidates = opened(references)
     else:
-        counted = listed(home[0], but=home[1])
-        late = waiting(*home, counted)
+        recorded = recorded_contributions(home[0], but=home[1])
+        late = late_contributions(*home, recorded)
         if late and ancestry is None:
             progress.note(
                 f"{', '.join(late)} came late and {'is' if len(late) == 1 else 'are'} not taken: --stale discount would"
             )
             late = {}
         candidates = opened([place for place in references if not late or locate(place).is_dir()], late=late)
-        candidates = counted_once(candidates, counted, progress)
+        candidates = drop_duplicates(candidates, recorded, progress)
         if not candidates:
             raise ModelError(f"{references[0]} holds no contribution that has not been counted yet: wait for new ones")
     return [item for item in candidates if _has_manifest(item)] if offer.manifests_only else candidates

@@ -12,7 +12,8 @@ from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.body_export import WrittenBody, write_body, write_config
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.header import DTYPE_NAMES
 from coldctl.common.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.common.progress import Progress

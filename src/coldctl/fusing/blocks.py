@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.checkpoints.checkpoint import Checkpoint, digest_prelude
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.digests import digest_prelude
 from coldctl.checkpoints.header import DTYPES, Tensor
 from coldctl.storage.files import RemoteFolder, look_ahead
 
@@ -187,7 +188,7 @@ def _fill(
     if stop < start:
         return None
     part = memoryview(buffer)[: (stop - start) * dtype.itemsize]
-    checkpoint.read_into(tensor, start, part)
+    checkpoint.read_into(name, start, part)
     if digester is not None:
         digester.feed(name, tensor, start, part)
     return np.frombuffer(part, dtype)

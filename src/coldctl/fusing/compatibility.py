@@ -12,7 +12,6 @@ from coldctl.checkpoints.checkpoint import (
     open_companion,
     with_common_rows,
 )
-from coldctl.checkpoints.decoded import RelativeCheckpoint
 from coldctl.common.errors import CheckpointError, ColdctlError
 from coldctl.config.settings import FuseConfig
 from coldctl.fusing.contributions import Candidate
@@ -46,12 +45,12 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
     _compare_tensors(base, other, verdict)
     if finding := other_base(other, base_digest):
         remedy = "give that base as --base, or --allow-other-base to fuse it all the same"
-        if isinstance(other, RelativeCheckpoint):
+        if other.relative:
             remedy = "it is a difference from that one, give it as --base"
         declared = other.manifest["base"].get("body_digest", "") if other.manifest else ""
         if age := generations(base.manifest).get(declared):
             remedy = f"that was the base {age} iteration{'s' if age > 1 else ''} ago, --stale discount takes it"
-        if allow_other_base and not isinstance(other, RelativeCheckpoint):
+        if allow_other_base and not other.relative:
             verdict.notes.append(finding)
         else:
             verdict.problems.append(f"{finding}: {remedy}")

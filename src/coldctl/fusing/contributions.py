@@ -10,8 +10,8 @@ from pathlib import Path
 from coldctl.artifacts import layout, signatures
 from coldctl.artifacts.model_ref import as_text, resolve
 from coldctl.artifacts.signatures import Signed, TrustedKey
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, read_manifest
-from coldctl.checkpoints.decoded import shared
+from coldctl.checkpoints.checkpoint import Checkpoint, read_manifest, shared
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.formats import open_contribution
 from coldctl.common.errors import ColdctlError, ModelError
 from coldctl.common.progress import Progress

@@ -13,15 +13,9 @@ from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import (
-    Checkpoint,
-    body_digest,
-    open_checkpoint,
-    open_companion,
-    outside_body,
-)
-from coldctl.checkpoints.decoded import RelativeCheckpoint
-from coldctl.checkpoints.describe import bare_config
+from coldctl.checkpoints.body_export import bare_config
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint, open_companion
+from coldctl.checkpoints.digests import body_digest, outside_body
 from coldctl.checkpoints.header import DTYPE_NAMES
 from coldctl.common.errors import CheckpointError, ConfigError, DeclinedError
 from coldctl.common.progress import Progress
@@ -326,7 +320,7 @@ class Fusion:
             if item.checkpoint is not None and not item.age and not self.config.allow_other_base:
                 finding = other_base(item.checkpoint, proof.base_digest)  # so far the base was only presumed
                 item.problems += [f"{finding}: give that base as --base"] if finding else []
-                if finding and isinstance(item.checkpoint, RelativeCheckpoint):
+                if finding and item.checkpoint.relative:
                     continue  # decoded from another base, its values mean nothing
             item.digest = proof.digests[index] or None
             item.problems += proof.problems[index]

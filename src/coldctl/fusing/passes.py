@@ -19,7 +19,8 @@ import numpy as np
 
 from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import Manifest
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, outside_body_digest
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.digests import body_digest, outside_body_digest
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
 from coldctl.fusing import methods

@@ -10,7 +10,7 @@ from typing import Any
 from coldctl.artifacts.lineage import signers_within
 from coldctl.artifacts.manifest import ContributionRecord
 from coldctl.artifacts.signatures import TrustedKey
-from coldctl.checkpoints.checkpoint import body_digest
+from coldctl.checkpoints.digests import body_digest
 from coldctl.common.digests import digest_of
 from coldctl.config.loading import as_record
 from coldctl.config.settings import FuseConfig

@@ -20,7 +20,8 @@ from typing import Protocol
 import numpy as np
 
 from coldctl.artifacts import layout, manifest
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, digest_prelude
+from coldctl.checkpoints.checkpoint import Checkpoint, SafetensorsFiles
+from coldctl.checkpoints.digests import body_digest, digest_prelude
 from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, FLOATING, Tensor, rounded
 from coldctl.checkpoints.writer import Layout, Shard, WeightsWriter, file_order, header, shards, write_index
 from coldctl.common.progress import Progress
@@ -77,9 +78,10 @@ class Target:
         body: dict[str, Tensor] = {}
         files: dict[str, int] = {}
         for shard in self.shards:
-            body |= {item.name: Tensor(shard.name, at, item.dtype, item.shape) for item, at in shard.places()}
+            body |= {item.name: Tensor(item.dtype, item.shape, shard.name, at) for item, at in shard.places()}
             files[shard.name] = len(header(shard.layouts)) + shard.nbytes
-        return Checkpoint(open_folder(self.folder), self.folder.name, {}, dict(sorted(body.items())), (), "", files)
+        folder, body = open_folder(self.folder), dict(sorted(body.items()))
+        return Checkpoint(folder, self.folder.name, {}, body, files, SafetensorsFiles(folder, body))
 
 
 def target_in(folder: Location, base: Checkpoint, config: FuseConfig, state: str | None = None) -> Target:
@@ -143,7 +145,7 @@ class StreamSink:
         data = rounded(values, DTYPES[item.dtype]).view(np.uint8).data
         if self._hashes_body:
             if start == 0:
-                self._body.update(digest_prelude(name, Tensor("", 0, item.dtype, item.shape)))
+                self._body.update(digest_prelude(name, Tensor(item.dtype, item.shape)))
             self._body.update(data)
         self._writer.write(data)
 
