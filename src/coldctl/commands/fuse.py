@@ -21,7 +21,7 @@ from coldctl.config.loading import ConfigFile, resolve
 from coldctl.config.settings import FuseConfig
 from coldctl.evaluation import charts
 from coldctl.fusing.compatibility import judge, presumed_base, stated_digest
-from coldctl.fusing.contributions import Candidate, gather
+from coldctl.fusing.contributions import Contribution, load_contributions
 from coldctl.fusing.distributed import spread_over
 from coldctl.fusing.fusion import DrawChart, Fusion, check_config
 from coldctl.fusing.late import drop_duplicates, keep_recorded, late_contributions, recorded_contributions
@@ -109,19 +109,21 @@ def _fuse(
     trusted = _trusted(config)
     home = offer.home
     config = _settled(config, home)
-    candidates = _offered(offer, base, base_checkpoint, config, progress)
+    contributions = _offered(offer, base, base_checkpoint, config, progress)
     closed = home is not None and not overwrite and str(destination.resolve()) == str(layout.fused(*home))
     if closed and layout.is_complete(destination):
-        candidates = keep_recorded(candidates, manifest.read(destination), progress)
-    output.refuse_overlap(destination, [item.place for item in candidates])
-    _judge(candidates, base_checkpoint, config)
+        contributions = keep_recorded(contributions, manifest.read(destination), progress)
+    output.refuse_overlap(destination, [contribution.place for contribution in contributions])
+    _judge(contributions, base_checkpoint, config)
     if words := sanitize.note(base_checkpoint.config):
         progress.note(f"{base.name} {words}")
-    for item in candidates:
-        if item.checkpoint is not None and (words := sanitize.note(item.checkpoint.config)):
-            progress.note(f"{item.name} {words}")
-    request = FuseRequest.of(config, candidates, trusted)
-    cheap = all(item.stated_digest for item in candidates)  # without manifests an identity needs every body
+    for contribution in contributions:
+        if contribution.checkpoint is not None and (words := sanitize.note(contribution.checkpoint.config)):
+            progress.note(f"{contribution.name} {words}")
+    request = FuseRequest.of(config, contributions, trusted)
+    cheap = all(
+        contribution.stated_digest for contribution in contributions
+    )  # without manifests an identity needs every body
     if layout.is_complete(destination) and (cheap or not overwrite):
         key = request.identity(stated_digest(base_checkpoint) or body_digest(base_checkpoint))
         if output.is_done(destination, key, overwrite=overwrite):
@@ -144,8 +146,8 @@ def _chart(config: FuseConfig) -> DrawChart | None:
     return charts.fuse_chart
 
 
-def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[Candidate]:
-    """Return the candidates that `fuse_complete` would open now, checked by their headers only. Refused ones have problems.
+def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[Contribution]:
+    """Return the contributions that `fuse_complete` would open now, checked by their headers only. Refused ones have problems.
 
     Returns an empty list if there is no contribution yet.
     """
@@ -154,17 +156,17 @@ def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[
     offer = _Offer(references, manifests_only=True, to_read=False)
     config = _settled(replace(config, verify=False), offer.home)
     try:
-        candidates = _offered(offer, base, base_checkpoint, config, SILENT)
+        contributions = _offered(offer, base, base_checkpoint, config, SILENT)
     except ModelError:
         return []
-    _judge(candidates, base_checkpoint, config)
-    return candidates
+    _judge(contributions, base_checkpoint, config)
+    return contributions
 
 
-def _has_manifest(item: Candidate) -> bool:
-    if item.checkpoint is not None:
-        return item.checkpoint.manifest is not None
-    return open_folder(item.place).has(layout.MANIFEST)
+def _has_manifest(contribution: Contribution) -> bool:
+    if contribution.checkpoint is not None:
+        return contribution.checkpoint.manifest is not None
+    return open_folder(contribution.place).has(layout.MANIFEST)
 
 
 def _settled(config: FuseConfig, home: tuple[Location, int] | None) -> FuseConfig:
@@ -173,17 +175,17 @@ def _settled(config: FuseConfig, home: tuple[Location, int] | None) -> FuseConfi
     return replace(config, stale="discount" if home else "reject")
 
 
-def _judge(candidates: Sequence[Candidate], base_checkpoint: Checkpoint, config: FuseConfig) -> None:
-    base_digest = stated_digest(base_checkpoint) or presumed_base(candidates, config)
-    if base_digest is None and any(item.stated_digest for item in candidates):
+def _judge(contributions: Sequence[Contribution], base_checkpoint: Checkpoint, config: FuseConfig) -> None:
+    base_digest = stated_digest(base_checkpoint) or presumed_base(contributions, config)
+    if base_digest is None and any(contribution.stated_digest for contribution in contributions):
         base_digest = body_digest(base_checkpoint)
-    for item in candidates:
-        judge(item, base_checkpoint, base_digest, config)
+    for contribution in contributions:
+        judge(contribution, base_checkpoint, base_digest, config)
 
 
 def _offered(
     offer: _Offer, base: Model, base_checkpoint: Checkpoint, config: FuseConfig, progress: Progress
-) -> list[Candidate]:
+) -> list[Contribution]:
     """Open what is to be fused, each contribution once. For an iteration of a RUN, add late contributions.
 
     Raises ModelError if all of them are part of an earlier fused model.
@@ -196,7 +198,7 @@ def _offered(
         places += [(place, document.revision) for place in document.bases.values()]
     ancestry = Ancestry(base_checkpoint.manifest, places, config.verify) if config.stale == "discount" else None
     opened = partial(
-        gather,
+        load_contributions,
         progress=progress,
         base=base_checkpoint,
         allow_pickle=config.allow_pickle,
@@ -205,7 +207,7 @@ def _offered(
         to_read=offer.to_read,
     )
     if home is None:
-        candidates = opened(references)
+        contributions = opened(references)
     else:
         recorded = recorded_contributions(home[0], but=home[1])
         late = late_contributions(*home, recorded)
@@ -214,11 +216,15 @@ def _offered(
                 f"{', '.join(late)} came late and {'is' if len(late) == 1 else 'are'} not taken: --stale discount would"
             )
             late = {}
-        candidates = opened([place for place in references if not late or locate(place).is_dir()], late=late)
-        candidates = drop_duplicates(candidates, recorded, progress)
-        if not candidates:
+        contributions = opened([place for place in references if not late or locate(place).is_dir()], late=late)
+        contributions = drop_duplicates(contributions, recorded, progress)
+        if not contributions:
             raise ModelError(f"{references[0]} holds no contribution that has not been counted yet: wait for new ones")
-    return [item for item in candidates if _has_manifest(item)] if offer.manifests_only else candidates
+    return (
+        [contribution for contribution in contributions if _has_manifest(contribution)]
+        if offer.manifests_only
+        else contributions
+    )
 
 
 @dataclass(frozen=True)
@@ -283,9 +289,13 @@ def _places_by_digest(references: Sequence[str], base: Model, config: FuseConfig
     if not references:
         return {}
     base_checkpoint = open_checkpoint(base.folder, base.name)
-    opened = gather(references, progress, base_checkpoint, allow_pickle=config.allow_pickle, trusted=_trusted(config))
+    opened = load_contributions(
+        references, progress, base_checkpoint, allow_pickle=config.allow_pickle, trusted=_trusted(config)
+    )
     return {
-        item.stated_digest or body_digest(item.checkpoint): item.place for item in opened if item.checkpoint is not None
+        contribution.stated_digest or body_digest(contribution.checkpoint): contribution.place
+        for contribution in opened
+        if contribution.checkpoint is not None
     }
 
 

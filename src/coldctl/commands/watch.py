@@ -107,7 +107,7 @@ def look(folder: Location, settings: Settings, progress: Progress) -> Look:
 def _fuse(folder: Location, number: int, base: Model, settings: Settings, progress: Progress) -> Look | None:
     """Fuse the contributions. Returns a look if they are too few or cannot be fused. Raises BusyError."""
     contributions = [str(layout.contributions(folder, number))]
-    usable = sum(not contribution.problems for contribution in fuse.fusible(contributions, base, settings.fuse))
+    usable = sum(not contribution.rejections for contribution in fuse.fusible(contributions, base, settings.fuse))
     if usable < settings.fuse.min_contributions:
         return Look(number, "waiting", usable)
     place = layout.fused(folder, number)

@@ -23,13 +23,13 @@ from coldctl.config.settings import FuseConfig
 from coldctl.config.values import Scale
 from coldctl.fusing.blocks import Array
 from coldctl.fusing.compatibility import other_base
-from coldctl.fusing.contributions import Candidate
+from coldctl.fusing.contributions import Contribution
 from coldctl.fusing.methods import find_method
 from coldctl.fusing.passes import (
     Inputs,
-    Proof,
-    Prover,
     Spread,
+    Verification,
+    Verifier,
     distance,
     measure_updates,
     tensor_weights,
@@ -87,9 +87,9 @@ class Fusion:
         return find_method(self.config.method)
 
     @property
-    def candidates(self) -> Sequence[Candidate]:
+    def contributions(self) -> Sequence[Contribution]:
         """Return all contributions that were offered."""
-        return self.request.candidates
+        return self.request.contributions
 
     def run(self, folder: Location) -> Manifest:
         """Select, measure where something must be known before writing, write, verify, and describe the fused model.
@@ -97,7 +97,7 @@ class Fusion:
         Returns the manifest. Raises CheckpointError, DeclinedError or ConfigError before the manifest is written.
         """
         self._verify_late()
-        accepted = [item for item in self.candidates if not item.problems]
+        accepted = [contribution for contribution in self.contributions if not contribution.rejections]
         if not accepted:
             self._accepted()  # raises
         statistics: UpdateStatistics | None = None
@@ -115,38 +115,40 @@ class Fusion:
     def _measures_first(self) -> bool:
         """Return whether the updates are measured in a pass of its own, before the one that writes."""
         # Where one is refused already, the others are looked at, too, so that all findings are listed at once.
-        refused = any(item.problems and not item.late for item in self.candidates)
+        refused = any(contribution.rejections and not contribution.late for contribution in self.contributions)
         automatic = self.scale.automatic and self.method.linear
         return refused or automatic or self.method.needs is Need.GRAM or self.config.screen == "reject"
 
-    def _select(self, accepted: Sequence[Candidate]) -> tuple[list[Candidate], UpdateStatistics, str]:
+    def _select(self, accepted: Sequence[Contribution]) -> tuple[list[Contribution], UpdateStatistics, str]:
         """Verify and measure the contributions, and drop those that screening rejects.
 
         Returns the rest, the statistics of the rest, and the base's body digest. Raises as `_accepted` does.
         """
-        prover = Prover(self._inputs(accepted), verify=self.config.verify, whole=self.spread is None)
-        statistics = self._measure(accepted, prover)
-        proof = prover.prove(self.spread)
-        self._learn(accepted, proof)
-        sound = [item for item in accepted if not item.problems]
+        verifier = Verifier(self._inputs(accepted), verify=self.config.verify, whole=self.spread is None)
+        statistics = self._measure(accepted, verifier)
+        verification = verifier.verification(self.spread)
+        self._learn(accepted, verification)
+        sound = [contribution for contribution in accepted if not contribution.rejections]
         if len(sound) < len(accepted) and sound:  # what was refused must not hide who else stands out
             statistics = self._measure(sound)
         if self.config.screen == "reject" and sound:
-            for index, reason in outliers(statistics, [item.name for item in sound], _discounts(sound)).items():
-                sound[index].problems.append(f"outlier: {reason}")
+            for index, reason in outliers(
+                statistics, [contribution.name for contribution in sound], _discounts(sound)
+            ).items():
+                sound[index].rejections.append(f"outlier: {reason}")
                 sound[index].attacking = True
         kept = self._accepted()
         if len(kept) < len(sound):
             statistics = self._measure(kept)
-        return kept, statistics, proof.base_digest
+        return kept, statistics, verification.base_digest
 
-    def _measure(self, accepted: Sequence[Candidate], prover: Prover | None = None) -> UpdateStatistics:
-        """Read the contributions once, for the statistics of their updates and for `prover`, if there is one."""
+    def _measure(self, accepted: Sequence[Contribution], verifier: Verifier | None = None) -> UpdateStatistics:
+        """Read the contributions once, for the statistics of their updates and for `verifier`, if there is one."""
         inputs = self._inputs(accepted)
         return measure_updates(
             inputs,
             weights_of(self._shares(accepted), self.config),
-            prover or Prover(inputs, verify=False, whole=False),
+            verifier or Verifier(inputs, verify=False, whole=False),
             gram=self.method.needs is Need.GRAM,
             pairs=self.config.screen != "off",
             progress=self.progress,
@@ -156,7 +158,7 @@ class Fusion:
     def _write(
         self,
         folder: Location,
-        accepted: Sequence[Candidate],
+        accepted: Sequence[Contribution],
         recipe: Recipe,
         statistics: UpdateStatistics | None,
         base_digest: str | None,
@@ -167,44 +169,48 @@ class Fusion:
         """
         inputs = self._inputs(accepted)
         whole = self._in_name_order() and self.spread is None  # then digests are taken while the pass reads
-        prover = Prover(inputs, verify=self.config.verify, whole=whole) if base_digest is None else None
+        verifier = Verifier(inputs, verify=self.config.verify, whole=whole) if base_digest is None else None
         fresh = statistics is None and self.config.screen != "off"
         measured = UpdateStatistics(len(accepted), pairs=True) if fresh else None
         written = write(
             inputs,
             recipe,
             folder,
-            prover=prover,
+            verifier=verifier,
             statistics=measured,
             states=self._states(),
             progress=self.progress,
             spread=self.spread,
         )
-        if prover is not None:
-            proof = prover.prove(self.spread)
-            self._learn(accepted, proof)
+        if verifier is not None:
+            verification = verifier.verification(self.spread)
+            self._learn(accepted, verification)
             self._accepted()
-            base_digest = proof.base_digest
+            base_digest = verification.base_digest
         assert base_digest is not None
         return written, statistics or measured, base_digest
 
     def _verify_late(self) -> None:
         """Read late contributions by themselves first, so that an unsound one does not stop the fuse."""
-        late = [item for item in self.candidates if item.late and not item.problems]
+        late = [
+            contribution for contribution in self.contributions if contribution.late and not contribution.rejections
+        ]
         if late:
             inputs = self._inputs(late)
-            prover = Prover(inputs, verify=self.config.verify, whole=True)
+            verifier = Verifier(inputs, verify=self.config.verify, whole=True)
             equal = np.full(len(late), 1 / len(late))
-            measure_updates(inputs, equal, prover, gram=False, pairs=False, progress=self.progress)
-            self._learn(late, prover.prove())
-        for item in self.candidates:
-            if item.late and item.problems:
-                self.progress.note(f"{item.name} came late and is left out: {'; '.join(item.problems)}")
+            measure_updates(inputs, equal, verifier, gram=False, pairs=False, progress=self.progress)
+            self._learn(late, verifier.verification())
+        for contribution in self.contributions:
+            if contribution.late and contribution.rejections:
+                self.progress.note(
+                    f"{contribution.name} came late and is left out: {'; '.join(contribution.rejections)}"
+                )
 
     @property
     def _dropped_attackers(self) -> int:
         """Return how many of the attackers that multi-krum expects were dropped by screening."""
-        return sum(item.attacking and not item.late for item in self.candidates)
+        return sum(contribution.attacking and not contribution.late for contribution in self.contributions)
 
     @property
     def _byzantine(self) -> int:
@@ -212,20 +218,26 @@ class Fusion:
         expected = self.config.byzantine
         return max(0, expected - self._dropped_attackers) if "byzantine" in self.method.settings else expected
 
-    def _accepted(self) -> list[Candidate]:
-        """Return the candidates without problems.
+    def _accepted(self) -> list[Contribution]:
+        """Return the contributions that are not rejected.
 
         Raises DeclinedError if --strict forbids to drop the others, CheckpointError if screening does not drop them or
         too few would be left.
         """
-        config, candidates = self.config, self.candidates
-        good = [item for item in candidates if not item.problems]
-        stopping = [item for item in candidates if item.problems and not item.late]  # late ones are only left out
-        late = [item for item in candidates if item.problems and item.late]
+        config, contributions = self.config, self.contributions
+        good = [contribution for contribution in contributions if not contribution.rejections]
+        stopping = [
+            contribution for contribution in contributions if contribution.rejections and not contribution.late
+        ]  # late ones are only left out
+        late = [contribution for contribution in contributions if contribution.rejections and contribution.late]
         if good and not stopping and not (late and config.strict):
             return good
-        details = [f"{item.place}: {problem}" for item in (*stopping, *late) for problem in item.problems]
-        bad, total = len(candidates) - len(good), len(candidates)
+        details = [
+            f"{contribution.place}: {problem}"
+            for contribution in (*stopping, *late)
+            for problem in contribution.rejections
+        ]
+        bad, total = len(contributions) - len(good), len(contributions)
         if config.strict:
             raise DeclinedError(f"{bad} of {total} contributions would be dropped, and --strict forbids that", details)
         if config.screen != "reject":
@@ -244,17 +256,19 @@ class Fusion:
         dtypes = {output_dtype(tensor, self.config) for tensor in self.base_checkpoint.body.values() if tensor.floating}
         return len(dtypes) == 1
 
-    def _inputs(self, accepted: Sequence[Candidate]) -> Inputs:
-        checkpoints = [item.checkpoint for item in accepted if item.checkpoint is not None]
+    def _inputs(self, accepted: Sequence[Contribution]) -> Inputs:
+        checkpoints = [contribution.checkpoint for contribution in accepted if contribution.checkpoint is not None]
         fisher = (
-            [open_companion(item, layout.FISHER) for item in checkpoints] if self.method.needs is Need.FISHER else []
+            [open_companion(contribution, layout.FISHER) for contribution in checkpoints]
+            if self.method.needs is Need.FISHER
+            else []
         )
         return Inputs(self.base_checkpoint, checkpoints, fisher)
 
-    def _shares(self, accepted: Sequence[Candidate]) -> list[float]:
+    def _shares(self, accepted: Sequence[Contribution]) -> list[float]:
         return shares_of(accepted, self.config, self.request.weights)
 
-    def _recipe(self, accepted: Sequence[Candidate], statistics: UpdateStatistics | None) -> Recipe:
+    def _recipe(self, accepted: Sequence[Contribution], statistics: UpdateStatistics | None) -> Recipe:
         """Compute the method's parameters, in a pass over the inputs if the method needs one. Raises ConfigError."""
         config, method, inputs = self.config, self.method, self._inputs(accepted)
         shares = np.asarray(self._shares(accepted), np.float64)
@@ -264,10 +278,10 @@ class Fusion:
         if method.needs is Need.GRAM:
             weights = self._weights_from_gram(weights, statistics)
         if method.needs is Need.DIGESTS:
-            for item in accepted:
-                if item.checkpoint is not None and item.digest is None:
-                    item.digest = body_digest(item.checkpoint)
-        keys = [item.digest or item.name for item in accepted]
+            for contribution in accepted:
+                if contribution.checkpoint is not None and contribution.digest is None:
+                    contribution.digest = body_digest(contribution.checkpoint)
+        keys = [contribution.digest or contribution.name for contribution in accepted]
         plain = np.array_equal(weights, shares / shares.sum())  # neither capped nor computed by a method
         recipe = Recipe(config, method, weights, keys, shares if plain else None)
         if method.per_tensor:
@@ -297,7 +311,7 @@ class Fusion:
         """Return λ = Σ wᵢ‖dᵢ‖ / ‖merged − base‖, which gives the fused update the mean norm; 1 if its norm is zero."""
         if statistics is None:
             statistics = measure_updates(
-                inputs, recipe.weights, Prover(inputs, verify=False, whole=False), gram=False, pairs=False,
+                inputs, recipe.weights, Verifier(inputs, verify=False, whole=False), gram=False, pairs=False,
                 progress=self.progress, spread=self.spread,
             )  # fmt: skip
         mean_of_norms = float(recipe.weights @ statistics.norms)
@@ -309,38 +323,40 @@ class Fusion:
             length = distance(inputs, recipe, self.progress, self.spread)
         return mean_of_norms / length if length > 0 else 1.0
 
-    def _learn(self, accepted: Sequence[Candidate], proof: Proof) -> None:
-        """Add the digests and problems that a pass proved to the candidates. Raises CheckpointError for an unsound base."""
+    def _learn(self, accepted: Sequence[Contribution], verification: Verification) -> None:
+        """Add the digests and mismatches that a pass found to the contributions. Raises CheckpointError for an unsound base."""
         label = self.base_checkpoint.label
-        if tensors := names_of(proof.findings, -1):
+        if tensors := names_of(verification.findings, -1):
             raise CheckpointError(f"{label}: {tensors[0]} holds a not-a-number or infinity: take a sound base model")
-        if proof.base_problems:
-            raise CheckpointError(f"{label}: {proof.base_problems[0]}: make or fetch the base model again")
-        for index, item in enumerate(accepted):
-            if item.checkpoint is not None and not item.age and not self.config.allow_other_base:
-                finding = other_base(item.checkpoint, proof.base_digest)  # so far the base was only presumed
-                item.problems += [f"{finding}: give that base as --base"] if finding else []
-                if finding and item.checkpoint.relative:
+        if verification.base_mismatches:
+            raise CheckpointError(f"{label}: {verification.base_mismatches[0]}: make or fetch the base model again")
+        for index, contribution in enumerate(accepted):
+            if contribution.checkpoint is not None and not contribution.age and not self.config.allow_other_base:
+                finding = other_base(
+                    contribution.checkpoint, verification.base_digest
+                )  # so far the base was only presumed
+                contribution.rejections += [f"{finding}: give that base as --base"] if finding else []
+                if finding and contribution.checkpoint.relative:
                     continue  # decoded from another base, its values mean nothing
-            item.digest = proof.digests[index] or None
-            item.problems += proof.problems[index]
-            has_manifest = item.checkpoint is not None and item.checkpoint.manifest is not None
-            item.verified = self.config.verify and has_manifest and not item.problems
-            if tensors := names_of(proof.findings, index):
+            contribution.digest = verification.digests[index] or None
+            contribution.rejections += verification.mismatches[index]
+            has_manifest = contribution.checkpoint is not None and contribution.checkpoint.manifest is not None
+            contribution.verified = self.config.verify and has_manifest and not contribution.rejections
+            if tensors := names_of(verification.findings, index):
                 more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
-                item.problems.append(f"{tensors[0]}{more} holds a not-a-number or infinity")
-                item.attacking = True
+                contribution.rejections.append(f"{tensors[0]}{more} holds a not-a-number or infinity")
+                contribution.attacking = True
 
-    def _note_statistics(self, accepted: Sequence[Candidate], statistics: UpdateStatistics) -> None:
+    def _note_statistics(self, accepted: Sequence[Contribution], statistics: UpdateStatistics) -> None:
         norms, cosines = statistics.norms, statistics.cosines
-        names = [item.name for item in accepted]
+        names = [contribution.name for contribution in accepted]
         reasons = outliers(statistics, names, _discounts(accepted)) if self.config.screen == "report" else {}
-        for index, item in enumerate(accepted):
-            item.update_norm, item.cosine_to_mean = float(norms[index]), float(cosines[index])
-            item.update_share = statistics.shares(index)
+        for index, contribution in enumerate(accepted):
+            contribution.update_norm, contribution.cosine_to_mean = float(norms[index]), float(cosines[index])
+            contribution.update_share = statistics.shares(index)
             if index in reasons:
-                item.notes.append(f"outlier: {reasons[index]}")
-                self.progress.note(f"{item.name} stands out: {reasons[index]}; --screen reject would drop it")
+                contribution.notes.append(f"outlier: {reasons[index]}")
+                self.progress.note(f"{contribution.name} stands out: {reasons[index]}; --screen reject would drop it")
 
     def _states(self) -> list[Checkpoint]:
         """Return the outer optimiser's states from the base, an empty list if another optimiser or none made the base.
@@ -376,7 +392,7 @@ class Fusion:
         self,
         folder: Location,
         written: Written,
-        fused: Sequence[Candidate],
+        fused: Sequence[Contribution],
         recipe: Recipe,
         base_digest: str,
     ) -> Manifest:
@@ -384,8 +400,10 @@ class Fusion:
         name = model_name(self.destination)
         model = open_checkpoint(open_folder(folder), name)
         weights = self._reported_weights(recipe)
-        shares = {id(item): float(weight) for item, weight in zip(fused, weights, strict=True)}
-        records = [contribution_record(item, shares.get(id(item))) for item in self.candidates]
+        shares = {id(contribution): float(weight) for contribution, weight in zip(fused, weights, strict=True)}
+        records = [
+            contribution_record(contribution, shares.get(id(contribution))) for contribution in self.contributions
+        ]
         sanitize.copy_tokenizer(self.base_checkpoint.folder, folder)
         if self.draw_chart is not None:
             self.draw_chart(records, folder / layout.FUSE_CHART)
@@ -417,5 +435,5 @@ class Fusion:
         return manifest.write(folder, document, written.digests)
 
 
-def _discounts(items: Sequence[Candidate]) -> Array:
-    return np.asarray([staleness_weight(item.age) for item in items], np.float64)
+def _discounts(items: Sequence[Contribution]) -> Array:
+    return np.asarray([staleness_weight(contribution.age) for contribution in items], np.float64)

@@ -33,7 +33,7 @@ _WEISZFELD_TOLERANCE = 1e-10
 
 
 def mean(parts: Parts, weights: Array | None = None) -> Array:
-    """The mean Σᵢ wᵢ xᵢ / Σᵢ wᵢ of equally long arrays of any floating dtype: ColD Fusion's fuse step for equal weights.
+    """Return the mean Σᵢ wᵢ xᵢ / Σᵢ wᵢ of equally long arrays of any floating dtype: ColD Fusion's fuse step for equal weights.
 
     Without `weights`, and where all that are not zero are equal, the sum runs in the order given and is divided
     once by N, so that copies of one array of float32 or narrower give it back exactly. Float64 inputs are summed
@@ -67,7 +67,7 @@ def mean(parts: Parts, weights: Array | None = None) -> Array:
 
 
 def _mean_of_doubles(parts: Parts, weights: Array | None) -> Array:
-    """The same in extended precision.
+    """Return the same mean, summed in extended precision.
 
     A mean that was rounded to float64, times the number it was divided by, gives the sum back exactly if the product
     is rounded to float64, too, for numbers of the form 2^i + 2^j (Goldberg 1991, theorem 7): those up to 6, 8 to 10, 12 …
@@ -106,7 +106,7 @@ def krum_weights(gram: Array, byzantine: int) -> Array:
 
 
 def geometric_median_weights(gram: Array, shares: Array) -> Array:
-    """The geometric median argmin_z Σᵢ αᵢ ‖dᵢ − z‖ as weights of the updates, by smoothed Weiszfeld iterations.
+    """Return the geometric median argmin_z Σᵢ αᵢ ‖dᵢ − z‖ as weights of the updates, by smoothed Weiszfeld iterations.
 
     Every iterate is Σ wᵢ dᵢ, so distances follow from `gram` [N, N] alone: ‖dᵢ − z‖² = Gᵢᵢ − 2 (Gw)ᵢ + wᵀGw, and
     wᵢ ∝ αᵢ / max(ν, ‖dᵢ − z‖). Paper: arXiv 1912.13445 (RFA), algorithm 2; ν is 10⁻⁶ of the largest norm.
@@ -165,7 +165,7 @@ def slerp_weights(gram: Array, position: float) -> Array:
 
 
 def stacked(parts: Parts) -> Array:
-    """The parts as rows of one float64 array [N, L]."""
+    """Return the parts as rows of one float64 array [N, L]."""
     values = np.empty((len(parts), parts[0].size))
     for row, part in zip(values, parts, strict=True):
         row[:] = part
@@ -173,14 +173,14 @@ def stacked(parts: Parts) -> Array:
 
 
 def median(parts: Parts) -> Array:
-    """The coordinate-wise median; the mean of the middle two for an even N. Paper: arXiv 1803.01498, algorithm 1."""
+    """Return the coordinate-wise median; the mean of the middle two for an even N. Paper: arXiv 1803.01498, algorithm 1."""
     ordered = np.sort(stacked(parts), axis=0)
     middle = len(parts) // 2
     return ordered[middle] if len(parts) % 2 else mean([ordered[middle - 1], ordered[middle]])
 
 
 def trimmed_mean(parts: Parts, trim: float) -> Array:
-    """The coordinate-wise mean without the ⌊trim · N⌋ smallest and as many largest values.
+    """Return the coordinate-wise mean without the ⌊trim · N⌋ smallest and as many largest values.
 
     Paper: arXiv 1803.01498, algorithm 1 (option II). Raises ConfigError if nothing would be left.
     """

@@ -14,7 +14,7 @@ from coldctl.checkpoints.digests import body_digest
 from coldctl.common.digests import digest_of
 from coldctl.config.loading import as_record
 from coldctl.config.settings import FuseConfig
-from coldctl.fusing.contributions import Candidate
+from coldctl.fusing.contributions import Contribution
 from coldctl.fusing.staleness import staleness_weight
 from coldctl.fusing.weights import load_weights
 from coldctl.storage.location import Location
@@ -32,21 +32,23 @@ class FuseRequest:
     """
 
     config: FuseConfig
-    candidates: Sequence[Candidate]
+    contributions: Sequence[Contribution]
     trusted: Sequence[TrustedKey] | None
     weights: Mapping[str, float] | None  # what the file of weights holds, if there is one
-    stated: Sequence[Any]  # what identifies each candidate; None where only its body's digest does
+    stated: Sequence[Any]  # what identifies each contribution; None where only its body's digest does
     signers: Sequence[str | None]
 
     @classmethod
     def of(
-        cls, config: FuseConfig, candidates: Sequence[Candidate], trusted: Sequence[TrustedKey] | None
+        cls, config: FuseConfig, contributions: Sequence[Contribution], trusted: Sequence[TrustedKey] | None
     ) -> "FuseRequest":
         """Record what is asked for. Raises ConfigError if the file of weights cannot be read."""
         weights = load_weights(Path(config.weights)) if config.weights not in ("equal", "examples") else None
-        stated = [_stated_identity(item, verify=config.verify) for item in candidates]
-        signers = [item.signed.key.fingerprint if item.signed else None for item in candidates]
-        return cls(config, candidates, trusted, weights, stated, signers)
+        stated = [_stated_identity(contribution, verify=config.verify) for contribution in contributions]
+        signers = [
+            contribution.signed.key.fingerprint if contribution.signed else None for contribution in contributions
+        ]
+        return cls(config, contributions, trusted, weights, stated, signers)
 
     def identity(self, base_digest: str) -> str:
         """Return the digest of the config and of all that was offered, whether it was then fused or not.
@@ -54,7 +56,7 @@ class FuseRequest:
         Reads each body whose digest is neither stated nor computed yet.
         """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            contributions = list(pool.map(_identity_of, self.candidates, self.stated))
+            contributions = list(pool.map(_identity_of, self.contributions, self.stated))
         settings = as_record(self.config)
         settings |= {"weights": self.config.weights if self.weights is None else "file", "trusted_keys": None}
         settings["leave_one_out"] = False  # a retired setting: models that were fused with it keep their identity
@@ -64,19 +66,19 @@ class FuseRequest:
         return digest_of({"stage": "fuse", "config": settings, "inputs": inputs})
 
 
-def _stated_identity(item: Candidate, *, verify: bool) -> Any:
-    """Return what identifies a candidate without reading its weights, None if only its body's digest does."""
-    if item.checkpoint is None:
-        return [item.name, *item.problems]
-    if digest := item.stated_digest or item.digest:
+def _stated_identity(contribution: Contribution, *, verify: bool) -> Any:
+    """Return what identifies a contribution without reading its weights, None if only its body's digest does."""
+    if contribution.checkpoint is None:
+        return [contribution.name, *contribution.rejections]
+    if digest := contribution.stated_digest or contribution.digest:
         return digest
-    return None if verify else [item.name, item.checkpoint.files]
+    return None if verify else [contribution.name, contribution.checkpoint.files]
 
 
-def _identity_of(item: Candidate, stated: Any) -> Any:
-    if stated is not None or item.checkpoint is None:
+def _identity_of(contribution: Contribution, stated: Any) -> Any:
+    if stated is not None or contribution.checkpoint is None:
         return stated
-    return item.digest or body_digest(item.checkpoint)
+    return contribution.digest or body_digest(contribution.checkpoint)
 
 
 def model_name(destination: Location) -> str:
@@ -85,34 +87,34 @@ def model_name(destination: Location) -> str:
     return whole.parent.name if whole.name == "fused" and whole.parent.name.startswith("iteration-") else whole.name
 
 
-def contribution_record(item: Candidate, weight: float | None) -> ContributionRecord:
+def contribution_record(contribution: Contribution, weight: float | None) -> ContributionRecord:
     """Return what the manifest says of a contribution; `weight` is None if it was rejected."""
-    source = item.checkpoint.manifest if item.checkpoint else None
+    source = contribution.checkpoint.manifest if contribution.checkpoint else None
     data = source.get("dataset", {}) if source else {}
     fused = weight is not None
     return {
-        "name": item.name,
+        "name": contribution.name,
         "dataset": data.get("name"),
         "num_train": data.get("num_train"),
         "source": data.get("source"),
         "license": source.get("license") if source else None,
         "training": _chosen(source.get("config"), _TRAINING) if source else {},
         "environment": _chosen(source.get("environment"), _HARDWARE) if source else {},
-        "body_digest": item.digest or item.stated_digest or "",
+        "body_digest": contribution.digest or contribution.stated_digest or "",
         "weight": weight or 0.0,
         "status": "fused" if fused else "rejected",
-        "reason": _without_place("; ".join(item.problems), item) or None,
-        "verified": item.verified,
-        "age": item.age,
-        "discount": staleness_weight(item.age),
+        "reason": _without_place("; ".join(contribution.rejections), contribution) or None,
+        "verified": contribution.verified,
+        "age": contribution.age,
+        "discount": staleness_weight(contribution.age),
         "iteration": source.get("iteration") if source else None,
-        "signer": item.signed.key.name if item.signed else None,
-        "signer_key": item.signed.key.fingerprint if item.signed else None,
+        "signer": contribution.signed.key.name if contribution.signed else None,
+        "signer_key": contribution.signed.key.fingerprint if contribution.signed else None,
         "signers_within": signers_within(source) if source else {},
-        "update_norm": item.update_norm if fused else None,
-        "cosine_to_mean": item.cosine_to_mean if fused else None,
-        "update_share": item.update_share if fused else None,
-        "notes": [_without_place(note, item) for note in item.notes],
+        "update_norm": contribution.update_norm if fused else None,
+        "cosine_to_mean": contribution.cosine_to_mean if fused else None,
+        "update_share": contribution.update_share if fused else None,
+        "notes": [_without_place(note, contribution) for note in contribution.notes],
     }
 
 
@@ -122,9 +124,9 @@ def _chosen(record: Any, keys: Sequence[str]) -> dict[str, Any]:
     return {key: values[key] for key in keys if isinstance(values.get(key), int | float | str)}
 
 
-def _without_place(text: str, item: Candidate) -> str:
-    """Replace the place of a candidate by its name, since a manifest is published and must not tell local paths."""
-    return text.replace(f"{item.place}/", "").replace(item.place, item.name)
+def _without_place(text: str, contribution: Contribution) -> str:
+    """Replace the place of a contribution by its name, since a manifest is published and must not tell local paths."""
+    return text.replace(f"{contribution.place}/", "").replace(contribution.place, contribution.name)
 
 
 def public_record(config: FuseConfig, trusted: Sequence[TrustedKey] | None) -> dict[str, Any]:

@@ -9,12 +9,14 @@ from coldctl.common.errors import ConfigError
 from coldctl.common.parsing import JSON_LIMIT, find_mismatch, json_value, toml_table
 from coldctl.config.settings import FuseConfig
 from coldctl.fusing.blocks import Array
-from coldctl.fusing.contributions import Candidate
+from coldctl.fusing.contributions import Contribution
 
 _EXAMPLES_SHARE = 2.0  # with --weights examples no contribution gets more than this many equal shares
 
 
-def shares_of(contributions: Sequence[Candidate], config: FuseConfig, table: Mapping[str, float] | None) -> list[float]:
+def shares_of(
+    contributions: Sequence[Contribution], config: FuseConfig, table: Mapping[str, float] | None
+) -> list[float]:
     """Return the weights of contributions before they are normalised. `table` is what the file of weights holds.
 
     Raises ConfigError for a contribution whose weight is not stated.
@@ -41,7 +43,7 @@ def weights_of(shares: Sequence[float] | Array, config: FuseConfig) -> Array:
     return normalised(shares, cap)
 
 
-def _examples(contribution: Candidate) -> float:
+def _examples(contribution: Contribution) -> float:
     source = contribution.checkpoint.manifest if contribution.checkpoint else None
     count = source.get("dataset", {}).get("num_train") if source else None
     if not isinstance(count, int) or count <= 0:

@@ -27,18 +27,18 @@ from coldctl.checkpoints.writer import Layout, Shard, WeightsWriter, file_order,
 from coldctl.common.progress import Progress
 from coldctl.config.settings import FuseConfig
 from coldctl.fusing import methods
-from coldctl.fusing.blocks import Array, Block, Digester, Stretch, read_blocks, stretches
-from coldctl.fusing.passes import Inputs, PassResult, Prover, Spread, joined, run_chunks
+from coldctl.fusing.blocks import Array, Block, Chunk, Digester, chunks_of, read_blocks
+from coldctl.fusing.passes import Inputs, PassResult, Spread, Verifier, joined, run_chunks
 from coldctl.fusing.recipe import OUTER_STATES, Recipe, outer_step
 from coldctl.fusing.statistics import UpdateStatistics
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, in_store
 
-_PENDING = 4  # pieces that wait for the writing thread
+_PENDING = 4  # chunks that wait for the writing thread
 
 
 def output_dtype(tensor: Tensor, config: FuseConfig) -> str:
-    """The safetensors dtype that a base tensor is fused to."""
+    """Return the safetensors dtype that a base tensor is fused to."""
     return DTYPE_NAMES[config.dtype] if config.dtype else tensor.dtype
 
 
@@ -70,11 +70,11 @@ class Target:
         return shards(self.layouts, self.max_shard_size, single=self.single)
 
     def only(self, shard: Shard) -> "Target":
-        """One of its files."""
+        """Return the target with one of its files."""
         return replace(self, layouts=shard.layouts, single=shard.name)
 
     def checkpoint(self) -> Checkpoint:
-        """What was written, for reading."""
+        """Open what was written, for reading."""
         body: dict[str, Tensor] = {}
         files: dict[str, int] = {}
         for shard in self.shards:
@@ -85,7 +85,7 @@ class Target:
 
 
 def target_in(folder: Location, base: Checkpoint, config: FuseConfig, state: str | None = None) -> Target:
-    """A model with the base's tensors, or (`state`) one state of the outer optimiser, which is float32."""
+    """Describe a model with the base's tensors, or (`state`) one state of the outer optimiser, which is float32."""
     layouts = [
         Layout(
             name, ("F32" if state else output_dtype(tensor, config)) if tensor.floating else tensor.dtype, tensor.shape
@@ -209,13 +209,13 @@ def write(
     recipe: Recipe,
     folder: Location,
     *,
-    prover: Prover | None,
+    verifier: Verifier | None,
     statistics: UpdateStatistics | None,
     states: Sequence[Checkpoint] = (),
     progress: Progress,
     spread: Spread | None = None,
 ) -> Written:
-    """Write the fused model into `folder`, and fill `prover` and `statistics` from the blocks that are read.
+    """Write the fused model into `folder`, and fill `verifier` and `statistics` from the blocks that are read.
 
     `states` are the outer optimiser's states so far (none: zero), read after the inputs' own companions.
     Returns the body's digest, and those of all files written.
@@ -223,18 +223,18 @@ def write(
     config, base = recipe.config, inputs.base
     kinds = OUTER_STATES.get(config.outer_optimizer, ())
     targets = [target_in(folder, base, config), *(target_in(folder, base, config, kind) for kind in kinds)]
-    job = _Writing(inputs, recipe, states, targets, prover is not None, deepcopy(statistics))
+    job = _Writing(inputs, recipe, states, targets, verifier is not None, deepcopy(statistics))
 
-    def take(found: PassResult) -> None:
-        if prover is not None:
-            prover.findings += found.findings
-        if statistics is not None and found.statistics is not None:
-            statistics.include(found.statistics)
+    def take(result: PassResult) -> None:
+        if verifier is not None:
+            verifier.findings += result.findings
+        if statistics is not None and result.statistics is not None:
+            statistics.include(result.statistics)
 
     if spread:
         written = _elsewhere(job, take, progress, spread)
     else:
-        written = _here(job, take, progress, prover.digesters if prover else None)
+        written = _here(job, take, progress, verifier.digesters if verifier else None)
     digests = {name: digest for item in written for name, digest in item.digests.items()}
     return Written(written[0].body_digest, digests)
 
@@ -251,12 +251,12 @@ class _Writing:
     empty: UpdateStatistics | None  # copied and filled for each chunk, if updates are measured
 
     @property
-    def stretches(self) -> list[Stretch]:
+    def chunks(self) -> list[Chunk]:
         """Return the chunks in the order of the model's files. No chunk is part of two files."""
         beside = [*self.inputs.contributions, *self.inputs.companions, *self.states]
         model = self.targets[0]
         first = {next((item.name for item in shard.layouts if item.dtype in FLOATING), "") for shard in model.shards}
-        return stretches(self.inputs.base, beside, model.names, first)
+        return chunks_of(self.inputs.base, beside, model.names, first)
 
 
 def _here(
@@ -265,8 +265,8 @@ def _here(
     """Write front to back in this process, and take all digests while writing."""
     sinks = [StreamSink(item, job.inputs.base) for item in job.targets]
     try:
-        for found in run_chunks(partial(_written, job, sinks, digesters), job.stretches, "fuse", progress, None):
-            take(found)
+        for result in run_chunks(partial(_written, job, sinks, digesters), job.chunks, "fuse", progress, None):
+            take(result)
         return [sink.close() for sink in sinks]
     finally:
         for sink in sinks:
@@ -275,10 +275,10 @@ def _here(
 
 def _elsewhere(job: _Writing, take: Callable[[PassResult], None], progress: Progress, spread: Spread) -> list[Written]:
     """Write on the engine's workers, and take digests afterwards that could not be taken while writing."""
-    base, pieces = job.inputs.base, job.stretches
+    base, chunks = job.inputs.base, job.chunks
     digests: dict[tuple[int, str], str] = {}
     if in_store(job.targets[0].folder):
-        results = run_chunks(partial(_by_file, job), pieces, "fuse", progress, spread, _files(job, pieces))
+        results = run_chunks(partial(_by_file, job), chunks, "fuse", progress, spread, _files(job, chunks))
         for at, item in enumerate(job.targets):
             for shard in item.shards:
                 if not any(layout.dtype in FLOATING for layout in shard.layouts):  # in no chunk
@@ -289,13 +289,13 @@ def _elsewhere(job: _Writing, take: Callable[[PassResult], None], progress: Prog
     else:
         for item in job.targets:
             prepare(item, base)
-        results = run_chunks(partial(_by_position, job), pieces, "fuse", progress, spread)
-    for found in results:
-        take(found)
-        digests |= found.digests
-    wanted = [(at, shard.name) for at, item in enumerate(job.targets) for shard in item.shards]
-    wanted += [(at, "") for at, item in enumerate(job.targets) if item.single is None]
-    missing = [key for key in wanted if key not in digests]
+        results = run_chunks(partial(_by_position, job), chunks, "fuse", progress, spread)
+    for result in results:
+        take(result)
+        digests |= result.digests
+    needed = [(at, shard.name) for at, item in enumerate(job.targets) for shard in item.shards]
+    needed += [(at, "") for at, item in enumerate(job.targets) if item.single is None]
+    missing = [key for key in needed if key not in digests]
     digests |= dict(zip(missing, spread(partial(_digest, job.targets), missing, "digests"), strict=True))
     return [
         Written(digests.get((at, ""), ""), {shard.name: digests[at, shard.name] for shard in item.shards})
@@ -303,31 +303,31 @@ def _elsewhere(job: _Writing, take: Callable[[PassResult], None], progress: Prog
     ]
 
 
-def _files(job: _Writing, pieces: Sequence[Stretch]) -> list[list[Stretch]]:
+def _files(job: _Writing, chunks: Sequence[Chunk]) -> list[list[Chunk]]:
     """Return the chunks of each file, or all together if the outer optimiser's states have files of their own."""
     if len(job.targets) > 1:
-        return [list(pieces)]
+        return [list(chunks)]
     file = {item.name: shard.name for shard in job.targets[0].shards for item in shard.layouts}
-    return [list(group) for _, group in groupby(pieces, key=lambda piece: file[piece[0].name])]
+    return [list(group) for _, group in groupby(chunks, key=lambda chunk: file[chunk[0].name])]
 
 
-def _by_position(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[PassResult]:
+def _by_position(job: _Writing, chunks: Sequence[Chunk]) -> Iterator[PassResult]:
     """Write chunks at their positions in files that exist already."""
     sinks = [RangeSink(item) for item in job.targets]
     try:
-        yield from _written(job, sinks, None, pieces)
+        yield from _written(job, sinks, None, chunks)
     finally:
         for sink in sinks:
             sink.close()
 
 
-def _by_file(job: _Writing, pieces: Sequence[Stretch]) -> Iterator[PassResult]:
+def _by_file(job: _Writing, chunks: Sequence[Chunk]) -> Iterator[PassResult]:
     """Write all chunks of one file of each target, or of all files, front to back."""
-    names = {extent.name for extent in joined(pieces)}
+    names = {block_range.name for block_range in joined(chunks)}
     parts = [item if names >= set(item.names) else _part(item, names) for item in job.targets]
     sinks = [StreamSink(part, job.inputs.base) for part in parts]
     try:
-        *others, last = _written(job, sinks, None, pieces)
+        *others, last = _written(job, sinks, None, chunks)
         yield from others
         for at, (part, sink) in enumerate(zip(parts, sinks, strict=True)):
             written = sink.close()
@@ -345,21 +345,21 @@ def _part(target: Target, names: set[str]) -> Target:
 
 
 def _written(
-    job: _Writing, sinks: Sequence[Sink], digesters: Sequence[Digester | None] | None, pieces: Sequence[Stretch]
+    job: _Writing, sinks: Sequence[Sink], digesters: Sequence[Digester | None] | None, chunks: Sequence[Chunk]
 ) -> Iterator[PassResult]:
     """Fuse the chunks into one sink per target, and yield the result of each chunk when it is written."""
     inputs, recipe, config = job.inputs, job.recipe, job.recipe.config
     kinds = OUTER_STATES.get(config.outer_optimizer, ())
     companions = [*inputs.companions, *job.states]
-    with closing(read_blocks(inputs.base, inputs.contributions, joined(pieces), digesters, companions)) as blocks:
-        for piece in pieces:
-            found = PassResult(deepcopy(job.empty))
-            for block in islice(blocks, len(piece)):
+    with closing(read_blocks(inputs.base, inputs.contributions, joined(chunks), digesters, companions)) as blocks:
+        for chunk in chunks:
+            result = PassResult(deepcopy(job.empty))
+            for block in islice(blocks, len(chunk)):
                 merged = recipe.apply(block)
                 if job.values or job.empty is not None:
                     plain = recipe.method.linear and recipe.scale == 1.0
                     averaged = merged if plain else methods.mean(block.contributions, recipe.weights)
-                    found.look(block, averaged, recipe.weights, values=job.values)
+                    result.look(block, averaged, recipe.weights, values=job.values)
                 if kinds:
                     before = [array.astype(np.float64) for array in block.companions[len(inputs.companions) :]]
                     before = before or [np.zeros(block.base.size) for _ in kinds]
@@ -369,7 +369,7 @@ def _written(
                     for sink, state in zip(sinks[1:], after, strict=True):
                         sink.write(block, state)
                 sinks[0].write(block, merged)
-            yield found
+            yield result
 
 
 def _digest(targets: Sequence[Target], key: tuple[int, str]) -> str:
