@@ -77,9 +77,10 @@ format: $(ready)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 
-# docs/reference.md, from the settings classes.
+# docs/reference.md, from the settings classes, and the table of docs/fusing.md, from the registry of methods.
 reference: $(ready)
 	$(bin)/python scripts/reference.py docs/reference.md
+	$(bin)/python scripts/method_table.py docs/fusing.md
 
 bench: $(ready)
 	$(bin)/python benchmarks/fuse.py $(BENCH)

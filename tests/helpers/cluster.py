@@ -35,7 +35,7 @@ def check_cluster_fuses_in_parts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Check that a cluster, whose workers read, compute and write a block range each, writes the bytes of one machine."""
-    monkeypatch.setattr(blocks, "_STRETCH", 1 << 18)  # tiny models would be a single part
+    monkeypatch.setattr(blocks, "_CHUNK", 1 << 18)  # tiny models would be a single part
     common = ("fuse", contributions, "--base", base, *flags, "--output")
     here = coldctl(*common, tmp_path / "here" / "fused", "--json")
     there = coldctl(
@@ -62,7 +62,7 @@ def check_cluster_fuses_in_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Check that a cluster writes the bytes of one machine into a store, where a whole file is the unit of work."""
-    monkeypatch.setattr(blocks, "_STRETCH", 1 << 18)
+    monkeypatch.setattr(blocks, "_CHUNK", 1 << 18)
     common = ("fuse", contributions, "--base", base, *flags, "--output")
     here = coldctl(*common, tmp_path / "fused", "--json")
     there = coldctl(*common, f"{s3.url}/fused", "--json", "--engine", "ray", "--ray-address", cluster.address)

@@ -5,6 +5,8 @@ from contextlib import closing
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from typer.core import TyperCommand
 
 from coldctl.cli.boundary import boundary
 from coldctl.cli.options import Base, Distributed, Flags
@@ -12,6 +14,18 @@ from coldctl.common.errors import ConfigError
 from coldctl.config.loading import read, resolve
 from coldctl.config.settings import FuseConfig
 from coldctl.storage.location import locate
+
+
+class FuseCommand(TyperCommand):
+    """The command with a help that ends with the registered merge methods. They are imported when help is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help text."""
+        from coldctl.fusing.methods import method_table
+
+        rows = [f"[bold]{escape(name)}[/]: {escape(summary)}" for name, summary, _ in method_table()]
+        self.epilog = "\n\n".join(["Merge methods (--method):", *rows, self.epilog or ""])
+        super().format_help(ctx, formatter)
 
 
 def fuse(

@@ -16,8 +16,8 @@ from coldctl.common.errors import ColdctlError
 from coldctl.common.progress import Progress
 from coldctl.fusing.blocks import block_length
 from coldctl.fusing.compatibility import compare
-from coldctl.fusing.contributions import Candidate, gather
-from coldctl.fusing.passes import differences
+from coldctl.fusing.contributions import Contribution, load_contributions
+from coldctl.fusing.passes import manifest_mismatches
 from coldctl.storage.files import open_folder
 
 NOT_EXAMINED: tuple[str, ...] = ("values (not-a-number, infinity)", "digests of files and body")
@@ -72,17 +72,17 @@ def check(
         base_digest = base_checkpoint.manifest["body_digest"]
     elif base_checkpoint is not None and deep:
         base_digest = body_digest(base_checkpoint)
-    contributions = gather(references, progress, base_checkpoint)
+    contributions = load_contributions(references, progress, base_checkpoint)
     progress.begin("check", len(contributions), "checkpoints")
     for contribution in contributions:
         if contribution.checkpoint is not None and base_checkpoint is not None:
             verdict = compare(base_checkpoint, contribution.checkpoint, base_digest, allow_other_base=False)
-            contribution.problems += verdict.problems
+            contribution.rejections += verdict.rejections
             contribution.notes += verdict.notes
         if deep:
-            contribution.problems += _deep_problems(contribution)
+            contribution.rejections += _deep_problems(contribution)
         if keys:
-            contribution.problems += _signature_problems(contribution, keys)
+            contribution.rejections += _signature_problems(contribution, keys)
         progress.advance("check", 1)
     progress.end("check")
     not_examined = NOT_EXAMINED_DEEP if deep else NOT_EXAMINED
@@ -93,16 +93,16 @@ def check(
     return Report(tuple(map(_checked, contributions)), not_examined)
 
 
-def _checked(contribution: Candidate) -> Checked:
+def _checked(contribution: Contribution) -> Checked:
     kind, tensors, size = "unreadable", 0, 0
     if (checkpoint := contribution.checkpoint) is not None:
         kind = checkpoint.manifest["kind"] if checkpoint.manifest else "plain checkpoint"
         tensors, size = len(checkpoint.body), sum(checkpoint.files.values())
-    problems, notes = tuple(contribution.problems), tuple(contribution.notes)
+    problems, notes = tuple(contribution.rejections), tuple(contribution.notes)
     return Checked(contribution.name, contribution.place, kind, tensors, size, problems, notes)
 
 
-def _signature_problems(contribution: Candidate, keys: Sequence[TrustedKey]) -> list[str]:
+def _signature_problems(contribution: Contribution, keys: Sequence[TrustedKey]) -> list[str]:
     """Return why the signature is not accepted. If it is, the signer becomes a note."""
     try:
         signed = signatures.verify(open_folder(contribution.place), keys)
@@ -113,10 +113,10 @@ def _signature_problems(contribution: Candidate, keys: Sequence[TrustedKey]) -> 
     return []
 
 
-def _deep_problems(contribution: Candidate) -> list[str]:
+def _deep_problems(contribution: Contribution) -> list[str]:
     """Return values that are not finite and digests that do not match, or why the checkpoint cannot be read."""
     checkpoint = contribution.checkpoint
-    if checkpoint is None or (checkpoint.relative and contribution.problems):
+    if checkpoint is None or (checkpoint.relative and contribution.rejections):
         return []  # a delta that does not fit its base cannot be decoded
     try:
         return _content_problems(checkpoint)
@@ -129,7 +129,7 @@ def _content_problems(checkpoint: Checkpoint) -> list[str]:
     document = checkpoint.manifest
     if document is None:
         return problems
-    problems += differences(checkpoint, body_digest(checkpoint), whole=True)
+    problems += manifest_mismatches(checkpoint, body_digest(checkpoint), whole=True)
     problems += [
         f"{name} is not named in the manifest"
         for name in checkpoint.folder.names()

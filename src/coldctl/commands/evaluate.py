@@ -31,7 +31,7 @@ from coldctl.evaluation.measure import Cell, Suite, measure_cells, measurement_o
 from coldctl.evaluation.models import ModelUnderTest, default_baseline, models_under_test, with_unique_names
 from coldctl.evaluation.page import page
 from coldctl.evaluation.results import OverlapEntry, Results
-from coldctl.fusing.passes import prove
+from coldctl.fusing.passes import verify_checkpoint
 from coldctl.storage.location import Location, locate
 from coldctl.workers.jobs import Engine
 
@@ -76,7 +76,7 @@ def evaluate(
         manifest.read_unchanged(destination)
         return Evaluated(destination, results_file.read(destination), unchanged=True)
     for model in models:  # cells and features are named by the digests that manifests state
-        prove(open_checkpoint(model.model.folder, model.name))
+        verify_checkpoint(open_checkpoint(model.model.folder, model.name))
     overlaps = _overlaps(loaded)
     _announce(models, loaded, overlaps, progress)
     with output.atomic_output(destination, document["identity"], overwrite=overwrite) as unfinished:

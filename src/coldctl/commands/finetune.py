@@ -24,7 +24,7 @@ from coldctl.data.labels import REGRESSION_METRICS
 from coldctl.data.sources import is_hub
 from coldctl.evaluation import scoring
 from coldctl.evaluation.charts import training_chart
-from coldctl.fusing.passes import prove
+from coldctl.fusing.passes import verify_checkpoint
 from coldctl.storage.files import LocalFolder
 from coldctl.storage.location import is_url, locate
 from coldctl.training import distributed
@@ -158,7 +158,7 @@ def _prepared(job: Job) -> Prepared:
         for flag in (flag for flag, is_set in flags.items() if is_set):
             raise DataError(f"{dataset.name}: {flag} is for one class per example, its labels are others: leave it out")
     base = open_checkpoint(job.base.folder, job.base.name)
-    prove(base)
+    verify_checkpoint(base)
     return identified(job, dataset, base)
 
 
@@ -185,7 +185,7 @@ def _resumed(job: Job, work: Prepared, progress: Progress) -> tuple[Job, Prepare
             with suppress(OutputError):
                 output.discard_partial(locate(training.destination))
             continue
-        prove(base)
+        verify_checkpoint(base)
         progress.note(
             f"{job.name}: going on with what was begun on the base of iteration {training.iteration}; "
             "--overwrite starts anew on the newest"

@@ -107,15 +107,12 @@ def look(folder: Location, settings: Settings, progress: Progress) -> Look:
 def _fuse(folder: Location, number: int, base: Model, settings: Settings, progress: Progress) -> Look | None:
     """Fuse the contributions. Returns a look if they are too few or cannot be fused. Raises BusyError."""
     contributions = [str(layout.contributions(folder, number))]
-    usable = sum(not contribution.problems for contribution in fuse.fusible(contributions, base, settings.fuse))
+    usable = sum(not contribution.rejections for contribution in fuse.fusible(contributions, base, settings.fuse))
     if usable < settings.fuse.min_contributions:
         return Look(number, "waiting", usable)
     place = layout.fused(folder, number)
     try:
-        fuse.fuse(
-            contributions, base, place, settings.fuse, overwrite=False, progress=progress, manifests_only=True,
-            engine=settings.engine,
-        )  # fmt: skip
+        fuse.fuse_complete(contributions, base, place, settings.fuse, progress=progress, engine=settings.engine)
     except (CheckpointError, DeclinedError) as error:  # others may arrive, or contributors may replace theirs
         return Look(number, "refused", usable, "; ".join([error.message, *error.details]))
     except OutputError as error:

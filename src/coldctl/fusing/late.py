@@ -13,7 +13,7 @@ from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.checkpoints.digests import body_digest
 from coldctl.common.errors import ManifestError
 from coldctl.common.progress import Progress
-from coldctl.fusing.contributions import Candidate
+from coldctl.fusing.contributions import Contribution
 from coldctl.storage.location import Location, children
 
 
@@ -52,7 +52,7 @@ def recorded_contributions(run: Location, *, but: int) -> RecordedContributions:
 def late_contributions(run: Location, number: int, recorded: RecordedContributions) -> dict[str, str]:
     """Return the complete contributions to iterations before `number` that no fused model records: places by name.
 
-    A contribution whose manifest cannot be read is included. `gather` reports what is wrong with it.
+    A contribution whose manifest cannot be read is included. `load_contributions` reports what is wrong with it.
     """
     places = {}
     for earlier in layout.iteration_numbers(run):
@@ -73,55 +73,59 @@ def late_contributions(run: Location, number: int, recorded: RecordedContributio
 
 
 def drop_duplicates(
-    candidates: Sequence[Candidate], recorded: RecordedContributions, progress: Progress
-) -> list[Candidate]:
-    """Drop candidates that an earlier fused model records, and candidates with the same body as another one.
+    contributions: Sequence[Contribution], recorded: RecordedContributions, progress: Progress
+) -> list[Contribution]:
+    """Drop contributions that an earlier fused model records, and contributions with the same body as another one.
 
     Among equal bodies a contribution to this iteration is kept before a late one, then the first by name. The order of
-    the candidates stays.
+    the contributions stays.
     """
-    by_digest: dict[str, list[Candidate]] = {}
-    for candidate in sorted(candidates, key=lambda candidate: (candidate.late, candidate.name)):
-        if candidate.stated_digest:
-            by_digest.setdefault(candidate.stated_digest, []).append(candidate)
+    by_digest: dict[str, list[Contribution]] = {}
+    for contribution in sorted(contributions, key=lambda contribution: (contribution.late, contribution.name)):
+        if contribution.stated_digest:
+            by_digest.setdefault(contribution.stated_digest, []).append(contribution)
     copies: dict[str, str] = {}
     for digest, alike in by_digest.items():
         if len(alike) > 1:
             # A manifest may state a digest that its body does not have, so the bodies are read.
-            equal = [candidate for candidate in alike if not candidate.problems and _has_body(candidate, digest)]
-            copies |= {candidate.name: equal[0].name for candidate in equal[1:]}
+            equal = [
+                contribution
+                for contribution in alike
+                if not contribution.rejections and _has_body(contribution, digest)
+            ]
+            copies |= {contribution.name: equal[0].name for contribution in equal[1:]}
     kept = []
-    for candidate in candidates:
-        if candidate.age and candidate.stated_digest in recorded.digests:
-            progress.note(f"{candidate.name} was given to an earlier iteration, which counted it: it counts once")
-        elif candidate.name in copies:
-            progress.note(f"{candidate.name} is the same as {copies[candidate.name]}: it counts once")
+    for contribution in contributions:
+        if contribution.age and contribution.stated_digest in recorded.digests:
+            progress.note(f"{contribution.name} was given to an earlier iteration, which counted it: it counts once")
+        elif contribution.name in copies:
+            progress.note(f"{contribution.name} is the same as {copies[contribution.name]}: it counts once")
         else:
-            kept.append(candidate)
+            kept.append(contribution)
     return kept
 
 
-def _has_body(candidate: Candidate, digest: str) -> bool:
-    return candidate.checkpoint is not None and body_digest(candidate.checkpoint) == digest
+def _has_body(contribution: Contribution, digest: str) -> bool:
+    return contribution.checkpoint is not None and body_digest(contribution.checkpoint) == digest
 
 
-def keep_recorded(candidates: Sequence[Candidate], fused: Manifest, progress: Progress) -> list[Candidate]:
-    """Keep only candidates that a complete fused model records. Later arrivals wait for the next iteration."""
+def keep_recorded(contributions: Sequence[Contribution], fused: Manifest, progress: Progress) -> list[Contribution]:
+    """Keep only contributions that a complete fused model records. Later arrivals wait for the next iteration."""
     records = fused.get("contributions", [])
     digests = {record.get("body_digest") for record in records} - {""}
     without_digest = {record["name"] for record in records if not record.get("body_digest")}
-    kept: list[Candidate] = []
+    kept: list[Contribution] = []
     later: list[str] = []
-    for candidate in candidates:
-        if candidate.name in without_digest or _digest(candidate) in digests:
-            kept.append(candidate)
+    for contribution in contributions:
+        if contribution.name in without_digest or _digest(contribution) in digests:
+            kept.append(contribution)
         else:
-            later.append(candidate.name)
+            later.append(contribution.name)
     if later:
         progress.note(f"{', '.join(later)} came after this iteration was fused: left to a later one")
     return kept
 
 
-def _digest(candidate: Candidate) -> str | None:
-    stated = candidate.stated_digest or candidate.digest
-    return stated or (body_digest(candidate.checkpoint) if candidate.checkpoint else None)
+def _digest(contribution: Contribution) -> str | None:
+    stated = contribution.stated_digest or contribution.digest
+    return stated or (body_digest(contribution.checkpoint) if contribution.checkpoint else None)
