@@ -15,7 +15,7 @@ from coldctl.common.digests import digest_of
 from coldctl.config.loading import as_record
 from coldctl.config.settings import FuseConfig
 from coldctl.fusing.contributions import Contribution
-from coldctl.fusing.staleness import staleness_weight
+from coldctl.fusing.late import staleness_weight
 from coldctl.fusing.weights import load_weights
 from coldctl.storage.location import Location
 
