@@ -357,7 +357,7 @@ def _written(
             for block in islice(blocks, len(chunk)):
                 merged = recipe.apply(block)
                 if job.values or job.empty is not None:
-                    plain = recipe.method.linear and recipe.scale == 1.0
+                    plain = config.method == "mean" and recipe.scale == 1.0
                     averaged = merged if plain else methods.mean(block.contributions, recipe.weights)
                     result.look(block, averaged, recipe.weights, values=job.values)
                 if kinds:
