@@ -77,9 +77,10 @@ format: $(ready)
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
 
-# docs/reference.md, from the settings classes.
+# docs/reference.md and the types of the Python API, from the settings classes.
 reference: $(ready)
 	$(bin)/python scripts/reference.py docs/reference.md
+	$(bin)/python scripts/api_stub.py
 
 bench: $(ready)
 	$(bin)/python benchmarks/fuse.py $(BENCH)
