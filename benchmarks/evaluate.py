@@ -113,7 +113,7 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
     from coldctl.evaluation.probe import features
     from coldctl.evaluation.probe import probe as solve
     from coldctl.training import model as models
-    from coldctl.training.loop import sorted_batches
+    from coldctl.training.batches import collate, sorted_batches
 
     config = DatasetConfig(folder.name, str(folder), text_pair="text_pair" if has_pairs(folder) else None)
     dataset = load_dataset(config, Limits(options.train, options.validation, options.test), 0)
@@ -125,7 +125,7 @@ def one_dataset(folder: Path, options: argparse.Namespace, tokenizer: Any, body:
         encoded = [models.encode(tokenizer, split.texts, split.pairs, options.length) for split in splits]
         seconds["tokenize"].append(time.perf_counter() - started)
         batches = [
-            models.collate(part, batch, tokenizer.pad_token_id, device)
+            collate(part, batch, tokenizer.pad_token_id, device)
             for part in encoded
             for batch in sorted_batches(part.lengths, BATCH)
         ]

@@ -154,7 +154,8 @@ def ours(options: argparse.Namespace, splits: dict[str, list[dict[str, Any]]]) -
     from coldctl.common.progress import SILENT
     from coldctl.config.settings import FinetuneConfig
     from coldctl.training import model as models
-    from coldctl.training.loop import Examples, Head, Place, length_batches, predict, sorted_batches, train
+    from coldctl.training.batches import Examples, collate, length_batches, sorted_batches
+    from coldctl.training.loop import Task, TrainingContext, predict, train
 
     kind = json.loads((options.base / "config.json").read_text())["model_type"].replace("-", "_")
     importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
@@ -169,23 +170,23 @@ def ours(options: argparse.Namespace, splits: dict[str, list[dict[str, Any]]]) -
         for rows in splits.values()
     )
     config = FinetuneConfig(epochs=EPOCHS, batch_size=BATCH, learning_rate=RATE, validate_every=10**9)
-    head = Head(model, training, validation, lambda found: 100 * float(np.mean(found == validation.labels)))
+    task = Task(model, training, validation, lambda found: 100 * float(np.mean(found == validation.labels)))
     with tempfile.TemporaryDirectory() as scratch:
-        place = Place(
+        context = TrainingContext(
             torch.device("cpu"), tokenizer.pad_token_id, Path(scratch), SILENT, "x",
             shortcuts=options.contestant == "coldctl",
         )  # fmt: skip
         if options.measure_memory == "needed":
             batch = length_batches(training.encoded.lengths, BATCH, options.seed, 0)
             longest = max(batch, key=lambda part: int(training.encoded.lengths[part].max()))
-            inputs = models.collate(training.encoded, longest, place.padding, place.device)
+            inputs = collate(training.encoded, longest, context.padding, context.device)
             return {"needed": memory_needed(model, inputs), "seconds": 1.0}
         started = time.perf_counter()
-        train([head], config, place, seed=options.seed)
+        train([task], config, context, seed=options.seed)
         seconds = time.perf_counter() - started
         if options.measure_memory:
             return {"grown": resource_peak() - before, "seconds": seconds}
-    accuracy = 100 * float(np.mean(predict(model, test.encoded, place) == test.labels))
+    accuracy = 100 * float(np.mean(predict(model, test.encoded, context) == test.labels))
     shapes = [
         (len(batch), int(part.encoded.lengths[batch].max()), factor)
         for part, batches, factor in (

@@ -123,7 +123,8 @@ def make_family(base: Path, contributions: Path, size: Size, count: int) -> None
 def sign(base: Path, contributions: Path, target: Path) -> None:
     """Link the contributions into `target` and give each a manifest that names its files' and its body's digests."""
     from coldctl.artifacts import manifest
-    from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint, outside_body
+    from coldctl.checkpoints.checkpoint import open_checkpoint
+    from coldctl.checkpoints.digests import body_digest, outside_body
     from coldctl.storage.files import LocalFolder
 
     base_digest = body_digest(open_checkpoint(LocalFolder(base), base.name))

@@ -130,13 +130,14 @@ def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
     from coldctl.data.datasets import Limits, load_dataset, metric_of
     from coldctl.evaluation import scoring
     from coldctl.training import model as models
-    from coldctl.training.loop import Examples, Head, Place, train
+    from coldctl.training.batches import Examples
+    from coldctl.training.loop import Task, TrainingContext, train
 
     file = loading.read(suite)
     settings = loading.resolve(FinetuneConfig, file, {"epochs": options.epochs * worth})
     limits = Limits(settings.max_train_examples, settings.max_validation_examples, settings.max_test_examples)
     tokenizer = models.load_tokenizer(options.base)
-    heads = []
+    tasks = []
     for entry in file.datasets:
         if entry.role == "seen":
             dataset = load_dataset(entry, limits, settings.seed)
@@ -146,15 +147,15 @@ def multitask(options: argparse.Namespace, suite: Path, worth: int) -> Path:
                 for split in (dataset.train, dataset.validation)
             )
             measure = partial(scoring.score, metric_of(entry, dataset), validation.labels)
-            heads.append(Head(model, training, validation, measure))
-    models.share_body([head.model for head in heads])
-    place = Place(
+            tasks.append(Task(model, training, validation, measure))
+    models.share_body([task.model for task in tasks])
+    context = TrainingContext(
         torch.device("cpu"), tokenizer.pad_token_id, options.scratch / f".multitask-{worth}", SILENT, "multitask"
     )
-    train(heads, settings, place, seed=0)
+    train(tasks, settings, context, seed=0)
     target.parent.mkdir(exist_ok=True)
     unfinished = target.parent / ".unfinished"
-    body = models.body_of(heads[0].model)
+    body = models.body_of(tasks[0].model)
     body.save_pretrained(unfinished)  # type: ignore[operator]
     tokenizer.save_pretrained(unfinished)
     unfinished.rename(target)

@@ -36,7 +36,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from coldctl.artifacts import layout, manifest
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.digests import body_digest, outside_body
 from coldctl.common.digests import derived_seed
 from coldctl.config import loading
 from coldctl.config.settings import EvaluateConfig, FinetuneConfig, contributors_of

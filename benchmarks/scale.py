@@ -136,8 +136,9 @@ def _contributions(folder: Path) -> list[Path]:
 def _derive(whole: Path, folder: Path, send: str) -> None:
     """The contributions of `whole` as differences: what `finetune --send` writes of the same training."""
     from coldctl.artifacts import manifest
-    from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
+    from coldctl.checkpoints.checkpoint import open_checkpoint
     from coldctl.checkpoints.deltas import open_delta, write_delta
+    from coldctl.checkpoints.digests import body_digest
     from coldctl.storage.files import LocalFolder
 
     base = open_checkpoint(LocalFolder(BASE), "base")

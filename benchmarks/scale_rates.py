@@ -62,8 +62,9 @@ def _make(scratch: Path, count: int) -> int:
     import numpy as np
     from safetensors.numpy import load_file, save_file
 
-    from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
+    from coldctl.checkpoints.checkpoint import open_checkpoint
     from coldctl.checkpoints.deltas import open_delta, write_delta
+    from coldctl.checkpoints.digests import body_digest
     from coldctl.checkpoints.formats import open_contribution
     from coldctl.storage.files import LocalFolder
 

@@ -1,7 +1,7 @@
 """Break the code on purpose, one place at a time, and count how often a test notices.
 
     make mutate                        # what docs/mutation.md reports
-    python scripts/mutate.py merge     # one module, to the screen
+    python scripts/mutate.py fusing/methods     # one module, to the screen
 
 Comparisons are turned round and moved by one, signs and operators exchanged, numbers raised by one or doubled, truth values
 and `and`/`or` flipped. Each mutant is written into a temporary copy of the sources; a fork of this process, which
@@ -29,9 +29,10 @@ LEAST = 85.0  # percent
 SECONDS = 120  # a mutant that takes longer runs in circles: noticed
 # Fast ones, without models.
 TESTS = {
-    "merge": ("tests/fusing/test_methods.py",),
-    "checkpoint": ("tests/checkpoints/test_header.py",),
-    "manifest": ("tests/artifacts/test_manifest.py",),
+    "fusing/methods": ("tests/fusing/test_methods.py",),
+    "checkpoints/header": ("tests/checkpoints/test_header.py",),
+    "checkpoints/checkpoint": ("tests/checkpoints/test_header.py",),
+    "artifacts/manifest": ("tests/artifacts/test_manifest.py",),
 }
 _COMPARISONS: dict[type[ast.cmpop], tuple[type[ast.cmpop], ...]] = {
     ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
@@ -118,7 +119,7 @@ def _changes(node: ast.expr | ast.AugAssign) -> Iterator[ast.AST]:
 
 def survives(copy: Path, module: str, source: str, mutant: Mutant | None) -> bool:
     """Whether all tests of a module pass on the sources in `copy` under one change."""
-    target = copy / "coldctl" / "core" / f"{module}.py"
+    target = copy / "coldctl" / f"{module}.py"
     data = source.encode()
     if mutant is not None:
         data = data[: mutant.start] + mutant.text.encode() + data[mutant.stop :]
@@ -149,7 +150,7 @@ def prepare() -> None:
 
 def run(module: str, workers: int) -> tuple[list[Mutant], list[Mutant]]:
     """All mutants of a module, and those that no test noticed."""
-    source = (ROOT / "src" / "coldctl" / "core" / f"{module}.py").read_text(encoding="utf-8")
+    source = (ROOT / "src" / "coldctl" / f"{module}.py").read_text(encoding="utf-8")
     every = list(mutants(source))
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         copies: SimpleQueue[Path] = SimpleQueue()
@@ -189,10 +190,10 @@ def main() -> None:
         score = 100 * (1 - len(alive) / len(every))
         worst = min(worst, score)
         seconds = time.monotonic() - started
-        rows.append(f"| `core/{module}.py` | {len(every)} | {len(every) - len(alive)} | {score:.1f} % |")
+        rows.append(f"| `{module}.py` | {len(every)} | {len(every) - len(alive)} | {score:.1f} % |")
         print(rows[-1], f"{seconds:.0f} s", flush=True)
         lines = [item.words for item in alive]
-        sections.append("\n".join([f"## `core/{module}.py`", "", *(lines or ["None survive."])]))
+        sections.append("\n".join([f"## `{module}.py`", "", *(lines or ["None survive."])]))
     if not arguments.modules:
         head = REPORT.read_text(encoding="utf-8").split("\n| module")[0] if REPORT.exists() else ""
         table = "\n".join(["| module | mutants | noticed | score |", "|---|---|---|---|", *rows])

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "coldctl.api.finetune": ("finetune", "finetune_suite"),
     "coldctl.api.fuse": ("fuse",),
+    "coldctl.api.methods": ("merge_method",),
     "coldctl.api.evaluate": ("evaluate", "load_results"),
     "coldctl.api.publish": ("publish",),
     "coldctl.api.check": ("check", "lineage", "carriers"),

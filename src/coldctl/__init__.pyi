@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Literal
 
+from coldctl.api.check import carriers, lineage
+from coldctl.api.evaluate import load_results
+from coldctl.api.methods import merge_method
 from coldctl.api.objects import CheckReport, Contribution, Evaluation, FusedModel, Lineage, Publication, SuiteError
-from coldctl.commands.lineage import Carrier
 from coldctl.common.errors import (
     BusyError,
     CheckpointError,
@@ -52,6 +54,7 @@ __all__ = [
     "fuse",
     "lineage",
     "load_results",
+    "merge_method",
     "publish",
 ]
 
@@ -164,20 +167,7 @@ def fuse(
     base: str | PathLike[str],
     output: str | PathLike[str],
     revision: str | None = None,
-    method: Literal[
-        "mean",
-        "task-arithmetic",
-        "ties",
-        "dare",
-        "model-stock",
-        "slerp",
-        "median",
-        "trimmed-mean",
-        "multi-krum",
-        "geometric-median",
-        "fisher",
-    ]
-    | None = None,
+    method: str | None = None,
     scale: str | float | None = None,
     weights: str | None = None,
     max_share: float | None = None,
@@ -241,9 +231,6 @@ def evaluate(
 ) -> Evaluation:
     """Measure whether models are better base models than a baseline, on the datasets of a suite's TOML file."""
 
-def load_results(path: str | PathLike[str]) -> Evaluation:
-    """Read an evaluation's directory, whose files must be as `evaluate` wrote them. Raises ManifestError."""
-
 def publish(
     model: str | PathLike[str],
     *,
@@ -278,9 +265,3 @@ def check(
     trusted_keys: str | PathLike[str] | None = None,
 ) -> CheckReport:
     """Say whether checkpoints would fuse, from their headers alone, in milliseconds."""
-
-def lineage(model: str | PathLike[str]) -> Lineage:
-    """Return where a model came from: pretrained model, iterations, contributions. Raises ManifestError or ModelError."""
-
-def carriers(models: str | PathLike[str] | Sequence[str | PathLike[str]], signer: str | PathLike[str]) -> list[Carrier]:
-    """Return which contributions signed by `signer` each model carries; a RUN means all its iterations."""

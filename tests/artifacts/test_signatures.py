@@ -73,7 +73,8 @@ def fuse(coldctl: Run, parts: Path, base: Path, output: Path, trusted: Path, *fl
 def forge(folder: Path) -> None:
     """Another body, and a manifest that says so: all its digests hold."""
     from coldctl.artifacts import manifest
-    from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint, outside_body
+    from coldctl.checkpoints.checkpoint import open_checkpoint
+    from coldctl.checkpoints.digests import body_digest, outside_body
     from coldctl.storage.files import LocalFolder
 
     weights = folder / "model.safetensors"

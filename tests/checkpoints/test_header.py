@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from coldctl.artifacts import layout
 from coldctl.checkpoints import checkpoint as checkpoints
-from coldctl.checkpoints import header
+from coldctl.checkpoints import digests, header
 from coldctl.checkpoints.checkpoint import Checkpoint
 from coldctl.checkpoints.header import Tensor
 from coldctl.common.errors import CheckpointError, ModelError
@@ -69,8 +70,6 @@ def refused(place: Path, data: bytes, words: str) -> None:
 def test_tensors_are_found_and_read(place: Path) -> None:
     found = opened(place, {"b": B, "a": A, "c": C})
     assert list(found.body) == ["a", "b", "c"]
-    assert found.heads == ()
-    assert found.prefix == ""
     assert found.manifest is None
     assert found.files == {layout.WEIGHTS: (place / layout.WEIGHTS).stat().st_size}
     for name, array in (("a", A), ("b", B), ("c", C)):
@@ -80,20 +79,24 @@ def test_tensors_are_found_and_read(place: Path) -> None:
         (6, 24, True), (4, 32, False), (5, 10, True),
     ]  # fmt: skip
     part = bytearray(8)
-    found.read_into(found.body["a"], 3, memoryview(part))
+    found.read_into("a", 3, memoryview(part))
     assert np.frombuffer(part, np.float32).tolist() == [3, 4]
-    found.close()
-    assert np.array_equal(found.read("a"), A)  # opened again
-    found.close()
+    assert found.floats("a", 3, 5).tolist() == [3, 4]
+
+
+def test_a_checkpoint_reaches_another_process_without_its_open_files(place: Path) -> None:
+    found = checkpoints.shared(opened(place, {"a": A}))
+    assert np.array_equal(found.read("a"), A)
+    sent = pickle.loads(pickle.dumps(found))
+    assert np.array_equal(sent.read("a"), A)
+    assert pickle.dumps(found) == pickle.dumps(checkpoints.shared(opened(place)))
 
 
 def test_heads_are_apart_and_old_names_are_modern(place: Path) -> None:
     found = opened(
         place, {"bert.x.LayerNorm.gamma": A, "classifier.weight": A, "bert.x.LayerNorm.beta": C, "bert.y": B}
     )
-    assert found.prefix == "bert."
     assert list(found.body) == ["x.LayerNorm.bias", "x.LayerNorm.weight", "y"]
-    assert found.heads == ("classifier.weight",)
     refused(place, weights({"bert.LayerNorm.gamma": A, "bert.LayerNorm.weight": A}), "two tensors are called")
     assert opened(place, {"cls.x": A}).body.keys() == {"cls.x"}  # a bare encoder: no prefix to take off
     refused(place, weights({}), "holds no tensors")
@@ -141,7 +144,7 @@ def test_the_size_of_a_header(place: Path) -> None:
     refused(place, bytes(8), "not readable JSON")  # a header of nothing
     whole = encoded({"a": entry()}, bytes(8))
     (place / layout.WEIGHTS).write_bytes(whole)
-    assert opened(place).body["a"] == Tensor(layout.WEIGHTS, len(whole) - 8, "F32", (2,))
+    assert opened(place).body["a"] == Tensor("F32", (2,), layout.WEIGHTS, len(whole) - 8)
     refused(place, struct.pack("<Q", 3) + b"{}", "claims a header of 3 bytes in a file of 10")
     refused(place, struct.pack("<Q", 2) + b"{}", "holds no tensors")
     assert header.HEADER_LIMIT == 4 << 20
@@ -249,7 +252,7 @@ def test_shards(place: Path) -> None:
     assert list(found.body) == ["a", "b", "c"]
     assert list(found.files) == ["s1.safetensors", "s2.safetensors"]
     assert np.array_equal(found.read("c"), C)
-    assert checkpoints.body_digest(found) == digest_by_hand({"a": A, "c": C})
+    assert digests.body_digest(found) == digest_by_hand({"a": A, "c": C})
     for wrong, words in (
         ({"a": "s1.safetensors", "b": "s2.safetensors"}, "'c' stands in s2.safetensors but not in the index"),
         ({**where, "a": "s2.safetensors", "d": "s1.safetensors"}, "'a' stands in s1.safetensors but not in the index"),
@@ -276,21 +279,21 @@ def digest_by_hand(arrays: Arrays) -> str:
 
 def test_the_body_digest(place: Path) -> None:
     found = opened(place, {"bert.b": B, "bert.a": A, "cls": C, "bert.c": C})
-    assert checkpoints.body_digest(found) == digest_by_hand({"a": A, "c": C})
-    large = np.arange((checkpoints._CHUNK // 4) * 2 + 3, dtype=np.float32)  # more than is hashed at a time
-    assert checkpoints.body_digest(opened(place, {"a": large})) == digest_by_hand({"a": large})
-    assert checkpoints._CHUNK == 4 << 20
+    assert digests.body_digest(found) == digest_by_hand({"a": A, "c": C})
+    large = np.arange((digests._CHUNK // 4) * 2 + 3, dtype=np.float32)  # more than is hashed at a time
+    assert digests.body_digest(opened(place, {"a": large})) == digest_by_hand({"a": large})
+    assert digests._CHUNK == 4 << 20
 
 
 def test_what_is_outside_the_body(place: Path) -> None:
     """The digest is over all bytes but the floating tensors' of the body, in the order of the file."""
-    large = np.arange(checkpoints._CHUNK // 4 + 9, dtype=np.float32)
+    large = np.arange(digests._CHUNK // 4 + 9, dtype=np.float32)
     arrays: Arrays = {"cls": large, "bert.a": A, "bert.b": B, "bert.c": C, "end": A}
     found = opened(place, arrays)
     data = (place / layout.WEIGHTS).read_bytes()
     start = len(data) - sum(array.nbytes for array in arrays.values())
     expected = data[: start + large.nbytes] + B.tobytes() + A.tobytes()
-    assert checkpoints.outside_body(found) == {layout.WEIGHTS: "sha256:" + hashlib.sha256(expected).hexdigest()}
+    assert digests.outside_body(found) == {layout.WEIGHTS: "sha256:" + hashlib.sha256(expected).hexdigest()}
 
 
 def test_common_rows(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -306,8 +309,8 @@ def test_common_rows(place: Path, tmp_path_factory: pytest.TempPathFactory) -> N
     assert cut.body[position].shape == (5, 3)
     assert cut.body["w"].shape == (5, 3)
     assert cut.original is other
-    assert checkpoints.body_digest(cut) == checkpoints.body_digest(other)
-    assert checkpoints.outside_body(cut) == checkpoints.outside_body(other)
+    assert digests.body_digest(cut) == digests.body_digest(other)
+    assert digests.outside_body(cut) == digests.outside_body(other)
     narrow = {rows: opened(place, {name: np.zeros((rows, 1), np.float32)}) for rows in (2, 5)}
     assert checkpoints.with_common_rows(narrow[2], narrow[5]).body[name].shape == (2, 1)
     assert checkpoints.with_common_rows(narrow[5], narrow[2]).body[name].shape == (2, 1)

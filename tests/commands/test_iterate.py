@@ -15,12 +15,12 @@ import pytest
 from coldctl.artifacts import manifest
 from coldctl.artifacts import run as runs
 from coldctl.artifacts.model_ref import Model, resolve
-from coldctl.commands.finetune import jobs_of_suite, single_job
 from coldctl.common.errors import OutputError
 from coldctl.common.progress import Progress
 from coldctl.config.loading import read
 from coldctl.config.settings import DatasetConfig, FinetuneConfig
 from coldctl.data.datasets import config_from_reference
+from coldctl.training.jobs import JobOptions, jobs_of_suite, single_job
 from coldctl.workers.processes import in_processes
 from conftest import Ran, suite_text
 from helpers import tiny
@@ -182,9 +182,7 @@ def test_contributors_are_sampled_by_seed_and_iteration(place: Path, coldctl: Ru
             resolve(str(place / "base")),
             run,
             FinetuneConfig(),
-            sample=None,
-            only=(),
-            overwrite=False,
+            JobOptions(),
         )
         others.append([job.name for job in stage_jobs])
     assert any(other != drawn[0] for other in others)
@@ -244,8 +242,8 @@ def test_a_contributor_joins_by_pointing_at_the_run(place: Path, coldctl: Run) -
     assert (run / "iteration-001" / "contributions" / "guest" / "coldctl.json").exists()
     assert coldctl("status", run, "--json").json["iterations"][0]["contributions"] == ["guest"]
     other = Model("other", str(shutil.copytree(place / "base", place / "other")))  # none of the run's own bases
-    assert single_job(config_from_reference(str(mine), DatasetConfig("", "")), other, run, FinetuneConfig(), name=None,
-                      overwrite=False).iteration == 1  # fmt: skip
+    assert single_job(config_from_reference(str(mine), DatasetConfig("", "")), other, run, FinetuneConfig(),
+                      JobOptions()).iteration == 1  # fmt: skip
     config = place / "suite.toml"  # a guest begins no iteration: the settings may still change
     config.write_text(config.read_text().replace("epochs = 1", "epochs = 2"))
     assert coldctl("plan", run, "--config", config).code == 0

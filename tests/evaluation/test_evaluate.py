@@ -2,29 +2,25 @@
 
 import csv
 import json
-import os
 import runpy
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 import pytest
 
-from coldctl.artifacts.output import write_text
-from coldctl.commands.evaluate import candidates_of
 from coldctl.config.settings import DatasetConfig
 from coldctl.data.datasets import Limits, load_dataset
-from coldctl.evaluation import cache, charts, curves, leaderboard
+from coldctl.evaluation import charts, curves, leaderboard
+from coldctl.evaluation.models import models_under_test
 from conftest import Ran, suite_text
 from helpers import tiny
 
 Run = Callable[..., Ran]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -192,82 +188,6 @@ def test_weights_that_changed_under_their_manifest_are_not_taken_for_the_old_one
     assert scores[0] != scores[1]
 
 
-def test_commands_that_share_cells_may_write_the_same_one(tmp_path: Path) -> None:
-    """Two evaluations in one RUN both measure its pretrained model; neither may break or truncate the other's cell."""
-    text = "x" * (1 << 20)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda _: write_text(tmp_path / "cell.json", text), range(200)))
-    assert [path.name for path in tmp_path.iterdir()] == ["cell.json"]
-    assert (tmp_path / "cell.json").read_text() == text
-
-
-def test_features_are_kept_across_outputs(
-    tmp_path: Path, base: Path, suite: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run
-) -> None:
-    monkeypatch.setenv("COLDCTL_CACHE", str(tmp_path / "cache"))
-    other = tiny.perturb(base, tmp_path / "other", seed=1)
-
-    def results(output: str, *flags: object) -> str:
-        ran = coldctl("evaluate", other, "--baseline", base, "--suite", suite, "--output", tmp_path / output,
-                      "--jobs", 1, *flags)  # fmt: skip
-        assert ran.code == 0, ran.stderr
-        return (tmp_path / output / "results.json").read_text()
-
-    first = results("one")
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "features").iterdir()}
-    assert len(files) == 6  # two models, three datasets
-    assert all(path.stat().st_mode & 0o077 == 0 for path in files)
-    size = {path.stat().st_size for path in files}
-    # What is read is what is used: other features under the same name give other results.
-    victim = sorted(files)[0]
-    whole = victim.read_bytes()
-    victim.write_bytes(sorted(files)[1].read_bytes())
-    swapped = results("swapped")
-    assert {path.stat().st_size for path in files} == size
-    assert swapped != first
-    # What is damaged is computed anew.
-    victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert results("two") == first
-    assert victim.read_bytes() == whole
-    assert results("three", "--pooling", "first") != first
-    assert len(list((tmp_path / "cache" / "features").iterdir())) == 12
-
-
-def test_a_cache_that_cannot_be_written_stops_nothing(
-    tmp_path: Path, base: Path, suite: Path, monkeypatch: pytest.MonkeyPatch, coldctl: Run
-) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("COLDCTL_CACHE", str(tmp_path / "file"))
-    ran = coldctl("evaluate", tiny.perturb(base, tmp_path / "other", seed=1), "--baseline", base, "--suite", suite,
-                  "--output", tmp_path / "out", "--jobs", 1)  # fmt: skip
-    assert ran.code == 0
-    assert "features are not cached" in ran.stderr
-
-
-def test_the_cache_forgets_what_was_not_used_for_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLDCTL_CACHE", str(tmp_path))
-    monkeypatch.setattr(cache, "LIMIT", 3000)
-    computed = []
-
-    def features(number: int) -> np.ndarray[Any, Any]:
-        computed.append(number)
-        return np.full((10, 25), number, np.float32)
-
-    for place, number in enumerate((0, 1, 0, 2)):
-        found = cache.cached({"number": number}, lambda: [features(number)], pytest.fail)  # noqa: B023
-        assert found[0][0, 0] == number
-        for path in (tmp_path / "features").iterdir():  # clocks of file systems are coarse
-            if path.stat().st_mtime > 1e6:
-                os.utime(path, (place, place))
-    assert computed == [0, 1, 2]
-    cache.cached({"number": 0}, lambda: [features(0)], pytest.fail)
-    cache.cached({"number": 1}, lambda: [features(1)], pytest.fail)
-    assert computed == [0, 1, 2, 1]
-    monkeypatch.setattr(cache, "LIMIT", 10)  # nothing fits
-    cache.cached({"number": 3}, lambda: [features(3)], pytest.fail)
-    assert not list((tmp_path / "features").iterdir())
-
-
 def test_curves_begin_at_the_pretrained_model_and_tell_nothing_twice() -> None:
     models = [{"name": f"i{number}", "run": "run", "iteration": number} for number in (1, 2)]
     averages = [
@@ -276,7 +196,7 @@ def test_curves_begin_at_the_pretrained_model_and_tell_nothing_twice() -> None:
         for number in (1, 2)
     ]  # fmt: skip
     both = {"models": models, "averages": averages}
-    (panel,) = curves.panels(both, [both, {"models": models[:1], "averages": averages[:1]}])
+    (panel,) = curves.panels_of(both, [both, {"models": models[:1], "averages": averages[:1]}])
     assert [point.iteration for point in panel.curves["run"]] == [1, 2]
     assert panel.levels == {"pretrained model": 50.0}
     figure = charts.curve_figure([panel, replace(panel, levels={}), panel], columns=2)
@@ -387,7 +307,7 @@ def test_runs_are_told_apart_by_where_they_lie(tmp_path: Path, base: Path) -> No
     one, two = (tmp_path / folder / "demo" for folder in ("one", "two"))
 
     def runs(*places: Path) -> list[tuple[str | None, int | None]]:
-        return [(item.run, item.iteration) for item in candidates_of([str(place) for place in places], None)]
+        return [(item.run, item.iteration) for item in models_under_test([str(place) for place in places], None)]
 
     first, second = (place / "iteration-001" / "fused" for place in (one, two))
     assert runs(first, second) == [("demo", 1), ("demo-2", 1)]
@@ -432,7 +352,7 @@ def test_what_changes_while_it_is_measured_is_noticed(
 ) -> None:
     """Of the data a part that vanishes, of the measurements one that was made; what else was measured is kept."""
     from coldctl.artifacts.model_ref import memory_needed
-    from coldctl.commands.evaluate import measure
+    from coldctl.evaluation.measure import measure
 
     for seed, name in enumerate(("red", "green")):
         tiny.make_dataset(tmp_path / name, seed=seed)
@@ -448,7 +368,7 @@ def test_what_changes_while_it_is_measured_is_noticed(
             validation.rename(tmp_path / "aside")
         return memory_needed(*arguments, **options)
 
-    monkeypatch.setattr("coldctl.commands.evaluate.memory_needed", change)
+    monkeypatch.setattr("coldctl.evaluation.measure.memory_needed", change)
     ran = coldctl(*command)
     assert ran.code == 2
     assert "2 of 4 measurements failed; the others are kept" in ran.stderr
@@ -463,7 +383,7 @@ def test_what_changes_while_it_is_measured_is_noticed(
             Path(done[0]).unlink()
         return done[-1]
 
-    monkeypatch.setattr("coldctl.commands.evaluate.measure", remove)
+    monkeypatch.setattr("coldctl.evaluation.measure.measure", remove)
     ran = coldctl(*command)
     assert len(done) == 2  # those of red are there
     assert ran.code == 2

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
-from coldctl.checkpoints.header import rounded
+from coldctl.checkpoints.checkpoint import open_checkpoint
+from coldctl.checkpoints.digests import body_digest
+from coldctl.checkpoints.header import DTYPES, rounded
 from coldctl.data.sampling import stratified
 from coldctl.evaluation import scoring
 from coldctl.fusing import methods
@@ -47,7 +48,7 @@ def test_copies_give_themselves(values: list[float], count: int) -> None:
 @given(st.floats(-3e38, 3e38, allow_nan=False))
 def test_bfloat16_is_rounded_once(value: float) -> None:
     """The nearest bfloat16, ties to even, decided in exact arithmetic."""
-    found = float(rounded(np.asarray([value]), methods.BFLOAT16)[0])
+    found = float(rounded(np.asarray([value]), DTYPES["BF16"])[0])
     if np.isinf(found):
         assert abs(value) >= 3.38e38
         return
@@ -68,7 +69,7 @@ def test_bfloat16_is_rounded_once(value: float) -> None:
 def test_double_rounding_is_avoided() -> None:
     # Just above the middle between two bfloat16: float32 rounds it to the middle, and from there it would fall to even.
     value = 1 + 2.0**-8 + 2.0**-40
-    assert float(rounded(np.asarray([value]), methods.BFLOAT16)[0]) == 1 + 2.0**-7
+    assert float(rounded(np.asarray([value]), DTYPES["BF16"])[0]) == 1 + 2.0**-7
     assert float(np.asarray([value]).astype(ml_dtypes.bfloat16)[0]) == 1.0
 
 

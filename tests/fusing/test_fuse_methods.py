@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from coldctl.common.digests import digest_of
 from coldctl.common.errors import ConfigError
 from coldctl.fusing import methods
+from coldctl.fusing.weights import normalised
 from conftest import Ran
 from helpers import tiny
 from helpers.bodies import body, digest, poison
@@ -107,7 +108,7 @@ def test_weights(tmp_path: Path, base: Path, models: list[Path], contributions: 
 @given(st.lists(st.just(0.0) | st.floats(1e-3, 1e6), min_size=1, max_size=12), st.floats(0.05, 1))
 def test_normalised_weights(shares: list[float], largest: float) -> None:
     try:
-        weights = methods.normalised(shares, largest)
+        weights = normalised(shares, largest)
     except ConfigError:
         assert sum(shares) <= 0 or largest * np.count_nonzero(shares) < 1
         return

@@ -9,6 +9,8 @@ import pytest
 from coldctl.checkpoints.header import rounded
 from coldctl.common.errors import ConfigError
 from coldctl.fusing import methods
+from coldctl.fusing.recipe import outer_step, scaled
+from coldctl.fusing.weights import normalised
 
 
 def array(*values: Any, dtype: Any = np.float32) -> Any:
@@ -91,12 +93,12 @@ def test_groups_of_doubles_weighted_by_their_sizes_give_the_mean_of_all() -> Non
 
 def test_scaled() -> None:
     base, merged = array(1, 2), array(3, 1, dtype=np.float64)
-    assert methods.scaled(base, merged, 1.0) is merged
-    assert methods.scaled(base, merged, 0.0).tolist() == [1, 2]
-    assert methods.scaled(base, array(np.inf, 1, dtype=np.float64), 0.0).tolist() == [1, 2]
-    assert methods.scaled(base, merged, 0.5).tolist() == [2, 1.5]
-    assert methods.scaled(base, merged, -1.0).tolist() == [-1, 3]
-    assert methods.scaled(base, merged, 2.0).tolist() == [5, 0]
+    assert scaled(base, merged, 1.0) is merged
+    assert scaled(base, merged, 0.0).tolist() == [1, 2]
+    assert scaled(base, array(np.inf, 1, dtype=np.float64), 0.0).tolist() == [1, 2]
+    assert scaled(base, merged, 0.5).tolist() == [2, 1.5]
+    assert scaled(base, merged, -1.0).tolist() == [-1, 3]
+    assert scaled(base, merged, 2.0).tolist() == [5, 0]
 
 
 # One weight per contribution ------------------------------------------------------------------------------------
@@ -286,19 +288,19 @@ def test_fisher() -> None:
 def test_outer_steps() -> None:
     base, merged = array(10), np.asarray([8.0])  # g = 2
     zero = [np.zeros(1)]
-    after, state = methods.outer_step("sgd", base, merged, 0.5, 0.9, zero)
+    after, state = outer_step("sgd", base, merged, 0.5, 0.9, zero)
     assert (after.tolist(), [item.tolist() for item in state]) == ([9.0], [[2.0]])
-    after, state = methods.outer_step("sgd", base, merged, 0.5, 0.9, [np.ones(1)])
+    after, state = outer_step("sgd", base, merged, 0.5, 0.9, [np.ones(1)])
     assert after[0] == pytest.approx(10 - 0.5 * 2.9)
     assert state[0][0] == pytest.approx(2.9)
-    after, state = methods.outer_step("nesterov", base, merged, 0.5, 0.9, [np.ones(1)])
+    after, state = outer_step("nesterov", base, merged, 0.5, 0.9, [np.ones(1)])
     assert after[0] == pytest.approx(10 - 0.5 * (2 + 0.9 * 2.9))
     assert state[0][0] == pytest.approx(2.9)
-    after, state = methods.outer_step("adam", base, merged, 0.1, 0.9, [np.ones(1), np.full(1, 3.0)])
+    after, state = outer_step("adam", base, merged, 0.1, 0.9, [np.ones(1), np.full(1, 3.0)])
     first, second = 0.9 + 0.1 * 2, 0.99 * 3 + 0.01 * 4
     assert after[0] == pytest.approx(10 - 0.1 * first / (np.sqrt(second) + 1e-3), rel=1e-12)
     assert [item[0] for item in state] == pytest.approx([first, second])
-    after, _ = methods.outer_step("adam", base, np.asarray([7.0]), 0.1, 0.0, [np.zeros(1), np.zeros(1)])
+    after, _ = outer_step("adam", base, np.asarray([7.0]), 0.1, 0.0, [np.zeros(1), np.zeros(1)])
     assert after[0] == pytest.approx(10 - 0.1 * 3 / (0.3 + 1e-3), rel=1e-12)
 
 
@@ -306,25 +308,25 @@ def test_outer_steps() -> None:
 
 
 def test_normalised() -> None:
-    assert methods.normalised([1, 3]).tolist() == [0.25, 0.75]
-    assert methods.normalised([0, 2]).tolist() == [0, 1]
-    assert methods.normalised([0.125, 0.125]).tolist() == [0.5, 0.5]
+    assert normalised([1, 3]).tolist() == [0.25, 0.75]
+    assert normalised([0, 2]).tolist() == [0, 1]
+    assert normalised([0.125, 0.125]).tolist() == [0.5, 0.5]
     for wrong in ([-1.0, 2], [0.0, 0], [np.inf, 1], [np.nan, 1]):
         with pytest.raises(ConfigError, match="finite, not negative, and not all zero"):
-            methods.normalised(wrong)
+            normalised(wrong)
 
 
 def test_normalised_below_a_largest_share() -> None:
-    assert methods.normalised([8, 1, 1], 0.5) == pytest.approx([0.5, 0.25, 0.25])
-    assert methods.normalised([8, 1, 1], 0.8).tolist() == [0.8, 0.1, 0.1]
-    assert methods.normalised([8, 1, 1], 1 / 3) == pytest.approx([1 / 3] * 3)
-    assert methods.normalised([16, 6, 1, 1], 0.4) == pytest.approx([0.4, 0.4, 0.1, 0.1])  # one cut makes another
-    assert methods.normalised([8, 2, 2, 0], 0.5) == pytest.approx([0.5, 0.25, 0.25, 0])
-    assert methods.normalised([5], 1.0).tolist() == [1]
+    assert normalised([8, 1, 1], 0.5) == pytest.approx([0.5, 0.25, 0.25])
+    assert normalised([8, 1, 1], 0.8).tolist() == [0.8, 0.1, 0.1]
+    assert normalised([8, 1, 1], 1 / 3) == pytest.approx([1 / 3] * 3)
+    assert normalised([16, 6, 1, 1], 0.4) == pytest.approx([0.4, 0.4, 0.1, 0.1])  # one cut makes another
+    assert normalised([8, 2, 2, 0], 0.5) == pytest.approx([0.5, 0.25, 0.25, 0])
+    assert normalised([5], 1.0).tolist() == [1]
     with pytest.raises(ConfigError, match=r"--max-share 0\.3 is less than an equal share of 3"):
-        methods.normalised([8, 1, 1], 0.3)
+        normalised([8, 1, 1], 0.3)
     with pytest.raises(ConfigError, match="equal share of 2"):
-        methods.normalised([8, 1, 0], 0.45)  # a weight of zero takes nothing over
+        normalised([8, 1, 0], 0.45)  # a weight of zero takes nothing over
 
 
 def test_rounded_to_nearest_even() -> None:

@@ -19,14 +19,15 @@ import samples
 
 from coldctl.artifacts import layout, lineage, manifest, run, signatures
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, read_tensors
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_tensors
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.formats import open_contribution
 from coldctl.config import loading
 from coldctl.config.settings import SECTIONS, DatasetConfig, contributors_of
 from coldctl.data.datasets import Limits, config_from_reference, load_dataset
 from coldctl.data.sources import FORMATS
 from coldctl.evaluation import markdown, results
-from coldctl.fusing import fusion
+from coldctl.fusing import weights
 from coldctl.fusing.compatibility import compare
 from coldctl.publishing import history, licenses, tokenizer
 from coldctl.storage.files import LocalFolder
@@ -58,10 +59,7 @@ def examine(folder: Path) -> None:
     found = open_contribution(LocalFolder(folder), "it", base(), allow_pickle=True)
     compare(base(), found, None, allow_other_base=False)
     sanitize.note(found.config)
-    try:
-        body_digest(found)
-    finally:
-        found.close()
+    body_digest(found)
 
 
 def read_index(folder: Path) -> None:
@@ -96,7 +94,7 @@ def read_run(folder: Path) -> None:
 
 def show_results(folder: Path) -> None:
     found = results.read(folder)
-    markdown.markdown(found, [])
+    markdown.report(found, [])
     for model in found["models"]:
         for protocol in markdown.protocols_of(found, model["name"]):
             markdown.headline(found, model["name"], protocol)
@@ -115,7 +113,7 @@ def read_config(folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> None:
-    fusion._weights_file(next(path for path in folder.iterdir() if path.stem == "weights"))
+    weights.load_weights(next(path for path in folder.iterdir() if path.stem == "weights"))
 
 
 def copy_tokenizer(folder: Path) -> None:

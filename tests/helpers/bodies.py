@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.storage.files import LocalFolder
 from helpers import tiny
 

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import test_finetune
-
 from conftest import Ran
+from helpers.training import check_processes_take_the_steps_of_one
 
 
 def test_several_processes_take_the_steps_of_one(tmp_path: Path, coldctl: Callable[..., Ran]) -> None:
-    test_finetune.test_several_processes_take_the_steps_of_one("accelerate", tmp_path, coldctl)
+    check_processes_take_the_steps_of_one("accelerate", tmp_path, coldctl)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_ray
-from test_ray import KINDS, KINDS_IN_A_STORE
 
 from conftest import Ran, suite_text
 from helpers import tiny
+from helpers.cluster import KINDS, KINDS_IN_A_STORE, check_cluster_fuses_in_parts, check_cluster_fuses_in_store
 from helpers.made import contents
 from helpers.s3_server import S3
 
@@ -89,7 +88,7 @@ def test_every_other_kind_of_fuse(
     coldctl: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    test_ray.test_a_cluster_fuses_in_parts(flags, tmp_path, cluster, base, contributions, coldctl, monkeypatch)
+    check_cluster_fuses_in_parts(flags, tmp_path, cluster, base, contributions, coldctl, monkeypatch)
 
 
 @pytest.mark.parametrize("flags", KINDS_IN_A_STORE[1:], ids=" ".join)
@@ -103,4 +102,4 @@ def test_every_other_kind_of_fuse_in_a_store(
     coldctl: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    test_ray.test_a_cluster_fuses_in_a_store(flags, tmp_path, cluster, s3, base, contributions, coldctl, monkeypatch)
+    check_cluster_fuses_in_store(flags, tmp_path, cluster, s3, base, contributions, coldctl, monkeypatch)

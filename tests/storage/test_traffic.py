@@ -119,7 +119,6 @@ def test_a_mixed_fuse_is_that_of_what_the_encodings_stand_for(
 @pytest.mark.parametrize("send", [*DELTAS, "lora"])
 def test_any_range_is_decoded_as_the_whole_is(send: str, base: Path, sent: Path) -> None:
     from coldctl.checkpoints.checkpoint import open_checkpoint
-    from coldctl.checkpoints.deltas import elements
     from coldctl.checkpoints.formats import open_contribution
     from coldctl.storage.files import LocalFolder
 
@@ -128,7 +127,7 @@ def test_any_range_is_decoded_as_the_whole_is(send: str, base: Path, sent: Path)
         whole = found.read(name).reshape(-1)
         for start, stop in ((0, 1), (3, 5), (7, tensor.size - 2), (tensor.size - 1, tensor.size)):
             if 0 <= start < stop <= tensor.size:
-                np.testing.assert_array_equal(elements(found, name, start, stop), whole[start:stop], err_msg=name)
+                np.testing.assert_array_equal(found.floats(name, start, stop), whole[start:stop], err_msg=name)
 
 
 def test_differences_are_looked_at_and_withdrawn_as_others_are(

@@ -1,6 +1,5 @@
 """Work on a Ray cluster: the same bytes as here, and errors in words. Nodes that die are in tests/scale."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,27 +7,13 @@ from typing import Any
 import pytest
 
 from coldctl.artifacts import layout
-from coldctl.fusing import blocks
 from conftest import Ran
-from helpers.made import contents
+from helpers.cluster import KINDS, KINDS_IN_A_STORE, check_cluster_fuses_in_parts, check_cluster_fuses_in_store
 from helpers.s3_server import S3
 
 pytest.importorskip("ray")
 
 Run = Callable[..., Ran]
-
-
-KINDS: tuple[tuple[str, ...], ...] = (
-    ("--method", "ties", "--scale", "auto", "--max-shard-size", "100KB", "--screen", "reject"),
-    ("--method", "model-stock", "--dtype", "float16"),
-    (),
-    ("--method", "geometric-median", "--outer-optimizer", "adam", "--no-verify"),
-)
-KINDS_IN_A_STORE: tuple[tuple[str, ...], ...] = (
-    ("--max-shard-size", "30KB"),
-    (),
-    ("--outer-optimizer", "sgd"),
-)
 
 
 @pytest.mark.parametrize("flags", KINDS[:2], ids=" ".join)
@@ -41,21 +26,7 @@ def test_a_cluster_fuses_in_parts(
     coldctl: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every part is read, computed and written by whoever is free, and what stands there is what one machine writes."""
-    monkeypatch.setattr(blocks, "_STRETCH", 1 << 18)  # tiny models would be a single part
-    common = ("fuse", contributions, "--base", base, *flags, "--output")
-    here = coldctl(*common, tmp_path / "here" / "fused", "--json")
-    there = coldctl(
-        *common, tmp_path / "there" / "fused", "--json", "--engine", "ray", "--ray-address", cluster.address
-    )
-    assert (here.code, there.code) == (0, 0), here.stderr + there.stderr
-    files = [path.relative_to(tmp_path / "here") for path in (tmp_path / "here").rglob("*") if path.is_file()]
-    for name in files:
-        if name.name == "coldctl.json":
-            assert contents(tmp_path / "there" / name.parent) == contents(tmp_path / "here" / name.parent)
-        else:
-            assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
-    assert here.json["contributions"] == there.json["contributions"]  # norms and cosines to the last bit
+    check_cluster_fuses_in_parts(flags, tmp_path, cluster, base, contributions, coldctl, monkeypatch)
 
 
 @pytest.mark.parametrize("flags", KINDS_IN_A_STORE[:1], ids=" ".join)
@@ -69,18 +40,7 @@ def test_a_cluster_fuses_in_a_store(
     coldctl: Run,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where nothing can be written by position, each file is one piece of work."""
-    monkeypatch.setattr(blocks, "_STRETCH", 1 << 18)
-    common = ("fuse", contributions, "--base", base, *flags, "--output")
-    here = coldctl(*common, tmp_path / "fused", "--json")
-    there = coldctl(*common, f"{s3.url}/fused", "--json", "--engine", "ray", "--ray-address", cluster.address)
-    assert (here.code, there.code) == (0, 0), here.stderr + there.stderr
-    kept = {name: digest for name, digest in here.json["files"].items() if "coldctl.json" not in name}
-    assert kept == {name: digest for name, digest in there.json["files"].items() if "coldctl.json" not in name}
-    for name, digest in kept.items():
-        assert "sha256:" + hashlib.sha256(s3.read(f"fused/{name}")).hexdigest() == digest
-    assert here.json["body_digest"] == there.json["body_digest"]
-    assert here.json["contributions"] == there.json["contributions"]
+    check_cluster_fuses_in_store(flags, tmp_path, cluster, s3, base, contributions, coldctl, monkeypatch)
 
 
 def test_jobs_and_what_becomes_of_them(tmp_path: Path, cluster: Any, base: Path, suite: Path, coldctl: Run) -> None:

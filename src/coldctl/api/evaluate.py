@@ -8,11 +8,12 @@ from typing import Annotated
 
 from coldctl.api.keywords import Place, Settings, Workers, as_list, with_keywords
 from coldctl.api.objects import Evaluation
-from coldctl.artifacts import manifest, model_ref
+from coldctl.artifacts import manifest
 from coldctl.commands import evaluate as command
 from coldctl.config.loading import read_suite, resolve
 from coldctl.config.settings import EvaluateConfig, FinetuneConfig
 from coldctl.evaluation import results
+from coldctl.evaluation.measure import Suite
 from coldctl.storage.location import locate
 
 
@@ -36,17 +37,13 @@ def evaluate(
     """
     engine = options.workers(threads=options.threads)
     datasets, file = read_suite(Path(suite), options.file)
-    config = resolve(EvaluateConfig, file, settings)
-    finetuning = resolve(FinetuneConfig, file, {"seed": settings.get("seed")})
-    candidates = command.candidates_of(as_list(models), revision)
-    if baseline is None:
-        against = command.default_baseline(candidates[0].model)
-    else:
-        against = model_ref.resolve(os.fspath(baseline), revision)
+    measured_on = Suite(
+        datasets, resolve(EvaluateConfig, file, settings), resolve(FinetuneConfig, file, {"seed": settings.get("seed")})
+    )
     with options.listener() as progress, closing(engine):
         done = command.evaluate(
-            candidates, against, datasets, locate(os.fspath(output)), config, finetuning,
-            engine=engine, overwrite=options.overwrite, progress=progress,
+            as_list(models), os.fspath(baseline) if baseline else None, measured_on, locate(os.fspath(output)),
+            revision=revision, engine=engine, overwrite=options.overwrite, progress=progress,
         )  # fmt: skip
     return Evaluation(done.path, manifest.read(done.path), done.results, done.unchanged)
 

@@ -2,23 +2,23 @@
 
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from coldctl.api.keywords import Base, Making, Place, Settings, Workers, with_keywords
 from coldctl.api.objects import Contribution, SuiteError
 from coldctl.commands import finetune as command
 from coldctl.common.errors import ColdctlError, ConfigError
-from coldctl.common.progress import Progress
 from coldctl.config.fields import settings_of
 from coldctl.config.loading import read, read_suite, resolve
 from coldctl.config.settings import DatasetConfig, FinetuneConfig
 from coldctl.data.datasets import config_from_reference
 from coldctl.storage.location import locate
 from coldctl.training import distributed
+from coldctl.training.jobs import Job, JobOptions, LogOptions, jobs_of_suite, single_job
 from coldctl.training.logs import check_kind
 from coldctl.workers.jobs import Engine
 
@@ -47,8 +47,8 @@ def finetune(
     chosen = {key: known[key].check(value, "finetune()") for key, value in columns.items()}
     dataset = config_from_reference(place, DatasetConfig(**{"name": "", "path": place, **chosen}))
     with _engine(options) as engine:
-        job = command.single_job(
-            dataset, base.model(), locate(os.fspath(making.output)), config, name=name, **_more(making, options)
+        job = single_job(
+            dataset, base.model(), locate(os.fspath(making.output)), config, _job_options(making, options), name=name
         )
         made, failed = _trained([job], engine, options)
     for error in failed.values():
@@ -76,9 +76,9 @@ def finetune_suite(
     datasets, file = read_suite(Path(suite), options.file)
     config = resolve(FinetuneConfig, file, settings)
     with _engine(options) as engine:
-        jobs = command.jobs_of_suite(
-            datasets, base.model(), locate(os.fspath(making.output)), config,
-            sample=sample, only=[only] if isinstance(only, str) else only, **_more(making, options),
+        jobs = jobs_of_suite(
+            datasets, base.model(), locate(os.fspath(making.output)), config, _job_options(making, options),
+            sample=sample, only=[only] if isinstance(only, str) else only,
         )  # fmt: skip
         made, failed = _trained(jobs, engine, options)
     if len(jobs) == 1:
@@ -105,33 +105,26 @@ def _engine(options: Workers) -> Iterator[Engine]:
         distributed.disband()
 
 
-def _more(making: Making, options: Workers) -> dict[str, Any]:
+def _job_options(making: Making, options: Workers) -> JobOptions:
     if making.log is not None:
         check_kind(making.log)
-    return {
-        "overwrite": options.overwrite,
-        "watching": command.Watching(making.log, os.fspath(making.log_folder), making.checkpoint_seconds),
-        "sign_key": Path(making.sign_key) if making.sign_key else None,
-    }
+    log = LogOptions(making.log, os.fspath(making.log_folder), making.checkpoint_seconds)
+    return JobOptions(options.overwrite, log, Path(making.sign_key) if making.sign_key else None)
 
 
 def _trained(
-    jobs: Sequence[command.Job], engine: Engine, options: Workers
+    jobs: Sequence[Job], engine: Engine, options: Workers
 ) -> tuple[list[Contribution], dict[str, ColdctlError]]:
     """Return the contributions that were made, and the errors by name."""
     if distributed.find().rank != 0:  # the first process of a team speaks for all
         options = replace(options, progress=False)
     with options.listener() as progress:
-        outcomes = command.finetune_all(jobs, engine, progress, _teller(progress))
+        outcomes = command.finetune_all(jobs, engine, progress, lambda done: progress.note(_line(done)))
     made = [outcome.result for outcome in outcomes if outcome.result is not None]
     return (
         [Contribution(**{**vars(done), "path": locate(done.path)}) for done in made],
         {jobs[outcome.index].name: outcome.error for outcome in outcomes if outcome.error is not None},
     )
-
-
-def _teller(progress: Progress) -> Callable[[Any], None]:
-    return lambda done: progress.note(_line(done))
 
 
 def _line(done: command.Finetuned) -> str:

@@ -1,4 +1,4 @@
-"""Which models are text encoders, and what stands before the body's tensors in their checkpoints.
+"""The text encoders, and the prefix of the body's tensors in their checkpoints.
 
 `base_model_prefix` of the classes of transformers that have both a masked-LM and a sequence-classification
 head, kept as data so that fusing needs no transformers; a test compares it with the installed version.

@@ -1,4 +1,4 @@
-"""Contributions as differences from their base: bfloat16, or 8-bit integers with a scale per row.
+"""Read and write contributions as differences from their base: bfloat16, or 8-bit integers with a scale per row.
 
 `delta.safetensors` names its tensors as the base's body does, without prefix, and holds the floating ones:
 
@@ -9,8 +9,9 @@
 There is never a head in it. A pooler may be missing, and then counts as the base's own.
 """
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.artifacts import layout
-from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, read_manifest
-from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
-from coldctl.checkpoints.header import DTYPES, Tensor, read_header, rounded
+from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, open_tensors, read_manifest
+from coldctl.checkpoints.header import DTYPES, Tensor, rounded
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
 from coldctl.storage.files import Folder
@@ -28,48 +28,44 @@ from coldctl.storage.files import Folder
 ENCODINGS: Mapping[str, str] = {"delta-bf16": "BF16", "delta-int8": "I8"}  # and the dtype of their tensors
 _SCALE = ".scale"
 _LARGEST = 127  # of an 8-bit integer, on both sides of zero
-_PIECE = 1 << 20  # elements encoded at a time, in whole rows
+_CHUNK = 1 << 20  # elements encoded at a time, in whole rows
 
 Array = NDArray[np.float64]
 
 
-@dataclass
-class DeltaCheckpoint(RelativeCheckpoint):
-    """The base plus a difference that is read, block by block, from `stored`, and multiplied by `scales` if there are any."""
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """The source of the base plus a difference, which is read from `stored`, with a scale per row if `scaled`."""
 
-    stored: Mapping[str, Tensor] = field(default_factory=dict)
-    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    base: Checkpoint
+    stored: Checkpoint
+    scaled: bool
 
-    def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
-        """Decode elements from `start` on: base + difference in float64, rounded once."""
-        assert self.base is not None
-        name, dtype = tensor.file.removeprefix(DECODED), DTYPES[tensor.dtype]
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Decode base + difference · scale in float64, rounded once."""
+        tensor = self.base.body[name]
+        dtype = DTYPES[decoded_dtype(tensor)]
         stop = start + len(buffer) // dtype.itemsize
         if stop == start:
             return
-        step = self._stored(self.stored[name], start, stop)
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named elsewhere
-            if name in self.scales:
+        values = self.stored.floats(name, start, stop)
+        with np.errstate(over="ignore", invalid="ignore"):  # a pass over the inputs finds and names values not finite
+            if self.scaled:
                 columns = rows_of(tensor.shape)[1]
                 first, last = start // columns, -(-stop // columns)
                 counts = np.full(last - first, columns)
                 counts[0] = min(stop, (first + 1) * columns) - start
                 counts[-1] = stop - max(start, (last - 1) * columns)
-                step *= np.repeat(self._stored(self.scales[name], first, last), counts)
-            step += elements(self.base, name, start, stop)
-        buffer[:] = _bytes(rounded(step, dtype))
-
-    def _stored(self, tensor: Tensor, start: int, stop: int) -> Array:
-        values = np.empty(stop - start, DTYPES[tensor.dtype])
-        self.read_file(tensor.file, tensor.offset + start * values.itemsize, _bytes(values))
-        return values.astype(np.float64)
+                values *= np.repeat(self.stored.floats(name + _SCALE, first, last), counts)
+            values += self.base.floats(name, start, stop)
+        buffer[:] = _bytes(rounded(values, dtype))
 
 
-def open_delta(folder: Folder, name: str, base: Checkpoint, encoding: str | None = None) -> DeltaCheckpoint:
-    """A difference as a checkpoint whose body is `base`'s with the difference added.
+def open_delta(folder: Folder, name: str, base: Checkpoint, encoding: str | None = None) -> Checkpoint:
+    """Open a difference as a checkpoint whose body is `base`'s with the difference added, rounded once.
 
-    Everything that the header says is held against the base before anything is read. That `base` is the one it was made
-    from, its manifest says: `manifest["base"]`. `encoding` is given for what has no manifest yet. Raises CheckpointError.
+    The header is checked against the base before anything else is read. The caller checks that `base` is the one that
+    the manifest names. `encoding` is given for what has no manifest yet. Raises CheckpointError.
     """
     where = f"{folder.label}/{layout.DELTA_WEIGHTS}"
     manifest = read_manifest(folder) if encoding is None else None
@@ -80,31 +76,26 @@ def open_delta(folder: Folder, name: str, base: Checkpoint, encoding: str | None
             )
         encoding = manifest.get("encoding", "")
     if encoding not in ENCODINGS:
-        known_ones = ", ".join(ENCODINGS)
-        raise CheckpointError(f"{where} has the encoding {encoding!r}, this program knows {known_ones}: update coldctl")
-    reader = folder.open(layout.DELTA_WEIGHTS)
-    try:
-        tensors = read_header(reader, layout.DELTA_WEIGHTS, where)
-    finally:
-        reader.close()
+        supported = ", ".join(ENCODINGS)
+        raise CheckpointError(f"{where} has the encoding {encoding!r}, this program knows {supported}: update coldctl")
+    stored = open_tensors(folder, name, layout.DELTA_WEIGHTS)
     _check_names(base, encoding)
-    stored: dict[str, Tensor] = {}
-    scales: dict[str, Tensor] = {}
+    scaled = encoding == "delta-int8"
     body: dict[str, Tensor] = {}
-    for tensor_name, known in base.body.items():
-        if not known.floating or (tensor_name not in tensors and is_pooler(tensor_name)):
+    names: set[str] = set()
+    for tensor_name, tensor in base.body.items():
+        if not tensor.floating or (tensor_name not in stored.body and is_pooler(tensor_name)):
             continue
-        stored[tensor_name] = _expected(tensors, tensor_name, ENCODINGS[encoding], known.shape, where)
-        if encoding == "delta-int8":
-            scale_shape = (rows_of(known.shape)[0],)
-            scales[tensor_name] = _expected(tensors, tensor_name + _SCALE, "F32", scale_shape, where)
-        body[tensor_name] = Tensor(DECODED + tensor_name, 0, decoded_dtype(known), known.shape)
-    if odd := sorted(set(tensors).difference(stored, (item + _SCALE for item in scales))):
+        _check_stored(stored, tensor_name, ENCODINGS[encoding], tensor.shape, where)
+        names.add(tensor_name)
+        if scaled:
+            _check_stored(stored, tensor_name + _SCALE, "F32", (rows_of(tensor.shape)[0],), where)
+            names.add(tensor_name + _SCALE)
+        body[tensor_name] = Tensor(decoded_dtype(tensor), tensor.shape)
+    if odd := sorted(set(stored.body) - names):
         raise CheckpointError(f"{where} has {odd[0]!r}, which the base lacks: give the base it was made from")
-    files = {layout.DELTA_WEIGHTS: reader.size}
-    return DeltaCheckpoint(
-        folder, name, dict(base.config), body, (), "", files, manifest, base=base, stored=stored, scales=scales
-    )
+    source = Delta(base, stored, scaled)
+    return Checkpoint(folder, name, base.config, body, stored.files, source, manifest, relative=True)
 
 
 def write_delta(source: Checkpoint, base: Checkpoint, folder: Path, encoding: str) -> None:
@@ -142,53 +133,43 @@ def write_delta(source: Checkpoint, base: Checkpoint, folder: Path, encoding: st
 
 
 def rows_of(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns that a tensor has for `delta-int8`: a vector or a scalar is one row.
+    """Return the rows and columns that a tensor has for `delta-int8`: a vector or a scalar is one row.
 
     >>> rows_of((3, 4, 5)), rows_of((7,)), rows_of(())
     ((3, 20), (1, 7), (1, 1))
     """
-    flat = Tensor("", 0, "F32", shape[1:] if len(shape) > 1 else shape).size
-    return (shape[0] if len(shape) > 1 else 1), flat
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 def quantised(rows: Array, scales: NDArray[np.float32]) -> NDArray[np.int8]:
-    """The integers nearest to rows [r, c] divided by their scales [r]; 0 where the scale is 0."""
+    """Return the integers nearest to rows [r, c] divided by their scales [r]; 0 where the scale is 0."""
     wide = scales.astype(np.float64)[:, None]
     steps = np.divide(rows, wide, out=np.zeros_like(rows), where=wide > 0)
     return np.clip(np.rint(steps), -_LARGEST, _LARGEST).astype(np.int8)
 
 
 def decoded_dtype(tensor: Tensor) -> str:
-    """The dtype that a difference is decoded to: the base's, but float32 where that is narrower.
+    """Return the dtype that a difference is decoded to: the base's, but float32 where that is narrower.
 
     A 16-bit base is finetuned in float32, and most of what one contribution learns is less than the rounding to 16 bits.
     """
     return tensor.dtype if DTYPES[tensor.dtype].itemsize >= DTYPES["F32"].itemsize else "F32"
 
 
-def elements(checkpoint: Checkpoint, name: str, start: int, stop: int) -> Array:
-    """Elements `start:stop` (row-major) of a body tensor, float64."""
-    tensor = checkpoint.body[name]
-    values = np.empty(stop - start, DTYPES[tensor.dtype])
-    checkpoint.read_into(tensor, start, _bytes(values))
-    return values.astype(np.float64)
-
-
-def _expected(tensors: Mapping[str, Tensor], name: str, dtype: str, shape: tuple[int, ...], where: str) -> Tensor:
-    """The tensor of a delta's file that must be there as the base and the encoding say."""
-    tensor = tensors.get(name)
+def _check_stored(stored: Checkpoint, name: str, dtype: str, shape: tuple[int, ...], where: str) -> None:
+    """Raise CheckpointError unless a delta's file has this tensor, as the base and the encoding demand."""
+    tensor = stored.body.get(name)
     if tensor is None:
         raise CheckpointError(f"{where} has no {name}: give the base it was made from, or fetch it again")
     if tensor.dtype != dtype or tensor.shape != shape:
-        found, wanted = (f"{kind} {list(size)}" for kind, size in ((tensor.dtype, tensor.shape), (dtype, shape)))
         raise CheckpointError(
-            f"{where}: {name} is {found}, not {wanted}: give the base it was made from, or fetch it again"
+            f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}: give the base it was "
+            "made from, or fetch it again"
         )
-    return tensor
 
 
 def _check_names(base: Checkpoint, encoding: str) -> None:
-    """Refuse a base in which one tensor is called as another one's scale would be."""
+    """Raise CheckpointError for a base in which a tensor has the name of another one's scale."""
     doubled = [name for name in base.body if encoding == "delta-int8" and name + _SCALE in base.body]
     if doubled:
         raise CheckpointError(f"{base.label} has both {doubled[0]} and {doubled[0]}{_SCALE}: take delta-bf16")
@@ -204,11 +185,11 @@ class _Difference:
     def rows(self, name: str) -> Iterator[tuple[int, Array]]:
         """Yield a tensor chunk by chunk: the first row's number, and float64 [rows, columns]."""
         count, columns = rows_of(self.base.body[name].shape)
-        step = max(1, _PIECE // max(1, columns))
+        step = max(1, _CHUNK // max(1, columns))
         for first in range(0, count if columns else 0, step):
             last = min(first + step, count)
             start, stop = first * columns, last * columns
-            difference = elements(self.source, name, start, stop) - elements(self.base, name, start, stop)
+            difference = self.source.floats(name, start, stop) - self.base.floats(name, start, stop)
             yield first, difference.reshape(last - first, columns)
 
     def scales(self, name: str) -> NDArray[np.float32]:

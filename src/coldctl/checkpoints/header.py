@@ -1,4 +1,4 @@
-"""The safetensors header: which tensors a file declares, checked against its size, and the dtypes they may have."""
+"""Read safetensors headers: the tensors that a file declares, checked against its size, and the dtypes they may have."""
 
 import math
 import struct
@@ -40,31 +40,31 @@ FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True)
 class Tensor:
-    """One stored tensor: where its bytes are and what they mean."""
+    """The dtype and shape of a tensor, and where its bytes are, if a file stores them as they are."""
 
-    file: str
-    offset: int  # of the first byte, in the file
     dtype: str  # the safetensors name
     shape: tuple[int, ...]
+    file: str = ""  # none: the tensor is decoded
+    offset: int = 0  # of the first byte, in the file
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes."""
+        """Return the number of bytes."""
         return self.size * DTYPES[self.dtype].itemsize
 
     @property
     def floating(self) -> bool:
-        """Whether it is averaged and digested; integer buffers come from the base."""
+        """Return whether it is averaged and digested; integer buffers come from the base."""
         return self.dtype in FLOATING
 
 
 def read_header(reader: Reader, file: str, where: str) -> dict[str, Tensor]:
-    """The tensors that a safetensors file declares, with every size and offset checked against the file.
+    """Return the tensors that a safetensors file declares, with every size and offset checked against the file.
 
     The tensors must cover the data exactly, in any order, without gaps or overlaps, as the format demands.
     Raises CheckpointError.
@@ -102,7 +102,7 @@ def read_header(reader: Reader, file: str, where: str) -> dict[str, Tensor]:
 
 
 def _tensor(name: str, entry: Any, file: str, start: int, where: str) -> tuple[Tensor, tuple[int, int]]:
-    """Check one header entry. Raises CheckpointError."""
+    """Return the tensor of a header entry, and where in the data its bytes begin and end. Raises CheckpointError."""
     remedy = "the file is corrupt, fetch it again"
     if not name.isprintable() or len(name) > _LONGEST_NAME:  # half a surrogate pair or a NUL would spoil digests
         raise CheckpointError(f"{where}: {name[:40]!r} is no name of a tensor: {remedy}")
@@ -123,11 +123,11 @@ def _tensor(name: str, entry: Any, file: str, start: int, where: str) -> tuple[T
         )
     if math.prod(max(1, number) for number in shape) >= _LARGEST:
         raise CheckpointError(f"{where}: {name!r} has an impossible shape or offset: {remedy}")
-    return Tensor(file, start + begin, dtype, tuple(shape)), (begin, stop)
+    return Tensor(dtype, tuple(shape), file, start + begin), (begin, stop)
 
 
 def json_object(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object of a checkpoint within limits. Raises CheckpointError."""
+    """Parse a JSON object of a checkpoint, within limits. Raises CheckpointError."""
     try:
         document = json_value(data)
     except ValueError as error:

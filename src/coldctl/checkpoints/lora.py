@@ -1,9 +1,9 @@
-"""Low-rank adapters as PEFT writes them: the body is decoded block by block from the base's and the adapter's matrices."""
+"""Read low-rank adapters of PEFT: the body is decoded block by block from the base's and the adapter's matrices."""
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,19 @@ from numpy.typing import NDArray
 from coldctl.artifacts import layout
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.architectures import BODY_PREFIXES
-from coldctl.checkpoints.checkpoint import CONFIG_LIMIT, Checkpoint, is_pooler, modern_name, read_manifest
-from coldctl.checkpoints.decoded import DECODED, RelativeCheckpoint
-from coldctl.checkpoints.header import DTYPES, Tensor, json_object, read_header, rounded
+from coldctl.checkpoints.checkpoint import (
+    CONFIG_LIMIT,
+    Checkpoint,
+    InMemory,
+    is_pooler,
+    modern_name,
+    open_tensors,
+    read_manifest,
+)
+from coldctl.checkpoints.header import DTYPES, Tensor, json_object, rounded
 from coldctl.common.errors import CheckpointError
 from coldctl.config.settings import HIGHEST_RANK
-from coldctl.storage.files import Folder, Reader
+from coldctl.storage.files import Folder
 
 _SIMPLE_PATTERN = re.compile(r"[\w.\\*|\[\]-]{1,200}")
 _MOST_PATTERNS, _MOST_STARRED, _MOST_STARS = 1000, 16, 2  # what is matched in no time, whatever the names
@@ -33,37 +40,34 @@ class LowRank:
     scale: float
 
     def rows(self, first: int, last: int) -> NDArray[np.float64]:
-        """Rows `first:last` of the difference, flat.
+        """Return rows `first:last` of the difference, flat.
 
         Summed in the order of the ranks: that of a matrix product is the machine's own, and so would be the body digest.
         """
         total = np.zeros((last - first, self.right.shape[1]))
         product = np.empty_like(total)
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found and named elsewhere
+        with np.errstate(over="ignore", invalid="ignore"):  # a pass over the inputs finds and names values not finite
             for column, row in zip(self.left[first:last].T, self.right, strict=True):
                 total += np.multiply.outer(column, row, out=product)
             return total.reshape(-1) * self.scale
 
 
-@dataclass
-class AdapterCheckpoint(RelativeCheckpoint):
-    """The base plus low-rank differences, and tensors that the adapter replaces as a whole."""
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """The source of the base plus low-rank differences, and of tensors that the adapter replaces as a whole."""
 
-    deltas: Mapping[str, LowRank] = field(default_factory=dict)
-    replaced: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    base: Checkpoint
+    deltas: Mapping[str, LowRank]
+    replaced: InMemory
 
-    def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
-        """Decode elements from `start` on: base + left @ right · scale, rounded once to the base's dtype."""
-        assert self.base is not None
-        name = tensor.file.removeprefix(DECODED)
-        if name in self.replaced:
-            data = self.replaced[name].reshape(-1).view(np.uint8).data
-            begin = start * DTYPES[tensor.dtype].itemsize
-            buffer[:] = data[begin : begin + len(buffer)]
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Decode base + left @ right · scale in float64, rounded once to the base's dtype."""
+        if name in self.replaced.arrays:
+            self.replaced.read_into(name, start, buffer)
             return
-        self.base.read_into(self.base.body[name], start, buffer)
+        self.base.read_into(name, start, buffer)
         if name in self.deltas and len(buffer):
-            delta, dtype = self.deltas[name], DTYPES[tensor.dtype]
+            delta, dtype = self.deltas[name], DTYPES[self.base.body[name].dtype]
             values = np.frombuffer(buffer, dtype)
             columns = delta.right.shape[1]
             first, last = start // columns, -(-(start + values.size) // columns)
@@ -71,52 +75,38 @@ class AdapterCheckpoint(RelativeCheckpoint):
             buffer[:] = rounded(values.astype(np.float64) + step, dtype).view(np.uint8).data
 
 
-def open_adapter(folder: Folder, name: str, base: Checkpoint) -> AdapterCheckpoint:
-    """A PEFT LoRA adapter as a checkpoint whose body is the base's with B · A · scale added to the right tensors.
+def open_adapter(folder: Folder, name: str, base: Checkpoint) -> Checkpoint:
+    """Open a PEFT LoRA adapter as a checkpoint whose body is the base's with B · A · scale added to the right tensors.
 
-    scale is alpha / r (alpha / √r for rank-stabilised ones). Raises CheckpointError for what cannot be decoded
-    exactly: other adapter kinds, DoRA, transposed layers, tensors that the base lacks.
+    scale is alpha / r (alpha / √r for rank-stabilised ones). Sums are float64, rounded once to the base's dtype. Raises
+    CheckpointError for what cannot be decoded exactly: other adapter kinds, DoRA, transposed layers, tensors that the
+    base lacks.
     """
-    where = f"{folder.label}/{layout.ADAPTER_CONFIG}"
-    settings = _settings(folder, where)
-    reader = folder.open(layout.ADAPTER_WEIGHTS)
-    try:
-        tensors = read_header(reader, layout.ADAPTER_WEIGHTS, f"{folder.label}/{layout.ADAPTER_WEIGHTS}")
-        # What it holds is judged by the header: only what the base's body has a place for is read into memory.
-        pairs, whole = _parts(tensors, settings, base, folder.label)
-        deltas: dict[str, LowRank] = {}
-        for target, pair in pairs.items():
-            a, b = (_array(reader, tensors[raw]).astype(np.float64) for raw in (pair.first, pair.second))
-            left, right = (a.T.copy(), b.T.copy()) if pair.embedding else (b, a)
-            deltas[target] = LowRank(left, right, pair.scale)
-        replaced = {
-            path: rounded(_array(reader, tensors[raw]).astype(np.float64), DTYPES[base.body[path].dtype])
-            for path, raw in whole.items()
-        }
-    finally:
-        reader.close()
+    settings = _settings(folder, f"{folder.label}/{layout.ADAPTER_CONFIG}")
+    stored = open_tensors(folder, name, layout.ADAPTER_WEIGHTS)
+    # What it holds is judged by the header: only what the base's body has a place for is read into memory.
+    pairs, whole = _changes(stored.body, settings, base, folder.label)
+    deltas: dict[str, LowRank] = {}
+    for target, pair in pairs.items():
+        a, b = (stored.read(raw).astype(np.float64) for raw in (pair.first, pair.second))
+        left, right = (a.T.copy(), b.T.copy()) if pair.embedding else (b, a)
+        deltas[target] = LowRank(left, right, pair.scale)
+    replaced = {
+        target: rounded(stored.read(raw).astype(np.float64), DTYPES[base.body[target].dtype])
+        for target, raw in whole.items()
+    }
     if not deltas and not replaced:
         raise CheckpointError(
             f"{folder.label}: no tensor of the adapter belongs to the base's body: give the base it was made from"
         )
-    body = {key: Tensor(DECODED + key, 0, tensor.dtype, tensor.shape) for key, tensor in base.body.items()}
-    files = {layout.ADAPTER_WEIGHTS: reader.size}
-    return AdapterCheckpoint(
-        folder,
-        name,
-        {**base.config, **{key: settings[key] for key in sanitize.code_named_in(settings)}},
-        body,
-        (),
-        "",
-        files,
-        read_manifest(folder),
-        base=base,
-        deltas=deltas,
-        replaced=replaced,
-    )
+    config = {**base.config, **{key: settings[key] for key in sanitize.code_named_in(settings)}}
+    body = {key: Tensor(tensor.dtype, tensor.shape) for key, tensor in base.body.items()}
+    source = LoRA(base, deltas, InMemory(replaced))
+    return Checkpoint(folder, name, config, body, stored.files, source, read_manifest(folder), relative=True)
 
 
 def _settings(folder: Folder, where: str) -> dict[str, Any]:
+    """Load `adapter_config.json`. Raises CheckpointError for an adapter that cannot be decoded exactly."""
     settings = json_object(folder.read(layout.ADAPTER_CONFIG, CONFIG_LIMIT), where)
     if settings.get("peft_type") != "LORA":
         raise CheckpointError(f"{where} is not a LoRA adapter: merge it into its base and give the merged checkpoint")
@@ -138,16 +128,10 @@ class _Pair:
     scale: float
 
 
-def _array(reader: Reader, tensor: Tensor) -> NDArray[Any]:
-    array = np.empty(tensor.shape, DTYPES[tensor.dtype])
-    reader.read_into(tensor.offset, array.reshape(-1).view(np.uint8).data)
-    return array
-
-
-def _parts(
+def _changes(
     tensors: Mapping[str, Tensor], settings: Mapping[str, Any], base: Checkpoint, label: str
 ) -> tuple[dict[str, _Pair], dict[str, str]]:
-    """What an adapter changes: pairs by the body tensor they are added to, raw names by the one they replace.
+    """Return what an adapter changes: pairs by the body tensor they are added to, raw names by the one they replace.
 
     Raises CheckpointError for what does not fit the base.
     """
@@ -180,7 +164,7 @@ def _parts(
 def _pair(
     raw: str, tensors: Mapping[str, Tensor], base: Checkpoint, prefix: str, scales: "_Scales", where: str
 ) -> tuple[str, _Pair]:
-    """The tensor that a pair A, B belongs to, and the pair."""
+    """Return the tensor that a pair A, B belongs to, and the pair. Raises CheckpointError."""
     embedding = raw.endswith(".lora_embedding_A")
     module = raw.removesuffix(".lora_embedding_A").removesuffix(".lora_A.weight")
     other = f"{module}.lora_embedding_B" if embedding else f"{module}.lora_B.weight"
@@ -200,10 +184,10 @@ def _pair(
 
 
 class _Scales:
-    """What a pair's product is multiplied by: alpha / rank, or alpha / √rank, alpha perhaps by the module's name."""
+    """The factors of the pairs' products: alpha / rank, or alpha / √rank; alpha may depend on the module's name."""
 
     def __init__(self, settings: Mapping[str, Any], where: str) -> None:
-        """Raises CheckpointError for patterns that could take for ever, or are none."""
+        """Read the settings. Raises CheckpointError for patterns that are invalid, or could take for ever."""
         self._where, self._rooted = where, bool(settings.get("use_rslora"))
         self._alpha = settings.get("lora_alpha", 1)
         patterns = settings.get("alpha_pattern") or {}
@@ -214,7 +198,7 @@ class _Scales:
         self._patterns = [(_compiled(pattern, where), alpha) for pattern, alpha in patterns.items()]
 
     def of(self, name: str, rank: int) -> float:
-        """The scale of a module's pair. Raises CheckpointError if alpha is no number."""
+        """Return the scale of a module's pair. Raises CheckpointError if alpha is no number."""
         alpha = next((value for pattern, value in self._patterns if pattern.match(name)), self._alpha)
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise CheckpointError(
@@ -224,7 +208,7 @@ class _Scales:
 
 
 def _compiled(pattern: str, where: str) -> re.Pattern[str]:
-    """PEFT's way with a pattern: a regular expression for the end of a module's path."""
+    """Compile a pattern as PEFT does, for the end of a module's path. Raises CheckpointError."""
     if not _SIMPLE_PATTERN.fullmatch(pattern) or pattern.count("*") > _MOST_STARS:  # none that takes for ever
         raise CheckpointError(f"{where}: the pattern {pattern[:40]!r} is too intricate: merge the adapter first")
     try:

@@ -1,8 +1,9 @@
-"""What transformers is shown of a checkpoint: config and tokenizer without anything that names code, or a place elsewhere.
+"""Sanitize config.json and tokenizer files of untrusted checkpoints before transformers loads them.
 
-`config.json` and `tokenizer_config.json` can ask the library to import the checkpoint's own code, to fetch kernels from the
-Hub, or to open files by absolute paths; links can lead out of the directory. So both are copied into a directory of our own,
-through the same checks as everything else, and loaded from there, and the weights are shown there as the files that were judged.
+`config.json` and `tokenizer_config.json` can ask the library to import the checkpoint's own code, to fetch kernels from
+the Hub, or to open files by absolute paths. Links can lead out of the directory. So both files are copied without such
+settings into a temporary directory, and transformers loads them from there, with links to the weight files whose headers
+were checked.
 """
 
 import json
@@ -29,7 +30,7 @@ _PLACES = (
     "name_or_path", "_name_or_path", "vocab_file", "merges_file", "tokenizer_file", "spm_file", "sp_model", "tokenizer_object",
     "special_tokens_map_file", "added_tokens_file", "tokenizer_config_file", "fast_tokenizer_files",
 )  # fmt: skip
-# Other files than those that were judged, a head that is not used (a count of labels is made into as many names), other outputs.
+# Other files than those that were checked, a head that is not used (num_labels creates as many names), other outputs.
 UNUSED = (
     "transformers_weights", "configuration_files", "fusion_config", "num_labels", "id2label", "label2id", "problem_type",
     "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript",
@@ -38,24 +39,24 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def code_named_in(document: Mapping[str, Any]) -> list[str]:
-    """The keys of a config by which it asks for code that is not the library's own."""
+    """Return the keys of a config that ask for code other than the library's own."""
     return [key for key in CODE if key in document and document[key] not in _HARMLESS]
 
 
 def note(config: Mapping[str, Any], tokenizer: Mapping[str, Any] | None = None) -> str | None:
-    """What a person should know of the code that a checkpoint names, in words that follow its name; None if it names none."""
+    """Return a note on the custom code that a checkpoint names, to follow the checkpoint's name; None if it names none."""
     keys = dict.fromkeys([*code_named_in(config), *code_named_in(tokenizer or {})])
     return f"names custom code ({', '.join(keys)}), which is ignored" if keys else None
 
 
 def note_on(folder: Folder) -> str | None:
-    """The same for a checkpoint that will be loaded with its tokenizer. Raises CheckpointError or ModelError."""
+    """Return `note` for a checkpoint that is loaded with its tokenizer. Raises CheckpointError or ModelError."""
     return note(read_model_config(folder), _tokenizer_config(folder))
 
 
 @contextmanager
 def config_of(folder: Folder) -> Iterator[Path]:
-    """A directory with nothing but the cleaned `config.json`. Raises ModelError for a quantised model, or no encoder."""
+    """Yield a directory with only the cleaned `config.json`. Raises ModelError for a quantised model, or no encoder."""
     config = read_model_config(folder)
     if config.get("quantization_config") is not None:
         raise ModelError(f"{folder.label} is quantised, which cannot be trained or measured: take the original weights")
@@ -67,7 +68,7 @@ def config_of(folder: Folder) -> Iterator[Path]:
 
 @contextmanager
 def weights_of(folder: LocalFolder, files: Iterable[str]) -> Iterator[Path]:
-    """A directory with nothing but these weight files of a checkpoint, as links, and their index. Raises CheckpointError."""
+    """Yield a directory with only these weight files of a checkpoint, as links, and their index. Raises CheckpointError."""
     with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
         place = Path(scratch)
         for name in files:
@@ -80,14 +81,14 @@ def weights_of(folder: LocalFolder, files: Iterable[str]) -> Iterator[Path]:
 
 @contextmanager
 def tokenizer_of(folder: Folder) -> Iterator[Path]:
-    """A directory with the tokenizer's files, its config and the model's cleaned. Raises CheckpointError or ModelError."""
+    """Yield a directory with the tokenizer's files and both configs, cleaned. Raises CheckpointError or ModelError."""
     with config_of(folder) as place:
         copy_tokenizer(folder, place)
         yield place
 
 
 def copy_tokenizer(source: Folder, target: Location) -> None:
-    """Copy a tokenizer's files as they are, but for a config that names code or places: that is cleaned."""
+    """Copy a tokenizer's files unchanged, except a config that names code or paths: it is cleaned."""
     for name in layout.TOKENIZER_FILES:
         if source.has(name):
             (target / name).write_bytes(source.read(name))

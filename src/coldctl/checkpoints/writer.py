@@ -1,11 +1,12 @@
-"""Writing safetensors files front to back, one piece at a time, sharded above a size.
+"""Write safetensors files front to back, one chunk at a time, sharded above a size.
 
-The header is known before the first byte of data, so memory does not grow with the model, and the file's
-sha256 is taken as it is written.
+The header is known before the first byte of data, so memory does not grow with the model. The sha256 of each file is
+computed while it is written.
 """
 
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from coldctl.checkpoints.header import DTYPES
 from coldctl.storage.location import Location
 
 _ALIGNMENT = 8
-_PART = 16 << 20  # bytes that are sent to a store at a time
+_UPLOAD = 16 << 20  # bytes that are sent to a store at a time
 _WRITE_BACK = 32 << 20  # bytes after which the disk may begin, so that the sync at the end has little left
 
 
@@ -33,11 +34,8 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Number of bytes."""
-        count = DTYPES[self.dtype].itemsize
-        for length in self.shape:
-            count *= length
-        return count
+        """Return the number of bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
@@ -49,29 +47,29 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of data, behind the header."""
-        return sum(item.nbytes for item in self.layouts)
+        """Return the number of bytes of data, behind the header."""
+        return sum(tensor.nbytes for tensor in self.layouts)
 
     def places(self) -> Iterator[tuple[Layout, int]]:
-        """Each tensor and the offset of its first byte in the file."""
+        """Yield each tensor and the offset of its first byte in the file."""
         offset = len(header(self.layouts))
-        for item in self.layouts:
-            yield item, offset
-            offset += item.nbytes
+        for tensor in self.layouts:
+            yield tensor, offset
+            offset += tensor.nbytes
 
 
 def file_order(layouts: Sequence[Layout]) -> list[Layout]:
-    """The order in which tensors are written: wide dtypes first, so that all stay aligned, then by name."""
-    return sorted(layouts, key=lambda item: (-DTYPES[item.dtype].itemsize, item.name))
+    """Return tensors in the order in which they are written: wide dtypes first, so that all stay aligned, then by name."""
+    return sorted(layouts, key=lambda tensor: (-DTYPES[tensor.dtype].itemsize, tensor.name))
 
 
 class WeightsWriter:
-    """Writes tensors in `file_order` into `folder`; `digests` holds the sha256 of each file once closed."""
+    """A writer of tensors in `file_order`; `digests` holds the sha256 of each file once it is complete."""
 
     def __init__(
         self, folder: Location, layouts: Sequence[Layout], max_shard_size: int, *, single: str | None = None
     ) -> None:
-        """`single` names a file that takes all tensors instead of the model's weights."""
+        """Plan the files in `folder`. `single` names a file that takes all tensors instead of the model's weights."""
         self._folder = folder
         self._shards = shards(file_order(layouts), max_shard_size, single=single)
         self._pending = list(self._shards)
@@ -82,7 +80,7 @@ class WeightsWriter:
         self.digests: dict[str, str] = {}
 
     def write(self, data: memoryview) -> None:
-        """Append bytes of the tensors, in order; a piece that spans two shards is refused at the end."""
+        """Append bytes of the tensors, in order. A chunk must not span two shards: `close` would raise ValueError."""
         if not len(data):
             return
         if self._left == 0:
@@ -118,13 +116,13 @@ class WeightsWriter:
         shard = self._pending.pop(0)
         self._name, head = shard.name, header(shard.layouts)
         path = self._folder / self._name
-        self._file = path.open("wb", buffering=0) if isinstance(path, Path) else path.open("wb", block_size=_PART)
+        self._file = path.open("wb", buffering=0) if isinstance(path, Path) else path.open("wb", block_size=_UPLOAD)
         _write_all(self._file, memoryview(head))
         self._hasher = hashlib.sha256(head)
         self._left = shard.nbytes
 
     def _write_back(self) -> None:
-        """Let the disk begin with what was written; nothing waits for it, and nothing is dropped unwritten."""
+        """Let the kernel begin to write to the disk, without waiting for it, so that fsync has little left."""
         if hasattr(os, "posix_fadvise") and isinstance(self._folder, Path):
             end = self._file.tell()
             os.posix_fadvise(self._file.fileno(), end - self._unsynced, self._unsynced, os.POSIX_FADV_DONTNEED)
@@ -143,55 +141,52 @@ class WeightsWriter:
 
 
 def _write_all(file: Any, data: memoryview) -> None:
-    """Write all of `data`, however many calls the kernel needs: a disk that fills up takes a part first."""
+    """Write all of `data`, in as many calls as the kernel needs: a disk that fills up takes some bytes first."""
     done = 0
     while done < len(data):
         done += file.write(data[done:])
 
 
 def header(layouts: Sequence[Layout]) -> bytes:
-    """A safetensors header for tensors that follow each other in this order, with the `format` older readers demand."""
+    """Return the header for tensors that follow each other in this order, with the `format` that older readers demand."""
     entries: dict[str, Mapping[str, object]] = {"__metadata__": {"format": "pt"}}
     begin = 0
-    for item in layouts:
-        entries[item.name] = {
-            "dtype": item.dtype,
-            "shape": list(item.shape),
-            "data_offsets": [begin, begin + item.nbytes],
-        }
-        begin += item.nbytes
+    for tensor in layouts:
+        end = begin + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return struct.pack("<Q", len(text)) + text
 
 
 def shards(layouts: Sequence[Layout], limit: int, *, single: str | None = None) -> list[Shard]:
-    """Cut the sequence into files of at most `limit` bytes; a larger tensor has a file of its own.
+    """Divide tensors into files of at most `limit` bytes. A larger tensor has a file of its own.
 
     `single` names a file that takes all of them.
     """
-    parts: list[list[Layout]] = [[]]
+    groups: list[list[Layout]] = [[]]
     size = 0
-    for item in layouts:
-        if parts[-1] and size + item.nbytes > limit and not single:
-            parts.append([])
+    for tensor in layouts:
+        if groups[-1] and size + tensor.nbytes > limit and not single:
+            groups.append([])
             size = 0
-        parts[-1].append(item)
-        size += item.nbytes
-    count = len(parts)
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    count = len(groups)
     if count == 1:
-        return [Shard(single or layout.WEIGHTS, tuple(parts[0]))]
+        return [Shard(single or layout.WEIGHTS, tuple(groups[0]))]
     return [
-        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(part)) for number, part in enumerate(parts, 1)
+        Shard(f"model-{number:05d}-of-{count:05d}.safetensors", tuple(group)) for number, group in enumerate(groups, 1)
     ]
 
 
 def write_index(folder: Location, files: Sequence[Shard]) -> None:
-    """Say which tensor stands in which file, if there is more than one."""
+    """Write the index that names the file of each tensor, if there is more than one file."""
     if len(files) > 1:
         index = {
             "metadata": {"total_size": sum(shard.nbytes for shard in files)},
-            "weight_map": {item.name: shard.name for shard in files for item in shard.layouts},
+            "weight_map": {tensor.name: shard.name for shard in files for tensor in shard.layouts},
         }
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / layout.WEIGHTS_INDEX).write_text(text, encoding="utf-8")

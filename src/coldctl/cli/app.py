@@ -36,7 +36,9 @@ for _command, _example in (
     (runs.promote, "runs/demo"),
     (runs.watch, "runs/demo --min-contributions 3 --every 10m --suite configs/demo.toml"),
 ):
-    app.command(_command.__name__, epilog=f"Example: coldctl {_command.__name__} {_example}")(with_options(_command))
+    _kind = fuse.FuseCommand if _command is fuse.fuse else None
+    _epilog = f"Example: coldctl {_command.__name__} {_example}"
+    app.command(_command.__name__, cls=_kind, epilog=_epilog)(with_options(_command))
 
 
 def _version(show: bool) -> None:

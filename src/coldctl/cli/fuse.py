@@ -1,12 +1,26 @@
 """`coldctl fuse`: contributions become a fused model, or one is withdrawn from it."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from typer.core import TyperCommand
 
 from coldctl.cli.boundary import boundary
 from coldctl.cli.options import Base, Distributed, Flags
 from coldctl.config.settings import FuseConfig
+
+
+class FuseCommand(TyperCommand):
+    """The command with a help that ends with the registered merge methods. They are imported when help is asked for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help text."""
+        from coldctl.fusing.methods import method_table
+
+        rows = [f"[bold]{escape(name)}[/]: {escape(summary)}" for name, summary, _ in method_table()]
+        self.epilog = "\n\n".join(["Merge methods (--method):", *rows, self.epilog or ""])
+        super().format_help(ctx, formatter)
 
 
 def fuse(

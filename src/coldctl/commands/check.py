@@ -1,4 +1,4 @@
-"""`coldctl check`: would these checkpoints fuse? Judged from headers, in milliseconds, or with `--deep` from all bytes."""
+"""`coldctl check`: would these checkpoints fuse? Examines headers, in milliseconds, or with `--deep` all bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ import numpy as np
 from coldctl.artifacts import layout, signatures
 from coldctl.artifacts.model_ref import Model
 from coldctl.artifacts.signatures import TrustedKey
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
-from coldctl.checkpoints.decoded import RelativeCheckpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.header import DTYPES
 from coldctl.common.errors import ColdctlError
 from coldctl.common.progress import Progress
 from coldctl.fusing.blocks import block_length
 from coldctl.fusing.compatibility import compare
-from coldctl.fusing.contributions import Candidate, gather
-from coldctl.fusing.passes import differences
+from coldctl.fusing.contributions import Contribution, load_contributions
+from coldctl.fusing.passes import manifest_mismatches
 from coldctl.storage.files import open_folder
 
-NOT_EXAMINED = ("values (not-a-number, infinity)", "digests of files and body")
-NOT_EXAMINED_DEEP = ("whether its data or training were what its manifest says",)
+NOT_EXAMINED: tuple[str, ...] = ("values (not-a-number, infinity)", "digests of files and body")
+NOT_EXAMINED_DEEP: tuple[str, ...] = ("whether its data or training were what its manifest says",)
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Checked:
 
 @dataclass(frozen=True)
 class Report:
-    """All verdicts, and what was not examined."""
+    """The verdicts on all checkpoints, and what was not examined."""
 
     checked: tuple[Checked, ...]
     not_examined: tuple[str, ...]
 
     @property
     def sound(self) -> bool:
-        """Whether nothing speaks against any of them."""
-        return not any(item.problems for item in self.checked)
+        """Return True if no checkpoint has a problem."""
+        return not any(checked.problems for checked in self.checked)
 
 
 def check(
@@ -59,72 +59,77 @@ def check(
     trusted_keys: Path | None,
     progress: Progress,
 ) -> Report:
-    """Examine checkpoints, and against `base` if one is given; with keys whether and by whom they are signed, all files.
+    """Examine checkpoints: whether they fit `base`, if it is given, and whether one of the keys signed all their files.
 
-    `verify_key` is one public key, `trusted_keys` a directory of them. Raises ModelError if there are no checkpoints to
-    be found, ConfigError if a key cannot be read.
+    `verify_key` is one public key, `trusted_keys` a directory of them. Raises ModelError if there are no checkpoints,
+    ConfigError if a key cannot be read.
     """
     keys = [signatures.public_key(verify_key, "--verify-key")] if verify_key is not None else []
     keys += signatures.trusted_keys(trusted_keys) if trusted_keys is not None else []
     base_checkpoint = open_checkpoint(base.folder, base.name) if base is not None else None
     base_digest = None
-    if base_checkpoint is not None:
-        base_digest = base_checkpoint.manifest["body_digest"] if base_checkpoint.manifest else None
-        if base_digest is None and deep:
-            base_digest = body_digest(base_checkpoint)
-    candidates = gather(references, progress, base_checkpoint)
-    progress.begin("check", len(candidates), "checkpoints")
-    checked = []
-    for item in candidates:
-        if item.checkpoint is not None and base_checkpoint is not None:
-            verdict = compare(base_checkpoint, item.checkpoint, base_digest, allow_other_base=False)
-            item.problems += verdict.problems
-            item.notes += verdict.notes
-        undecodable = isinstance(item.checkpoint, RelativeCheckpoint) and item.problems
-        if item.checkpoint is not None and deep and not undecodable:
-            try:
-                item.problems += _deep_problems(item.checkpoint)
-            except ColdctlError as error:  # one unreadable checkpoint hides no other's verdict
-                item.problems.append(error.message)
+    if base_checkpoint is not None and base_checkpoint.manifest is not None:
+        base_digest = base_checkpoint.manifest["body_digest"]
+    elif base_checkpoint is not None and deep:
+        base_digest = body_digest(base_checkpoint)
+    contributions = load_contributions(references, progress, base_checkpoint)
+    progress.begin("check", len(contributions), "checkpoints")
+    for contribution in contributions:
+        if contribution.checkpoint is not None and base_checkpoint is not None:
+            verdict = compare(base_checkpoint, contribution.checkpoint, base_digest, allow_other_base=False)
+            contribution.rejections += verdict.rejections
+            contribution.notes += verdict.notes
+        if deep:
+            contribution.rejections += _deep_problems(contribution)
         if keys:
-            item.problems += _unsigned(item, keys)
-        checked.append(_checked(item))
+            contribution.rejections += _signature_problems(contribution, keys)
         progress.advance("check", 1)
     progress.end("check")
-    missing = () if base is not None else ("whether they fit a base (give --base)",)
-    undone = NOT_EXAMINED_DEEP if deep else NOT_EXAMINED
-    if base_checkpoint is not None and base_digest is None:
-        undone = (*undone, "whether the base is the one they were finetuned from (it has no manifest, give --deep)")
-    return Report(tuple(checked), (*undone, *missing))
+    not_examined = NOT_EXAMINED_DEEP if deep else NOT_EXAMINED
+    if base_checkpoint is None:
+        not_examined += ("whether they fit a base (give --base)",)
+    elif base_digest is None:
+        not_examined += ("whether the base is the one they were finetuned from (it has no manifest, give --deep)",)
+    return Report(tuple(map(_checked, contributions)), not_examined)
 
 
-def _unsigned(item: Candidate, keys: Sequence[TrustedKey]) -> list[str]:
-    """Return why the signature is not accepted. Note the signer if it is."""
+def _checked(contribution: Contribution) -> Checked:
+    kind, tensors, size = "unreadable", 0, 0
+    if (checkpoint := contribution.checkpoint) is not None:
+        kind = checkpoint.manifest["kind"] if checkpoint.manifest else "plain checkpoint"
+        tensors, size = len(checkpoint.body), sum(checkpoint.files.values())
+    problems, notes = tuple(contribution.rejections), tuple(contribution.notes)
+    return Checked(contribution.name, contribution.place, kind, tensors, size, problems, notes)
+
+
+def _signature_problems(contribution: Contribution, keys: Sequence[TrustedKey]) -> list[str]:
+    """Return why the signature is not accepted. If it is, the signer becomes a note."""
     try:
-        signed = signatures.verify(open_folder(item.place), keys)
-        signed.check_covers(item.checkpoint.files if item.checkpoint is not None else ())
+        signed = signatures.verify(open_folder(contribution.place), keys)
+        signed.check_covers(contribution.checkpoint.files if contribution.checkpoint is not None else ())
     except ColdctlError as error:
         return [error.message]
-    item.notes.append(f"signed by {signed.key.name}")
+    contribution.notes.append(f"signed by {signed.key.name}")
     return []
 
 
-def _checked(item: Candidate) -> Checked:
-    checkpoint = item.checkpoint
-    if checkpoint is None:
-        return Checked(item.name, item.place, "unreadable", 0, 0, tuple(item.problems), tuple(item.notes))
-    kind = checkpoint.manifest["kind"] if checkpoint.manifest else "plain checkpoint"
-    size = sum(checkpoint.files.values())
-    return Checked(item.name, item.place, kind, len(checkpoint.body), size, tuple(item.problems), tuple(item.notes))
+def _deep_problems(contribution: Contribution) -> list[str]:
+    """Return values that are not finite and digests that do not match, or why the checkpoint cannot be read."""
+    checkpoint = contribution.checkpoint
+    if checkpoint is None or (checkpoint.relative and contribution.rejections):
+        return []  # a delta that does not fit its base cannot be decoded
+    try:
+        return _content_problems(checkpoint)
+    except ColdctlError as error:
+        return [error.message]
 
 
-def _deep_problems(checkpoint: Checkpoint) -> list[str]:
-    """What the bytes say: values that are not finite, digests that do not match."""
+def _content_problems(checkpoint: Checkpoint) -> list[str]:
     problems = [f"{name} holds a not-a-number or infinity" for name in _not_finite(checkpoint)]
     document = checkpoint.manifest
     if document is None:
         return problems
-    problems += differences(checkpoint, body_digest(checkpoint), whole=True)
+    problems += manifest_mismatches(checkpoint, body_digest(checkpoint), whole=True)
     problems += [
         f"{name} is not named in the manifest"
         for name in checkpoint.folder.names()
@@ -134,15 +139,16 @@ def _deep_problems(checkpoint: Checkpoint) -> list[str]:
 
 
 def _not_finite(checkpoint: Checkpoint) -> list[str]:
+    """Return the names of the body tensors that hold a value that is not finite."""
     length = block_length(8)
     buffer = memoryview(bytearray(length * 8))
-    found = []
+    names = []
     for name, tensor in checkpoint.body.items():
         dtype = DTYPES[tensor.dtype]
         for start in range(0, tensor.size if tensor.floating else 0, length):
-            part = buffer[: (min(start + length, tensor.size) - start) * dtype.itemsize]
-            checkpoint.read_into(tensor, start, part)
-            if not np.isfinite(np.frombuffer(part, dtype).astype(np.float64)).all():
-                found.append(name)
+            block = buffer[: (min(start + length, tensor.size) - start) * dtype.itemsize]
+            checkpoint.read_into(name, start, block)
+            if not np.isfinite(np.frombuffer(block, dtype).astype(np.float64)).all():
+                names.append(name)
                 break
-    return found
+    return names

@@ -13,24 +13,19 @@ from coldctl.artifacts import layout, manifest, output, run, signatures
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, ManifestError, ModelError
 from coldctl.common.progress import SILENT, Progress
 from coldctl.config.loading import ConfigFile, resolve
 from coldctl.config.settings import FuseConfig
 from coldctl.evaluation import charts
-from coldctl.fusing.contributions import Candidate, gather
+from coldctl.fusing.compatibility import judge, presumed_base, stated_digest
+from coldctl.fusing.contributions import Contribution, load_contributions
 from coldctl.fusing.distributed import spread_over
-from coldctl.fusing.fusion import (
-    DrawChart,
-    FuseRequest,
-    Fusion,
-    check_config,
-    judge,
-    presumed_base,
-    stated_digest,
-)
-from coldctl.fusing.late import as_listed, counted_once, listed, waiting
+from coldctl.fusing.fusion import DrawChart, Fusion, check_config
+from coldctl.fusing.late import drop_duplicates, keep_recorded, late_contributions, recorded_contributions
+from coldctl.fusing.record import FuseRequest
 from coldctl.fusing.staleness import Ancestry
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, locate
@@ -46,6 +41,21 @@ class Fused:
     unchanged: bool
 
 
+@dataclass(frozen=True)
+class _Offer:
+    """The contributions that a fuse is given: MODELs or folders, where old bases are, and which of them to take."""
+
+    references: Sequence[str]
+    old_bases: Sequence[str] = ()
+    manifests_only: bool = False
+    to_read: bool = True
+
+    @property
+    def home(self) -> tuple[Location, int] | None:
+        """The RUN and the iteration if the references are exactly an iteration's contributions."""
+        return layout.iteration_of(locate(self.references[0])) if len(self.references) == 1 else None
+
+
 def fuse(
     references: Sequence[str],
     base: Model,
@@ -55,41 +65,65 @@ def fuse(
     overwrite: bool,
     progress: Progress,
     old_bases: Sequence[str] = (),
-    manifests_only: bool = False,
     engine: Engine | None = None,
 ) -> Fused:
     """Fuse contributions into `destination`. Nothing is written unless all inputs are sound.
 
     If the contributions are those of an iteration of a RUN, late ones of earlier iterations are fused as well, and
     contributions that arrive after the iteration was fused do not change it. `old_bases` are MODELs that contributions
-    may have been made on. With `manifests_only` contributions without a manifest are left out, since they may still be
-    uploading. With an `engine` of several machines each machine reads, computes and writes a share of the weights.
+    may have been made on. With an `engine` of several machines each machine reads, computes and writes a share of the
+    weights.
 
     Raises CheckpointError (with one detail per finding) if an input cannot be fused and `config.screen` is not
     "reject", DeclinedError if `config.strict` forbids a drop, ConfigError for settings that do not go together,
     OutputError.
     """
+    return _fuse(_Offer(references, old_bases), base, destination, config, overwrite, progress, engine)
+
+
+def fuse_complete(
+    references: Sequence[str],
+    base: Model,
+    destination: Location,
+    config: FuseConfig,
+    *,
+    progress: Progress,
+    engine: Engine | None = None,
+) -> Fused:
+    """Fuse like `fuse`, but leave out contributions without a manifest, since they may still be uploading."""
+    return _fuse(_Offer(references, manifests_only=True), base, destination, config, False, progress, engine)
+
+
+def _fuse(
+    offer: _Offer,
+    base: Model,
+    destination: Location,
+    config: FuseConfig,
+    overwrite: bool,
+    progress: Progress,
+    engine: Engine | None,
+) -> Fused:
     scale = check_config(config)
     output.refuse_overlap(destination, [base.place])
     base_checkpoint = open_checkpoint(base.folder, base.name)
     trusted = _trusted(config)
-    home = _home(references)
+    home = offer.home
     config = _settled(config, home)
-    candidates = _offered(references, base, base_checkpoint, home, config, old_bases, progress, to_read=True)
-    if manifests_only:
-        candidates = [item for item in candidates if _has_manifest(item)]
+    contributions = _offered(offer, base, base_checkpoint, config, progress)
     closed = home is not None and not overwrite and str(destination.resolve()) == str(layout.fused(*home))
     if closed and layout.is_complete(destination):
-        candidates = as_listed(candidates, manifest.read(destination), progress)
-    output.refuse_overlap(destination, [item.place for item in candidates])
-    _judge(candidates, base_checkpoint, config)
+        contributions = keep_recorded(contributions, manifest.read(destination), progress)
+    output.refuse_overlap(destination, [contribution.place for contribution in contributions])
+    _judge(contributions, base_checkpoint, config)
     if words := sanitize.note(base_checkpoint.config):
         progress.note(f"{base.name} {words}")
-    for item in candidates:
-        if item.checkpoint is not None and (words := sanitize.note(item.checkpoint.config)):
-            progress.note(f"{item.name} {words}")
-    request = FuseRequest.of(config, candidates, trusted)
-    cheap = all(item.stated_digest for item in candidates)  # without manifests an identity needs every body
+    for contribution in contributions:
+        if contribution.checkpoint is not None and (words := sanitize.note(contribution.checkpoint.config)):
+            progress.note(f"{contribution.name} {words}")
+    request = FuseRequest.of(config, contributions, trusted)
+    cheap = all(
+        contribution.stated_digest for contribution in contributions
+    )  # without manifests an identity needs every body
     if layout.is_complete(destination) and (cheap or not overwrite):
         key = request.identity(stated_digest(base_checkpoint) or body_digest(base_checkpoint))
         if output.is_done(destination, key, overwrite=overwrite):
@@ -112,32 +146,27 @@ def _chart(config: FuseConfig) -> DrawChart | None:
     return charts.fuse_chart
 
 
-def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[Candidate]:
-    """Return the candidates that `fuse` would open now, checked by their headers only. Refused ones have problems.
+def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[Contribution]:
+    """Return the contributions that `fuse_complete` would open now, checked by their headers only. Refused ones have problems.
 
     Returns an empty list if there is no contribution yet.
     """
+    check_config(config)
     base_checkpoint = open_checkpoint(base.folder, base.name)
-    home = _home(references)
-    config = _settled(replace(config, verify=False), home)
+    offer = _Offer(references, manifests_only=True, to_read=False)
+    config = _settled(replace(config, verify=False), offer.home)
     try:
-        offered = _offered(references, base, base_checkpoint, home, config, (), SILENT, to_read=False)
+        contributions = _offered(offer, base, base_checkpoint, config, SILENT)
     except ModelError:
         return []
-    candidates = [item for item in offered if _has_manifest(item)]
-    _judge(candidates, base_checkpoint, config)
-    return candidates
+    _judge(contributions, base_checkpoint, config)
+    return contributions
 
 
-def _has_manifest(item: Candidate) -> bool:
-    if item.checkpoint is not None:
-        return item.checkpoint.manifest is not None
-    return open_folder(item.place).has(layout.MANIFEST)
-
-
-def _home(references: Sequence[str]) -> tuple[Location, int] | None:
-    """Return the RUN and the iteration if the references are exactly an iteration's contributions, else None."""
-    return layout.iteration_of(locate(references[0])) if len(references) == 1 else None
+def _has_manifest(contribution: Contribution) -> bool:
+    if contribution.checkpoint is not None:
+        return contribution.checkpoint.manifest is not None
+    return open_folder(contribution.place).has(layout.MANIFEST)
 
 
 def _settled(config: FuseConfig, home: tuple[Location, int] | None) -> FuseConfig:
@@ -146,58 +175,56 @@ def _settled(config: FuseConfig, home: tuple[Location, int] | None) -> FuseConfi
     return replace(config, stale="discount" if home else "reject")
 
 
-def _judge(candidates: Sequence[Candidate], base_checkpoint: Checkpoint, config: FuseConfig) -> None:
-    base_digest = stated_digest(base_checkpoint) or presumed_base(candidates, config)
-    if base_digest is None and any(item.stated_digest for item in candidates):
+def _judge(contributions: Sequence[Contribution], base_checkpoint: Checkpoint, config: FuseConfig) -> None:
+    base_digest = stated_digest(base_checkpoint) or presumed_base(contributions, config)
+    if base_digest is None and any(contribution.stated_digest for contribution in contributions):
         base_digest = body_digest(base_checkpoint)
-    for item in candidates:
-        judge(item, base_checkpoint, base_digest, config)
+    for contribution in contributions:
+        judge(contribution, base_checkpoint, base_digest, config)
 
 
 def _offered(
-    references: Sequence[str],
-    base: Model,
-    base_checkpoint: Checkpoint,
-    home: tuple[Location, int] | None,
-    config: FuseConfig,
-    old_bases: Sequence[str],
-    progress: Progress,
-    *,
-    to_read: bool,
-) -> list[Candidate]:
-    """Open what is to be fused, each contribution once. With `home`, a RUN and iteration, add late contributions.
+    offer: _Offer, base: Model, base_checkpoint: Checkpoint, config: FuseConfig, progress: Progress
+) -> list[Contribution]:
+    """Open what is to be fused, each contribution once. For an iteration of a RUN, add late contributions.
 
     Raises ModelError if all of them are part of an earlier fused model.
     """
-    within = home[0] if home else layout.enclosing_run(locate(base.place))
-    places: list[tuple[str, str | None]] = [(place, None) for place in old_bases]
-    if within is not None:
-        found = run.read(within)
-        places += [(place, found.revision) for place in found.bases.values()]
+    home, references = offer.home, offer.references
+    run_folder = home[0] if home else layout.enclosing_run(locate(base.place))
+    places: list[tuple[str, str | None]] = [(place, None) for place in offer.old_bases]
+    if run_folder is not None:
+        document = run.read(run_folder)
+        places += [(place, document.revision) for place in document.bases.values()]
     ancestry = Ancestry(base_checkpoint.manifest, places, config.verify) if config.stale == "discount" else None
     opened = partial(
-        gather,
+        load_contributions,
         progress=progress,
         base=base_checkpoint,
         allow_pickle=config.allow_pickle,
         trusted=_trusted(config),
         ancestry=ancestry,
-        to_read=to_read,
+        to_read=offer.to_read,
     )
     if home is None:
-        return opened(references)
-    counted = listed(home[0], but=home[1])
-    late = waiting(*home, counted)
-    if late and ancestry is None:
-        progress.note(
-            f"{', '.join(late)} came late and {'is' if len(late) == 1 else 'are'} not taken: --stale discount would"
-        )
-        late = {}
-    candidates = opened([place for place in references if not late or locate(place).is_dir()], late=late)
-    kept = counted_once(candidates, counted, progress)
-    if not kept:
-        raise ModelError(f"{references[0]} holds no contribution that has not been counted yet: wait for new ones")
-    return kept
+        contributions = opened(references)
+    else:
+        recorded = recorded_contributions(home[0], but=home[1])
+        late = late_contributions(*home, recorded)
+        if late and ancestry is None:
+            progress.note(
+                f"{', '.join(late)} came late and {'is' if len(late) == 1 else 'are'} not taken: --stale discount would"
+            )
+            late = {}
+        contributions = opened([place for place in references if not late or locate(place).is_dir()], late=late)
+        contributions = drop_duplicates(contributions, recorded, progress)
+        if not contributions:
+            raise ModelError(f"{references[0]} holds no contribution that has not been counted yet: wait for new ones")
+    return (
+        [contribution for contribution in contributions if _has_manifest(contribution)]
+        if offer.manifests_only
+        else contributions
+    )
 
 
 @dataclass(frozen=True)
@@ -262,9 +289,13 @@ def _places_by_digest(references: Sequence[str], base: Model, config: FuseConfig
     if not references:
         return {}
     base_checkpoint = open_checkpoint(base.folder, base.name)
-    opened = gather(references, progress, base_checkpoint, allow_pickle=config.allow_pickle, trusted=_trusted(config))
+    opened = load_contributions(
+        references, progress, base_checkpoint, allow_pickle=config.allow_pickle, trusted=_trusted(config)
+    )
     return {
-        item.stated_digest or body_digest(item.checkpoint): item.place for item in opened if item.checkpoint is not None
+        contribution.stated_digest or body_digest(contribution.checkpoint): contribution.place
+        for contribution in opened
+        if contribution.checkpoint is not None
     }
 
 

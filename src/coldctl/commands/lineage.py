@@ -1,4 +1,4 @@
-"""`coldctl lineage`: where a model came from, and whose contributions it carries, read from manifests alone."""
+"""`coldctl lineage`: where a model came from, and which signers' contributions it carries, from manifests alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,38 +14,38 @@ from coldctl.storage.location import is_url, locate
 
 @dataclass(frozen=True)
 class Carrier:
-    """One model that was searched for a signer's contributions, its own and those of its ancestors."""
+    """A model that was searched for a signer's contributions, to itself and to its ancestors."""
 
     place: str
     name: str
     iteration: int | None
     body_digest: str
     carried: tuple[Carried, ...]
-    unsigned: int  # fused contributions that nobody is known to have signed
+    unsigned: int  # fused contributions without a known signer
 
 
 def lineage(model: Model) -> list[Generation]:
-    """The generations from the pretrained model to `model`, oldest first. Raises ManifestError."""
+    """Return the generations from the pretrained model to `model`, oldest first. Raises ManifestError."""
     return generations(_manifest(model))
 
 
 def carriers(references: Sequence[str], signer: str) -> list[Carrier]:
-    """What of a signer's work the models carry; a RUN stands for the fused models of all its iterations.
+    """Return which contributions of a signer the models carry. A RUN stands for the fused models of all its iterations.
 
-    `signer` is a public key's file, or the name that a key was trusted under. Raises ManifestError, and ConfigError for a
-    name that no model was ever fused under.
+    `signer` is a public key's file, or the name of a trusted key. Raises ManifestError, and ConfigError for a name that
+    was trusted for none of the models.
     """
-    found = [(model, _manifest(model)) for reference in references for model in _models(reference)]
-    ancestries = [generations(document) for _, document in found]
+    models = [(model, _manifest(model)) for reference in references for model in _models(reference)]
+    ancestries = [generations(document) for _, document in models]
     fingerprint = None
     if Path(signer).is_file():
         fingerprint = signatures.public_key(Path(signer), "--signer").fingerprint
     else:
-        known = sorted({name for ancestry in ancestries for name in known_keys(ancestry)})
-        if signer not in known:
+        names = sorted({name for ancestry in ancestries for name in known_keys(ancestry)})
+        if signer not in names:
             raise ConfigError(
                 f"--signer {signer} is no file, and no key of that name was trusted: "
-                + (f"known are {', '.join(known)}" if known else "these models were fused without --trusted-keys")
+                + (f"known are {', '.join(names)}" if names else "these models were fused without --trusted-keys")
             )
     return [
         Carrier(
@@ -56,14 +56,14 @@ def carriers(references: Sequence[str], signer: str) -> list[Carrier]:
             tuple(carried(ancestry, signer, fingerprint)),
             unsigned(ancestry),
         )
-        for (model, document), ancestry in zip(found, ancestries, strict=True)
+        for (model, document), ancestry in zip(models, ancestries, strict=True)
     ]
 
 
 def in_words(carrier: Carrier) -> str:
-    """The contributions that one model carries."""
+    """Return the contributions that one model carries as a list in text."""
     return ", ".join(
-        f"{item.contribution} (iteration {item.iteration}, weight {item.weight:.3g})" for item in carrier.carried
+        f"{each.contribution} (iteration {each.iteration}, weight {each.weight:.3g})" for each in carrier.carried
     )
 
 
@@ -71,11 +71,11 @@ def _models(reference: str) -> list[Model]:
     place = locate(reference)
     if not (is_url(reference) or place.is_dir()) or not run.is_run(place):
         return [resolve(reference)]
-    made = [layout.fused(place, number) for number in layout.iteration_numbers(place)]
-    found = [resolve(str(path)) for path in made if layout.is_complete(path)]
-    if not found:
+    fused = [layout.fused(place, number) for number in layout.iteration_numbers(place)]
+    models = [resolve(str(path)) for path in fused if layout.is_complete(path)]
+    if not models:
         raise ManifestError(f"{reference} has no fused model yet: fuse its first iteration")
-    return found
+    return models
 
 
 def _manifest(model: Model) -> Manifest:

@@ -1,6 +1,6 @@
-"""`coldctl plan` and `coldctl promote`: the two ends of an iteration, kept in `run.json`.
+"""`coldctl plan` and `coldctl promote`: the beginning and the end of an iteration, recorded in `run.json`.
 
-`plan` says which iterations are still to be made, `promote` decides about the one that has just been.
+`plan` returns the iterations that are still to be made, `promote` decides about the newest one.
 """
 
 import os
@@ -32,21 +32,15 @@ def plan(
     target: int | None = None,
     progress: Progress,
 ) -> list[int]:
-    """Start or extend a run and return the numbers of the iterations to be made, perhaps begun already.
+    """Start or extend a run and return the numbers of the iterations to be made, which may have begun already.
 
-    `target` counts the run's iterations in all, in place of new `iterations`. Raises ConfigError if `[run]` names no base,
-    or the config changed in the middle of an iteration.
+    `target` is the run's total number of iterations and replaces `iterations`, the number of new ones. Raises ConfigError
+    if `[run]` names no base, or the config changed in the middle of an iteration.
     """
     if not config.base:
         raise ConfigError(f'{file.path}: [run] names no base: add `base = "…"`, a directory or a Hub id')
-    model = resolve(config.base, config.revision)  # a base that cannot be had stops the run before it starts
-    base = config.base
-    if Path(base).is_absolute() and isinstance(folder, Path):  # relative, so that a run and its base can move together
-        base = os.path.relpath(Path(base).resolve(), folder.resolve())
-        base = base if base.startswith(".") else f"./{base}"
-    elif Path(base).is_absolute():  # others find nothing of this machine
-        base = f"./{layout.PRETRAINED}"
-    wanted = iterations if target is None else target
+    model = resolve(config.base, config.revision)  # a missing base stops the run before it starts
+    base = _as_recorded(config.base, folder)
     planned = Run(
         schema=run.SCHEMA,
         folder=folder,
@@ -56,73 +50,86 @@ def plan(
         sample=config.sample,
         seed=seed,
         gate=gate,
-        target=wanted,
+        target=iterations if target is None else target,
         iterations=(),
     )
     if run.is_run(folder):
-        found = run.read(folder)
+        existing = run.read(folder)
         if target is not None:
-            iterations = max(0, target - found.decided)
-        planned = run.extended(found, planned, iterations, {name for name, _ in contributors_of(file.datasets)})
-    elif folder.exists() and any(_is_anothers(child.name) for child in children(folder)):
+            iterations = max(0, target - existing.decided)
+        planned = run.extended(existing, planned, iterations, {name for name, _ in contributors_of(file.datasets)})
+    elif folder.exists() and any(_is_foreign(child.name) for child in children(folder)):
         raise ConfigError(f"{folder} holds files but no {layout.RUN}: give a new directory as RUN")
     if base == f"./{layout.PRETRAINED}" and not isinstance(folder, Path):
-        _share(model, folder / layout.PRETRAINED, progress)
+        _upload_base(model, folder / layout.PRETRAINED, progress)
     run.write(planned)
     return list(range(planned.decided + 1, planned.target + 1))
 
 
-def _share(model: Model, place: Location, progress: Progress) -> None:
-    """Store a pretrained model of this machine in the RUN, so that whoever works on it finds it. Raises OutputError."""
+def _as_recorded(base: str, folder: Location) -> str:
+    """Return the base as `run.json` names it: a local directory relative to the RUN, so that both can move together.
+
+    A RUN in a store is used from several machines, so it gets a copy of a local directory.
+    """
+    if not Path(base).is_absolute():
+        return base
+    if not isinstance(folder, Path):
+        return f"./{layout.PRETRAINED}"
+    relative = os.path.relpath(Path(base).resolve(), folder.resolve())
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def _upload_base(model: Model, place: Location, progress: Progress) -> None:
+    """Upload a local pretrained model into a RUN in a store, once. Raises OutputError or ConfigError."""
     digest = digest_of(
-        {name: manifest.digest_of_reader(model.folder.open(name)) for name in model.folder.names() if _belongs(name)}
+        {name: manifest.digest_of_reader(model.folder.open(name)) for name in model.folder.names() if _is_model(name)}
     )
     marker = place.parent / f".{place.name}.digest"
-    if (known := conditional_write.read(marker)) is not None:
-        if known.data.decode() != digest:
+    if (uploaded := conditional_write.read(marker)) is not None:
+        if uploaded.data.decode() != digest:
             raise ConfigError(f"{place} holds another model than {model.place}: restore the base, or give a new RUN")
         return
     progress.note(f"{model.name} is stored in {place}: whoever works on the run starts from there")
-    store_output.upload(Path(model.place), place, progress, _belongs)
+    store_output.upload(Path(model.place), place, progress, _is_model)
     conditional_write.create(marker, digest.encode())
 
 
-def _is_anothers(name: str) -> bool:
-    """Whether a plan that was broken off cannot have left this."""
+def _is_foreign(name: str) -> bool:
+    """Return False for names that an interrupted `plan` leaves."""
     return not name.startswith(".") and name != layout.PRETRAINED
 
 
-def _belongs(name: str) -> bool:
+def _is_model(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES)
 
 
 def promote(folder: Location, number: int | None = None) -> Iteration:
-    """Decide about the iteration after the last decided one: its fused model becomes the base, or the gate keeps the old.
+    """Decide whether the fused model of the first undecided iteration becomes the base, and record the decision.
 
-    Of an iteration `number` that is decided already, perhaps by another command at this very moment, the decision is
-    returned. Raises ManifestError if that iteration is not complete.
+    If iteration `number` is decided already, perhaps by another command at the same time, its decision is returned. Raises
+    ManifestError if the iteration is not complete.
     """
-    found = run.read(folder)
-    number = number or found.decided + 1
-    if number <= found.decided:
-        return found.iterations[number - 1]
+    state = run.read(folder)
+    number = number or state.decided + 1
+    if number <= state.decided:
+        return state.iterations[number - 1]
     fused = layout.fused(folder, number)
     if not layout.is_complete(fused):
         raise ManifestError(f"{fused} is not complete: fuse iteration {number} first")
-    reason = _gate_says_no(layout.gate(folder, number)) if found.gate else None
+    reason = _gate_refusal(layout.gate(folder, number)) if state.gate else None
     decision = Iteration(number, reason is None, manifest.read(fused)["body_digest"], reason)
     try:
-        run.write(replace(found, iterations=(*found.iterations, decision)))
+        run.write(replace(state, iterations=(*state.iterations, decision)))
     except OutputError:
-        found = run.read(folder)
-        if number > found.decided:
+        state = run.read(folder)
+        if number > state.decided:
             raise
-        return found.iterations[number - 1]
+        return state.iterations[number - 1]
     return decision
 
 
-def _gate_says_no(gate: Location) -> str | None:
-    """Why the gate refuses, from its evaluation against the iteration's own base; None if it does not."""
+def _gate_refusal(gate: Location) -> str | None:
+    """Return the regressions in the evaluation against the iteration's own base, or None if there are none."""
     if not layout.is_complete(gate):
         raise ManifestError(f"{gate} is not complete: evaluate against the iteration's base first")
     margin = manifest.read_unchanged(gate)["config"]["evaluate"]["regression_margin"]

@@ -12,7 +12,8 @@ from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.body_export import WrittenBody, write_body, write_config
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.header import DTYPE_NAMES
 from coldctl.common.errors import CheckpointError, ConfigError, ManifestError
 from coldctl.common.progress import Progress
@@ -20,7 +21,7 @@ from coldctl.config.loading import as_record, check_name, identity
 from coldctl.config.settings import PublishConfig
 from coldctl.evaluation import results
 from coldctl.evaluation.charts import gain_chart
-from coldctl.fusing.passes import prove
+from coldctl.fusing.passes import verify_checkpoint
 from coldctl.publishing import privacy, tokenizer
 from coldctl.publishing.card import CardContext, EarlierCard, card, earlier_card
 from coldctl.publishing.targets import DryTarget, LocalTarget, StoreTarget, Target, Upload, current_in
@@ -213,7 +214,7 @@ def _fill(work: _Work, target: Target, upload: Upload, earlier: list[EarlierCard
     folder, config, progress = upload.folder, work.config, work.progress
     started = time.perf_counter()
     body = write_body(work.source, folder, config.dtype, config.max_shard_size, progress)
-    prove(work.source, body.source_digest)
+    verify_checkpoint(work.source, body.source_digest)
     write_config(work.source, folder, config.dtype)
     if words := sanitize.note_on(work.source.folder):
         progress.note(f"{work.name} {words}")

@@ -1,4 +1,4 @@
-"""`coldctl status`: what a run has, what is missing, and what is being worked on."""
+"""`coldctl status`: what a run has, what is missing, and what other commands are writing."""
 
 from dataclasses import dataclass
 
@@ -9,47 +9,48 @@ from coldctl.storage.location import Location, children
 
 @dataclass(frozen=True)
 class IterationStatus:
-    """One iteration's pieces. `running` are those another command holds right now, `unfinished` those nobody does.
-
-    `late` are those of earlier iterations that were fused here, with their ages.
-    """
+    """The outputs of one iteration, by name."""
 
     number: int
-    contributions: tuple[str, ...]
-    running: tuple[str, ...]
-    unfinished: tuple[str, ...]
+    contributions: tuple[str, ...]  # complete ones
+    running: tuple[str, ...]  # another command is writing them
+    unfinished: tuple[str, ...]  # partial, and no command is writing them
     fused: bool
     evaluated: bool
-    promoted: bool | None
-    late: dict[str, int]
+    promoted: bool | None  # None if not decided
+    late: dict[str, int]  # contributions to earlier iterations that were fused here, with their ages
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as it stands."""
+    """The state of a run."""
 
     pretrained: str
     base_model: str
-    evaluation: str | None  # of the base model, where it is complete
+    evaluation: str | None  # of the base model, if it is complete
     target: int
     iterations: tuple[IterationStatus, ...]
-    waiting: tuple[str, ...]  # contributions that came after their iteration was fused, and that none has taken yet
+    waiting: tuple[str, ...]  # contributions that arrived after their iteration was fused, not fused since
 
 
 def status(folder: Location) -> RunStatus:
-    """Read a run off its folders. Raises ManifestError if `folder` is no run."""
-    found = run.read(folder)
-    decided = {item.number: item.promoted for item in found.iterations}
+    """Return the state of a run, read from its folders. Raises ManifestError if `folder` is not a run."""
+    state = run.read(folder)
+    decided = {iteration.number: iteration.promoted for iteration in state.iterations}
     numbers = sorted({*layout.iteration_numbers(folder), *decided})
-    last = next((item.number for item in reversed(found.iterations) if item.promoted), None)
-    closed = max((number for number in numbers if layout.is_complete(layout.fused(folder, number))), default=0)
-    waiting = late.waiting(folder, closed + 1, late.listed(folder, but=0)) if closed else {}
-    evaluation = None if last is None else layout.evaluation(folder, last)
+    promoted = [number for number, is_promoted in decided.items() if is_promoted]
+    evaluation = layout.evaluation(folder, promoted[-1]) if promoted else None
+    last_fused = max((number for number in numbers if layout.is_complete(layout.fused(folder, number))), default=0)
+    waiting = (
+        late.late_contributions(folder, last_fused + 1, late.recorded_contributions(folder, but=0))
+        if last_fused
+        else {}
+    )
     return RunStatus(
-        found.pretrained,
-        found.base_model,
+        state.pretrained,
+        state.base_model,
         str(evaluation) if evaluation is not None and layout.is_complete(evaluation) else None,
-        found.target,
+        state.target,
         tuple(_iteration(folder, number, decided.get(number)) for number in numbers),
         tuple(waiting),
     )
@@ -57,18 +58,17 @@ def status(folder: Location) -> RunStatus:
 
 def _iteration(folder: Location, number: int, promoted: bool | None) -> IterationStatus:
     contributions = layout.contributions(folder, number)
-    found = children(contributions) if contributions.is_dir() else []
-    complete = tuple(child.name for child in found if layout.is_complete(child) and not child.name.startswith("."))
-    partials = [child for child in found if _is_partial(child)]
-    partials += [child for child in children(layout.iteration(folder, number)) if _is_partial(child)]
+    offered = children(contributions) if contributions.is_dir() else []
+    complete = tuple(child.name for child in offered if layout.is_complete(child) and not child.name.startswith("."))
+    partials = [path for path in (*offered, *children(layout.iteration(folder, number))) if _is_partial(path)]
     fused = layout.fused(folder, number)
     records = manifest.read(fused).get("contributions", []) if layout.is_complete(fused) else []
-    held = {child for child in partials if output.is_held(child)}
+    held = {path for path in partials if output.is_held(path)}
     return IterationStatus(
         number,
         complete,
-        tuple(_name(child) for child in partials if child in held),
-        tuple(_name(child) for child in partials if child not in held),
+        tuple(_name(path) for path in partials if path in held),
+        tuple(_name(path) for path in partials if path not in held),
         layout.is_complete(fused),
         layout.is_complete(layout.evaluation(folder, number)),
         promoted,

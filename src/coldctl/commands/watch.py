@@ -1,13 +1,12 @@
-"""`coldctl watch`: whenever enough contributions have come to a RUN, fuse, evaluate, promote, and wait for the next ones.
+"""`coldctl watch`: whenever enough contributions have arrived in a RUN, fuse, evaluate, promote, and wait for more.
 
-A composition of stages, which know nothing of each other. It keeps no state: each look reads the RUN and does what is
-missing, so after a kill at any moment the next look goes on. Any number of watchers may look at one RUN: whoever
-claims an output writes it, and the others find it complete, or busy, and wait.
+It keeps no state: each look reads the RUN and does what is missing, so after a kill at any moment the next look goes on.
+Any number of watchers may watch one RUN: one of them locks an output and writes it, the others wait.
 """
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from coldctl.artifacts import layout, manifest, run
@@ -17,6 +16,7 @@ from coldctl.commands import evaluate, fuse, plan
 from coldctl.common.errors import BusyError, CheckpointError, ConfigError, DeclinedError, OutputError
 from coldctl.common.progress import Progress
 from coldctl.config.settings import DatasetConfig, EvaluateConfig, FinetuneConfig, FuseConfig
+from coldctl.evaluation.measure import Suite
 from coldctl.evaluation.results import Results
 from coldctl.storage.location import Location
 from coldctl.workers.jobs import Engine
@@ -24,7 +24,10 @@ from coldctl.workers.jobs import Engine
 
 @dataclass(frozen=True)
 class Settings:
-    """How iterations are made: `fuse.min_contributions` usable ones must have come. Without `datasets` none is evaluated."""
+    """The settings of the stages. Without `datasets` nothing is evaluated.
+
+    An iteration is fused when `fuse.min_contributions` usable contributions have arrived.
+    """
 
     fuse: FuseConfig
     evaluate: EvaluateConfig
@@ -35,10 +38,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at a RUN led to.
+    """The result of one look at a RUN.
 
-    `waiting` for contributions; `busy`, for another command is at work; `refused`, for what has come cannot be fused;
-    or `decided`, with what was fused, what was measured, and whether it was promoted.
+    `waiting`: contributions are missing. `busy`: another command is writing an output. `refused`: the contributions
+    cannot be fused. `decided`: the iteration was fused, measured, and promoted or not.
     """
 
     iteration: int
@@ -60,84 +63,80 @@ def watch(
     progress: Progress,
     announce: Callable[[Look], None],
 ) -> list[Look]:
-    """Look at a RUN every so many seconds, until so many more of its iterations are decided, by whomever; for ever if None.
+    """Look at a RUN every `every` seconds, until `iterations` more are decided by any command; forever if None.
 
-    `announce` hears of each look that differs from the one before. Returns the iterations that were decided, and
-    with `once`, which looks one time, that look. Raises ManifestError if `folder` is no RUN, ConfigError, and whatever
-    stops evaluating.
+    `announce` is called with each look that differs from the one before. Returns the looks that decided an iteration, or
+    with `once` a single look. Raises ManifestError if `folder` is not a RUN, ConfigError, and errors of evaluating.
     """
     if run.read(folder).gate and not settings.datasets:
         raise ConfigError(f"{folder} has a gate, which needs an evaluation: give --suite FILE.toml")
     start = run.read(folder).decided
-    found: list[Look] = []
-    before: Look | None = None
+    decided: list[Look] = []
+    previous: Look | None = None
     while True:
-        seen = look(folder, settings, progress)
-        if seen != before:
-            announce(seen)
-        before = seen
+        current = look(folder, settings, progress)
+        if current != previous:
+            announce(current)
+        previous = current
         if once:
-            return [seen]
-        if seen.state == "decided":
-            found.append(Look(seen.iteration, seen.state, seen.usable, seen.reason, seen.promoted))
+            return [current]
+        if current.state == "decided":
+            decided.append(replace(current, fused=None, results=None))
         if iterations is not None and run.read(folder).decided >= start + iterations:
-            return found
-        if seen.state != "decided":
+            return decided
+        if current.state != "decided":
             time.sleep(every)
 
 
 def look(folder: Location, settings: Settings, progress: Progress) -> Look:
-    """Do what the open iteration of a RUN can have done now, up to its promotion."""
+    """Fuse, evaluate and promote the open iteration of a RUN, as far as possible now."""
     state = run.read(folder)
     number = state.decided + 1
     place = layout.fused(folder, number)
     base = resolve(state.base_model, state.revision)
     try:
-        if not layout.is_complete(place) and (short := _fused(folder, number, base, settings, progress)) is not None:
-            return short
-        results = _evaluated(folder, state, number, base, settings, progress)
+        if not layout.is_complete(place) and (stopped := _fuse(folder, number, base, settings, progress)) is not None:
+            return stopped
+        results = _evaluate(folder, state, settings, progress)
         decision = plan.promote(folder, number)
     except BusyError as error:
         return Look(number, "busy", reason=error.message)
     return Look(number, "decided", 0, decision.reason, decision.promoted, manifest.read(place), results)
 
 
-def _fused(folder: Location, number: int, base: Model, settings: Settings, progress: Progress) -> Look | None:
-    """Fuse what has come, if it is enough and good; else why not. Raises BusyError."""
-    given = [str(layout.contributions(folder, number))]
-    usable = sum(not item.problems for item in fuse.fusible(given, base, settings.fuse))
+def _fuse(folder: Location, number: int, base: Model, settings: Settings, progress: Progress) -> Look | None:
+    """Fuse the contributions. Returns a look if they are too few or cannot be fused. Raises BusyError."""
+    contributions = [str(layout.contributions(folder, number))]
+    usable = sum(not contribution.rejections for contribution in fuse.fusible(contributions, base, settings.fuse))
     if usable < settings.fuse.min_contributions:
         return Look(number, "waiting", usable)
     place = layout.fused(folder, number)
     try:
-        fuse.fuse(
-            given, base, place, settings.fuse, overwrite=False, progress=progress, manifests_only=True,
-            engine=settings.engine,
-        )  # fmt: skip
-    except (CheckpointError, DeclinedError) as error:  # better ones may come, or somebody mends what is there
+        fuse.fuse_complete(contributions, base, place, settings.fuse, progress=progress, engine=settings.engine)
+    except (CheckpointError, DeclinedError) as error:  # others may arrive, or contributors may replace theirs
         return Look(number, "refused", usable, "; ".join([error.message, *error.details]))
     except OutputError as error:
-        if layout.is_complete(place):  # another command was quicker, perhaps with one contribution less or more
+        if layout.is_complete(place):  # another command was faster, perhaps with other contributions
             raise BusyError(f"{place} was completed by another command meanwhile") from error
         raise
     return None
 
 
-def _evaluated(
-    folder: Location, state: run.Run, number: int, base: Model, settings: Settings, progress: Progress
-) -> Results | None:
+def _evaluate(folder: Location, state: run.Run, settings: Settings, progress: Progress) -> Results | None:
     """Measure an iteration's fused model against the pretrained model, and for the gate against its own base."""
     if not settings.datasets:
         return None
-    against = [(resolve(state.pretrained, state.revision), layout.evaluation(folder, number))]
+    number = state.decided + 1
+    baselines = [(state.pretrained, layout.evaluation(folder, number))]
     if state.gate:
-        against.append((base, layout.gate(folder, number)))
-    subject = evaluate.candidates_of([str(layout.fused(folder, number))], None)
+        baselines.append((state.base_model, layout.gate(folder, number)))
+    suite = Suite(settings.datasets, settings.evaluate, settings.finetune)
+    fused = str(layout.fused(folder, number))
     done = [
         evaluate.evaluate(
-            subject, baseline, settings.datasets, output, settings.evaluate, settings.finetune,
-            engine=settings.engine, overwrite=False, progress=progress,
+            [fused], baseline, suite, output,
+            revision=state.revision, engine=settings.engine, overwrite=False, progress=progress,
         )
-        for baseline, output in against
+        for baseline, output in baselines
     ]  # fmt: skip
     return done[0].results

@@ -24,19 +24,6 @@ DEFAULT_RANK = 8  # where an adapter is asked for, and no rank is given
 Metric = Literal["accuracy", "macro_f1", "matthews", "pearson", "spearman"]
 Protocol = Literal["linear-probe", "finetune", "few-shot", "multitask"]
 PROTOCOLS: tuple[Protocol, ...] = typing.get_args(Protocol)
-Method = Literal[
-    "mean",
-    "task-arithmetic",
-    "ties",
-    "dare",
-    "model-stock",
-    "slerp",
-    "median",
-    "trimmed-mean",
-    "multi-krum",
-    "geometric-median",
-    "fisher",
-]
 Send = Literal["full", "delta-bf16", "delta-int8", "lora"]
 Columns = str | Annotated[tuple[str, ...], Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -123,7 +110,7 @@ class FinetuneConfig:
 class FuseConfig:
     """`[fuse]`: how contributions become a fused model. The defaults are the paper's plain mean."""
 
-    method: Annotated[Method, about("Merge method.")] = "mean"
+    method: Annotated[str, about("Merge method: a name from the table in docs/fusing.md.", metavar="METHOD")] = "mean"
     scale: Annotated[
         Scale, about("Scale λ of the step from the base: a number, auto, or a multiple such as 1.5*auto.", metavar="λ")
     ] = _STEP

@@ -152,8 +152,8 @@ def _class_of(value: Any) -> str | None:
     """Return the class that a label names if it is a text or a whole number."""
     if isinstance(value, str):
         return value or None
-    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return str(int(value)) if whole else None
+    integral = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return str(int(value)) if integral else None
 
 
 def class_names(train: LabelCollector, names: list[str] | None, config: DatasetConfig) -> tuple[str, ...]:
@@ -168,8 +168,8 @@ def class_names(train: LabelCollector, names: list[str] | None, config: DatasetC
     if names is not None:
         present = set(classes)
         return tuple(name for name in names if name in present)
-    whole = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in classes)
-    return tuple(sorted(classes, key=int if whole else None))
+    numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in classes)
+    return tuple(sorted(classes, key=int if numeric else None))
 
 
 def encode(collected: LabelCollector, train: LabelCollector, labels: Sequence[str], config: DatasetConfig) -> Labels:

@@ -1,4 +1,4 @@
-"""Pictures: PNGs that lie beside results, and SVGs for the page, all by matplotlib."""
+"""Charts by matplotlib: PNGs that lie beside results, and SVGs for the page."""
 
 import io
 import itertools
@@ -26,51 +26,48 @@ _MOST_PANELS = 12
 _MOST_BARS = 60
 _MOST_COLUMNS = 30
 _LONGEST = 24  # characters of a name beside a bar
-_LONGEST_BAR = 60  # of one that has a chart to itself
+_LONGEST_DATASET = 60  # characters of a dataset's name in the chart of gains
 
 
 def prepare() -> None:
-    """Import the plotting library in the background, while the caller waits for disks and digests."""
-
+    """Import matplotlib in the background, while the caller waits for disks and digests."""
     threading.Thread(target=_pyplot, daemon=True).start()
 
 
 def fuse_chart(records: Sequence[Mapping[str, Any]], path: Location) -> None:
-    """`fuse.png`: per fused contribution the norm of its update and its cosine to the mean update, as columns."""
-    plt = _pyplot()
+    """Write `fuse.png`: per fused contribution the norm of its update and its cosine to the mean update, as columns."""
     fused = [record for record in records if record["status"] == "fused"]
     places = range(len(fused))
     inches = min(24.0, max(5.0, 0.5 * len(fused) + 2))
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(inches, 4.8), layout="constrained")
+    figure, axes = _subplots(2, 1, inches, 4.8, sharex=True)
     thickness = min(40.0, 0.6 * 72 * (inches - 1) / len(fused))  # points
     columns = (("update_norm", "norm of the update"), ("cosine_to_mean", "cosine to the mean update"))
     for axis, (key, title) in zip(axes, columns, strict=True):
         colours = [_LOSS if any(note.startswith("outlier") for note in record["notes"]) else _GAIN for record in fused]
-        # One collection of lines, where a thousand bars would be a thousand objects.
+        # Lines are one collection of matplotlib's, while a thousand bars would be a thousand objects.
         axis.vlines(places, 0, [record[key] or 0.0 for record in fused], colors=colours, linewidth=thickness)
         axis.set_xlim(-0.6, len(fused) - 0.4)
-        axis.set_title(title, loc="left", fontsize=10)
         axis.axhline(0, color=_INK, linewidth=0.8)
-        _bare(axis, "y")
+        _finish(axis, "y", title)
     names = [plain(record["name"], _LONGEST) for record in fused]
-    every = max(1, len(fused) // 60)  # more names than that cannot be read
+    every = max(1, len(fused) // 60)  # more than sixty names are not readable
     axes[1].set_xticks(list(places)[::every], names[::every], rotation=45, ha="right", fontsize=8)
     _save(figure, path, 110)
 
 
 def training_chart(curve: Sequence[tuple[int, float, float]], title: str, metric: str, path: Location) -> None:
-    """`training.png`: training loss and validation score by step, the best validation marked."""
-    plt = _pyplot()
+    """Write `training.png`: training loss and validation score by step, the best validation marked."""
     steps, losses, scores = ([row[column] for row in curve] for column in range(3))
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(6, 4.8), layout="constrained")
-    titles = ("training loss, mean since the last validation", f"validation {metric}")
+    figure, axes = _subplots(2, 1, 6, 4.8, sharex=True)
+    best = int(np.argmax(scores))
+    titles = (
+        "training loss, mean since the last validation",
+        f"validation {metric}, kept: {scores[best]:.1f} at step {steps[best]}",
+    )
     for axis, values, words in zip(axes, (losses, scores), titles, strict=True):
         axis.plot(steps, values, color=_GAIN, linewidth=1.5, marker="o", markersize=3)
-        axis.set_title(words, loc="left", fontsize=10)
-        _bare(axis, "y")
-    best = int(np.argmax(scores))
+        _finish(axis, "y", words)
     axes[1].plot(steps[best], scores[best], marker="o", markersize=8, markerfacecolor="none", color=_LOSS)
-    axes[1].set_title(f"validation {metric}, kept: {scores[best]:.1f} at step {steps[best]}", loc="left", fontsize=10)
     axes[1].xaxis.get_major_locator().set_params(integer=True)
     axes[1].set_xlabel("step")
     figure.suptitle(plain(title), fontsize=10, x=0.01, ha="left")
@@ -78,7 +75,7 @@ def training_chart(curve: Sequence[tuple[int, float, float]], title: str, metric
 
 
 def charted(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The (model, protocol) pairs worth a chart of gains: of each run only the newest iteration, and not too many."""
+    """Return the (model, protocol) pairs worth a chart of gains: of each run only the newest iteration, at most twelve."""
     newest: dict[str, int] = {}
     for model in results["models"]:
         if model.get("run") is not None:
@@ -93,17 +90,14 @@ def charted(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def gain_chart(results: Mapping[str, Any], path: Location) -> None:
-    """`gain.png`: the gain per dataset, sorted, with intervals; a panel per model and protocol."""
+    """Write `gain.png`: the gain per dataset, sorted, with intervals; a panel per model and protocol."""
     _save(gain_figure(results, charted(results)), path, 144)
 
 
 def gain_figure(results: Mapping[str, Any], pairs: Sequence[tuple[str, str]], width: float = 8) -> Any:
-    """The gains of these (model, protocol) pairs, one panel each; `width` in inches."""
-    plt = _pyplot()
+    """Draw the gains of (model, protocol) pairs, one panel each; `width` in inches."""
     rows = max(len(rows_of(results["results"], *pair)) for pair in pairs) + 1
-    figure, axes = plt.subplots(
-        len(pairs), 1, figsize=(width, (1.1 + 0.34 * rows) * len(pairs)), squeeze=False, layout="constrained"
-    )
+    figure, axes = _subplots(len(pairs), 1, width, (1.1 + 0.34 * rows) * len(pairs), squeeze=False)
     for axis, (model, protocol) in zip(axes[:, 0], pairs, strict=True):
         entries = sorted(rows_of(results["results"], model, protocol), key=lambda entry: float(entry["gain"]))
         average = rows_of(results["averages"], model, protocol)[0]
@@ -117,25 +111,23 @@ def gain_figure(results: Mapping[str, Any], pairs: Sequence[tuple[str, str]], wi
         axis.barh(range(len(bars)), gains, color=colours, height=0.65)
         axis.errorbar(gains, range(len(bars)), xerr=reach, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
         names = [f"{entry['dataset']} ({entry['role']})" if "role" in entry else entry["dataset"] for entry in bars]
-        axis.set_yticks(range(len(bars)), [plain(name, _LONGEST_BAR) for name in names])
+        axis.set_yticks(range(len(bars)), [plain(name, _LONGEST_DATASET) for name in names])
         axis.axvline(0, color=_INK, linewidth=0.8)
         axis.set_xlabel("gain in points (bar) and 95 % interval (line)")
-        axis.set_title(plain(f"{model} against {results['baseline']['name']}, {protocol}"), loc="left", fontsize=10)
-        _bare(axis, "x")
+        _finish(axis, "x", plain(f"{model} against {results['baseline']['name']}, {protocol}"))
     return figure
 
 
 def curve_chart(panels: Sequence[Panel], path: Location) -> None:
-    """`curve.png`: scores over iterations."""
+    """Write `curve.png`: scores over iterations."""
     _save(curve_figure(panels, columns=2), path, 144)
 
 
 def curve_figure(panels: Sequence[Panel], columns: int) -> Any:
-    """Scores over iterations, one panel per protocol and group of datasets; a band for the interval of the gain."""
-    plt = _pyplot()
+    """Draw scores over iterations, one panel per protocol and group of datasets; a band is the interval of the gain."""
     rows = -(-len(panels) // columns)
     width = min(columns, len(panels))
-    figure, axes = plt.subplots(rows, width, figsize=(4.8 * width, 3.3 * rows), squeeze=False, layout="constrained")
+    figure, axes = _subplots(rows, width, 4.8 * width, 3.3 * rows, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for axis, panel in zip(axes.flat, panels, strict=False):
@@ -143,47 +135,42 @@ def curve_figure(panels: Sequence[Panel], columns: int) -> Any:
             start = panel.levels.get("pretrained model")
             places, scores = [point.iteration for point in points], [point.mean for point in points]
             low, high = ([point.interval[side] for point in points] for side in (0, 1))
-            if start is not None:  # where every run begins
+            if start is not None:  # every run begins there
                 places, scores, low, high = [0, *places], [start, *scores], [start, *low], [start, *high]
             axis.plot(places, scores, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=plain(run))
             axis.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
         for style, (words, level) in zip(itertools.cycle(_DASHES), panel.levels.items(), strict=False):
             axis.axhline(level, color=_NOISE, linewidth=1.2, linestyle=style, label=words)
         group = "all datasets" if panel.group == "all" else f"{panel.group} datasets"
-        axis.set_title(f"{panel.protocol}, {group}", loc="left", fontsize=10)
         axis.set_xlabel("iteration")
         axis.set_ylabel("mean score, %")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8, frameon=False)
-        _bare(axis, "y")
+        _finish(axis, "y", f"{panel.protocol}, {group}")
     return figure
 
 
 def norm_figure(records: Sequence[Mapping[str, Any]]) -> Any:
-    """The norm of each fused contribution's update, one bar each, of one iteration."""
-    plt = _pyplot()
+    """Draw the norm of each fused contribution's update in one iteration, one bar each."""
     shown = sorted(records, key=lambda record: record["update_norm"] or 0.0)[-_MOST_BARS:]
-    figure, axis = plt.subplots(figsize=(4.8, 0.9 + 0.3 * len(shown)), layout="constrained")
+    figure, axis = _subplots(1, 1, 4.8, 0.9 + 0.3 * len(shown))
     axis.barh(range(len(shown)), [record["update_norm"] or 0.0 for record in shown], color=_GAIN, height=0.65)
     axis.set_yticks(range(len(shown)), [plain(record["name"], _LONGEST) for record in shown])
     axis.set_xlabel("L2 norm of contribution − base")
-    _bare(axis, "x")
+    _finish(axis, "x")
     return figure
 
 
 def cosine_figure(cosines: Mapping[str, Mapping[int, float]]) -> Any:
-    """A heat map: rows are contributors, columns iterations, cells the cosine of an update to the mean update."""
-    plt = _pyplot()
+    """Draw a heat map: rows are contributors, columns iterations, cells the cosine of an update to the mean update."""
     names = list(cosines)[:_MOST_BARS]
     iterations = sorted({iteration for row in cosines.values() for iteration in row})[-_MOST_COLUMNS:]
     table = np.array([[cosines[name].get(iteration, np.nan) for iteration in iterations] for name in names])
-    size = (max(3.2, 1.6 + 0.5 * len(iterations)), 1.1 + 0.32 * len(names))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    colours = plt.get_cmap("RdBu")
-    axis.pcolormesh(np.ma.masked_invalid(table), cmap=colours, vmin=-1, vmax=1, edgecolors=_GRID, linewidth=0.5)
+    figure, axis = _subplots(1, 1, max(3.2, 1.6 + 0.5 * len(iterations)), 1.1 + 0.32 * len(names))
+    axis.pcolormesh(np.ma.masked_invalid(table), cmap="RdBu", vmin=-1, vmax=1, edgecolors=_GRID, linewidth=0.5)
     for row, column in np.argwhere(~np.isnan(table)).tolist():
         value = table[row, column]
-        ink = "#ffffff" if abs(value) > 0.6 else "#111111"  # on the cell's own colour, whatever the page's
+        ink = "#ffffff" if abs(value) > 0.6 else "#111111"  # contrasts with the cell, in dark and light pages
         axis.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
     axis.set_yticks(np.arange(len(names)) + 0.5, [plain(name, _LONGEST) for name in names])
     axis.set_xticks(np.arange(len(iterations)) + 0.5, [str(iteration) for iteration in iterations])
@@ -195,21 +182,16 @@ def cosine_figure(cosines: Mapping[str, Mapping[int, float]]) -> Any:
 
 
 def as_svg(figure: Any, salt: str) -> str:
-    """A figure as SVG for a page that has colours of its own: ours become CSS variables. Same figure, same text.
+    """Return a figure as SVG whose colours are CSS variables of the page. The same figure gives the same text.
 
     `salt` keeps the ids of several figures on one page apart.
     """
-    plt = _pyplot()
-    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    plt.close(figure)
-    text = file.getvalue()
+    with _pyplot().rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        text = _drawn(figure, format="svg", transparent=True, metadata={"Date": None, "Creator": None}).decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     for colour, variable in _VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
-    # Its own size gives way to the page's; the viewBox keeps the proportions.
+    # The page decides the height; the viewBox keeps the proportions.
     return re.sub(r'(<svg[^>]*?) height="[\d.]+pt"', r"\1", text, count=1)
 
 
@@ -222,8 +204,16 @@ def _pyplot() -> Any:
     return plt
 
 
-def _bare(axis: Any, lines: Literal["x", "y"]) -> None:
-    """No frame but the axes, and a light grid behind."""
+def _subplots(rows: int, columns: int, width: float, height: float, **options: bool) -> tuple[Any, Any]:
+    """Return a figure of so many inches, and its axes."""
+    figure, axes = _pyplot().subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+    return figure, axes
+
+
+def _finish(axis: Any, lines: Literal["x", "y"], title: str | None = None) -> None:
+    """Leave no frame but the axes, put a light grid behind, and set the title."""
+    if title is not None:
+        axis.set_title(title, loc="left", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis=lines, color=_GRID, linewidth=0.6)
     axis.set_axisbelow(True)
@@ -231,10 +221,13 @@ def _bare(axis: Any, lines: Literal["x", "y"]) -> None:
 
 def _save(figure: Any, path: Location, dpi: int) -> None:
     """Write a PNG without a date or version in it, so that the same chart has the same bytes."""
-    plt = _pyplot()
+    path.write_bytes(_drawn(figure, format="png", dpi=dpi, metadata={"Software": None}))
+
+
+def _drawn(figure: Any, **options: Any) -> bytes:
+    buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format="png", dpi=dpi, metadata={"Software": None})
-        path.write_bytes(drawn.getvalue())
-    plt.close(figure)
+        warnings.simplefilter("ignore")  # characters that the font lacks are drawn as boxes
+        figure.savefig(buffer, **options)
+    _pyplot().close(figure)
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The public model-recycling leaderboard for roberta-base: what others reached, finetuned by the same protocol.
+"""The public model-recycling leaderboard for roberta-base: scores of published models under the same protocol.
 
 `leaderboard.csv` holds scores in percent as published by IBM's model-recycling project (repository
 IBM/model-recycling, `results/roberta-base_table.csv` and `roberta-base_pretrain_scores_table.md`): first the baseline,
@@ -32,11 +32,11 @@ class Standing:
 
 
 def standing(scores: Mapping[str, float]) -> Standing | None:
-    """Where `scores` (percent by dataset, finetuned) would stand; None if no dataset is on the leaderboard."""
+    """Return the rank that `scores` (percent by dataset, finetuned) would have, or None if they share no dataset with it."""
     with _FILE.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    known = [name for name in rows[0] if name not in _NO_DATASET]
-    shared = [name for name in known if name in scores]
+    datasets = [name for name in rows[0] if name not in _NO_DATASET]
+    shared = [name for name in datasets if name in scores]
     if not shared:
         return None
     baseline, *others, deviation = rows
@@ -50,6 +50,6 @@ def standing(scores: Mapping[str, float]) -> Standing | None:
         datasets=len(shared),
         mean=mean,
         published_baseline=float(np.mean([float(baseline[name]) for name in shared])),
-        published_deviation=float(deviation["avg"]) if len(shared) == len(known) else None,
+        published_deviation=float(deviation["avg"]) if len(shared) == len(datasets) else None,
         next_better=min(better, key=lambda name: better[name]) if better else None,
     )

@@ -1,7 +1,7 @@
-"""`report.html`: one file that needs no network, with charts, sortable tables and where every number comes from.
+"""`report.html`: one file that needs no network, with charts, sortable tables and the source of every number.
 
-Names in it may be strangers' (models, contributors): the template escapes all of them, charts hold them as text, and the
-page's own policy lets no script run but the one that it was written with.
+Names of models and contributors are untrusted text: the template escapes them, charts hold them as text, and the page's
+content security policy allows its own script only.
 """
 
 import base64
@@ -21,49 +21,29 @@ from coldctl.evaluation.curves import Panel
 from coldctl.evaluation.scoring import RESAMPLES
 
 _FOLDER = Path(__file__).parent
-_WORDS = ("name", "status", "reason", "dataset", "license", "body_digest")
+_TEXTS = ("name", "status", "reason", "dataset", "license", "body_digest")
 _NUMBERS = ("weight", "update_norm", "cosine_to_mean", "num_train", "age", "discount")
 
 
 def page(results: Mapping[str, Any], panels: Sequence[Panel], evaluation: Manifest, origin: Manifest | None) -> str:
-    """The page of an evaluation.
+    """Return the page of an evaluation.
 
     `results` is the `results.json` document, `panels` its scores over iterations, `evaluation` the manifest of the
     evaluation, `origin` that of the last model, whose contributions are drawn.
     """
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
-    measured = [
-        (model["name"], protocol)
-        for model in results["models"]
-        for protocol in markdown.protocols_of(results, model["name"])
-    ]
-    open_ones = set(charts.charted(results))
-    sections = [
-        {
-            "model": model,
-            "protocol": protocol,
-            "open": (model, protocol) in open_ones,
-            "headline": markdown.headline(results, model, protocol),
-            "published": markdown.published(results, model) if protocol == "finetune" else [],
-            "entries": markdown.rows_of(results["results"], model, protocol),
-            "averages": markdown.rows_of(results["averages"], model, protocol),
-            "chart": charts.as_svg(charts.gain_figure(results, [(model, protocol)], width=5.6), f"gain-{number}")
-            if (model, protocol) in open_ones
-            else None,
-        }
-        for number, (model, protocol) in enumerate(measured)
-    ]
-    curve = [
-        charts.as_svg(charts.curve_figure([panel], columns=1), f"curve-{number}") for number, panel in enumerate(panels)
-    ]
+    sections = _sections(results)
     return _template().render(
         results=results,
         digests={model["name"]: model["body_digest"] for model in results["models"]},
-        ranking=_ranking(results) if len(measured) > 1 else [],
+        ranking=_ranking(results) if len(sections) > 1 else [],
         sections=sections,
-        curve=curve,
+        curve=[
+            charts.as_svg(charts.curve_figure([panel], columns=1), f"curve-{number}")
+            for number, panel in enumerate(panels)
+        ],
         contributions=_contributions(origin),
-        overlaps=markdown.overlap_sentences(results),
+        overlaps=markdown.overlap_sentences(results["overlaps"]),
         evaluation=evaluation,
         resamples=RESAMPLES,
         style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
@@ -75,8 +55,33 @@ def page(results: Mapping[str, Any], panels: Sequence[Panel], evaluation: Manife
     )
 
 
+def _sections(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a section per model and protocol. Those worth a chart are open."""
+    pairs = [
+        (model["name"], protocol)
+        for model in results["models"]
+        for protocol in markdown.protocols_of(results, model["name"])
+    ]
+    charted = charts.charted(results)
+    return [
+        {
+            "model": model,
+            "protocol": protocol,
+            "open": (model, protocol) in charted,
+            "headline": markdown.headline(results, model, protocol),
+            "published": markdown.published(results, model) if protocol == "finetune" else [],
+            "entries": markdown.rows_of(results["results"], model, protocol),
+            "averages": markdown.rows_of(results["averages"], model, protocol),
+            "chart": charts.as_svg(charts.gain_figure(results, [(model, protocol)], width=5.6), f"gain-{number}")
+            if (model, protocol) in charted
+            else None,
+        }
+        for number, (model, protocol) in enumerate(pairs)
+    ]
+
+
 def _ranking(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The averages over all datasets, best first, each with those over seen and unseen ones where there are any."""
+    """Return the averages over all datasets, best first, each with its averages over seen and unseen datasets."""
     averages = {(entry["model"], entry["protocol"], entry["group"]): entry for entry in results["averages"]}
     rows = [
         entry | {group: averages.get((model, protocol, group)) for group in ("seen", "unseen")}
@@ -87,7 +92,7 @@ def _ranking(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _contributions(origin: Manifest | None) -> dict[str, Any] | None:
-    """What the manifest of a fused model says of its contributions, and of those of the iterations before it."""
+    """Return the contributions that a manifest lists, with charts that also show those of its ancestors."""
     records = _records(origin or {})
     fused = [record for record in records if record["status"] == "fused" and record["update_norm"] is not None]
     if origin is None or not fused:
@@ -107,13 +112,13 @@ def _contributions(origin: Manifest | None) -> dict[str, Any] | None:
 
 
 def _records(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The contributions that a manifest lists, every key there and numbers finite: strangers write manifests, too."""
-    found: list[ContributionRecord] = document.get("contributions", [])
+    """Return the contributions that a manifest lists, with every key and finite numbers, as manifests are untrusted."""
+    records: list[ContributionRecord] = document.get("contributions", [])
     return [
-        {key: str(record.get(key) or "") for key in _WORDS}
+        {key: str(record.get(key) or "") for key in _TEXTS}
         | {key: _number(record.get(key)) for key in _NUMBERS}
         | {"verified": record.get("verified") is True}
-        for record in found
+        for record in records
     ]
 
 

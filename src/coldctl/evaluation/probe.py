@@ -1,4 +1,4 @@
-"""Linear probing: features of the frozen body, then a solve to convergence, not a training run.
+"""Linear probing: features of the frozen body, then a head solved to convergence instead of a training run.
 
 Features are the mean (or the first) of the last hidden state, standardised by train statistics; the head is
 multinomial logistic regression over a fixed grid of C, chosen on validation, not refitted (ridge for numbers, one
@@ -16,8 +16,8 @@ from threadpoolctl import threadpool_limits
 from torch import nn
 
 from coldctl.common.progress import Progress
-from coldctl.training.loop import sorted_batches
-from coldctl.training.model import Encoded, collate
+from coldctl.training.batches import collate, sorted_batches
+from coldctl.training.model import Encoded
 
 GRID = (0.001, 0.01, 0.1, 1.0)  # C, the inverse strength of the L2 penalty per example sum
 _ITERATIONS = 1000
@@ -36,7 +36,7 @@ def features(
     progress: Progress,
     task: str,
 ) -> NDArray[np.float32]:
-    """Pooled last hidden states, float32 [examples, hidden size]; `pooling` is "mean" (over real tokens) or "first"."""
+    """Return pooled last hidden states, float32 [examples, hidden size]; `pooling` is "mean" (over real tokens) or "first"."""
     rows: Array = np.empty((0, 0), np.float32)
     with torch.inference_mode():
         for batch in sorted_batches(encoded.lengths, _BATCH):
@@ -60,7 +60,7 @@ def probe(
     test: Array,
     measure: Callable[[Array, Array], float],
 ) -> tuple[Array, float, float]:
-    """Fit the head and predict: test predictions, the C that validation chose, and its validation score.
+    """Fit the head and return test predictions, the C that validation chose, and its validation score.
 
     `train` and `validation` are (features [n, hidden], labels); labels are class indices int64 [n], numbers float64
     [n], or uint8 [n, classes] for multi-label, and predictions are alike. `measure(truth, predictions)` is higher for
@@ -68,17 +68,19 @@ def probe(
     """
     centre, spread = train[0].mean(0, dtype=np.float64), train[0].std(0, dtype=np.float64)
     spread[spread == 0] = 1.0
-    inputs, known, unknown = [((part - centre) / spread).astype(np.float64) for part in (train[0], validation[0], test)]
+    train_rows, validation_rows, test_rows = (
+        ((rows - centre) / spread).astype(np.float64) for rows in (train[0], validation[0], test)
+    )
     best: tuple[float, float, Array] | None = None
     head = _head(train[1])
     for strength in GRID:
-        # One thread: products this small take several times as long on two, and the result depends on no thread count.
+        # On two threads products this small take several times as long, and the result would depend on the number.
         with warnings.catch_warnings(), threadpool_limits(1):
-            warnings.simplefilter("ignore")  # what stops short of convergence still is a probe; validation judges it
-            head.fit(inputs, train[1], strength)
-        reached = measure(validation[1], head.predict(known))
-        if best is None or reached > best[0]:
-            best = (reached, strength, head.predict(unknown))
+            warnings.simplefilter("ignore")  # a fit that stops before convergence is still judged on validation
+            head.fit(train_rows, train[1], strength)
+        score = measure(validation[1], head.predict(validation_rows))
+        if best is None or score > best[0]:
+            best = (score, strength, head.predict(test_rows))
     assert best is not None
     return best[2], best[1], best[0]
 
@@ -96,12 +98,11 @@ class _Ridge:
         self._model = Ridge(alpha=1 / strength).fit(inputs, labels)
 
     def predict(self, inputs: Array) -> Array:
-        found: Array = self._model.predict(inputs)
-        return found
+        return np.asarray(self._model.predict(inputs))
 
 
 class _Logistic:
-    """Each fit goes on from the one before, which the next C is not far from."""
+    """A logistic regression whose every fit starts from the solution of the last one, for a nearby C."""
 
     def __init__(self) -> None:
         from sklearn.linear_model import LogisticRegression
@@ -112,12 +113,11 @@ class _Logistic:
         self._model.set_params(C=strength).fit(inputs, labels)
 
     def predict(self, inputs: Array) -> Array:
-        found: Array = self._model.predict(inputs)
-        return found
+        return np.asarray(self._model.predict(inputs))
 
 
 class _PerClass:
-    """One logistic regression per column. What all training examples have, or none, is predicted for all."""
+    """One logistic regression per column. A class that all training examples have, or none, is predicted alike for all."""
 
     def __init__(self, classes: int) -> None:
         self._columns = [_Logistic() for _ in range(classes)]
@@ -129,7 +129,7 @@ class _PerClass:
             self._columns[column].fit(inputs, labels[:, column], strength)
 
     def predict(self, inputs: Array) -> Array:
-        found = np.tile(self._constant.astype(np.uint8), (len(inputs), 1))
+        labels = np.tile(self._constant.astype(np.uint8), (len(inputs), 1))
         for column in np.flatnonzero(self._varied):
-            found[:, column] = self._columns[column].predict(inputs)
-        return found
+            labels[:, column] = self._columns[column].predict(inputs)
+        return labels

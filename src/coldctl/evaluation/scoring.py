@@ -1,4 +1,4 @@
-"""Metrics, gains, and how sure one can be of them.
+"""Metrics, gains, and their intervals.
 
 Scores are percent and gains are points. Intervals are 95 % percentile intervals of a crossed paired bootstrap:
 each resample draws seeds and, independently, test examples, the same for model and baseline; the metric is
@@ -24,7 +24,7 @@ Array = NDArray[Any]
 class Outcome:
     """Predictions of a model and of its baseline on the same test examples, one row per seed.
 
-    Multi-label has an axis of classes at the end of each, uint8 with 1 for each class that an example has.
+    Multi-label arrays are uint8 and end with an axis of classes: 1 for each class that an example has.
     """
 
     metric: str
@@ -35,7 +35,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Gain:
-    """A gain in points, its interval, and what it says. No verdict where one seed cannot tell."""
+    """A gain in points, its interval and its verdict, which is None if one seed cannot tell."""
 
     gain: float
     interval: tuple[float, float]
@@ -43,11 +43,11 @@ class Gain:
 
 
 def score(metric: str, truth: Array, predictions: Array) -> float:
-    """A metric in percent: `truth` and `predictions` are [examples], or [examples, classes] of 0 and 1 for multi-label.
+    """Return a metric in percent. Arrays are [examples], or [examples, classes] of 0 and 1 for multi-label.
 
-    For multi-label `accuracy` is subset accuracy, the share of examples all of whose classes are right, and
-    `macro_f1` the mean of the F1 of each class. Classes that the truth never has do not count. Correlations of a
-    constant, which are undefined, count as 0.
+    For multi-label `accuracy` is subset accuracy, the share of examples all of whose classes are right, and `macro_f1` the
+    mean of the F1 of each class. Classes that the truth never has do not count. Correlations of a constant, which are
+    undefined, count as 0.
     """
     from sklearn import metrics
 
@@ -65,22 +65,22 @@ def score(metric: str, truth: Array, predictions: Array) -> float:
 
 
 def resampled_gains(outcome: Outcome, seed: int, trainings: int | None = None) -> NDArray[np.float64]:
-    """The gain in each of `RESAMPLES` crossed resamples, in points: float64 [RESAMPLES].
+    """Return the gain in each of `RESAMPLES` crossed resamples, in points: float64 [RESAMPLES].
 
-    Examples are drawn by `seed`, and so are the seeds of the outcome's own trainings. Outcomes of the same trainings
-    (one body for several datasets) draw these by the same `trainings`, since they share their luck.
+    Examples are drawn by `seed`. The outcome's seeds are drawn by `trainings`, which is the same for all datasets of one
+    multitask training since they share its seeds; by default they are drawn by `seed`, too.
     """
     generator = np.random.default_rng(seed)
     seeds, examples = outcome.predictions.shape[:2]
-    luck = np.random.default_rng((seed, 1) if trainings is None else trainings)
-    counts = luck.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)  # how often each seed was drawn
+    seed_generator = np.random.default_rng((seed, 1) if trainings is None else trainings)
+    counts = seed_generator.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES)  # how often each seed was drawn
     if outcome.metric == "accuracy" or outcome.truth.ndim == 2:
-        per_seed = _gains_of_right(outcome) if outcome.metric == "accuracy" else _gains_of_f1(outcome)
+        per_seed = _accuracy_gains(outcome) if outcome.metric == "accuracy" else _f1_gains(outcome)
         even = np.full(examples, 1 / examples)
         step = max(1, _COUNTS // examples)  # all counts at once would take gigabytes
         sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
-        found = np.concatenate([per_seed(generator.multinomial(examples, even, size)) for size in sizes])
-        gains: NDArray[np.float64] = 100.0 * np.sum(counts * found, axis=1) / seeds
+        gains_by_seed = np.concatenate([per_seed(generator.multinomial(examples, even, size)) for size in sizes])
+        gains: NDArray[np.float64] = 100.0 * np.sum(counts * gains_by_seed, axis=1) / seeds
         return gains
     gains = np.empty(RESAMPLES)
     measure = _fast_metric(outcome.metric)
@@ -97,19 +97,19 @@ def resampled_gains(outcome: Outcome, seed: int, trainings: int | None = None) -
 
 
 def judged(gain: float, resamples: NDArray[np.float64], *, certain: bool) -> Gain:
-    """A gain with its interval and verdict. Without `certain` (one finetuning seed) there is no verdict."""
+    """Return a gain with its interval and verdict. Without `certain` (one finetuning seed) there is no verdict."""
     low, high = (float(value) for value in np.percentile(resamples, _BOUNDS))
     verdict: Verdict = "better" if low > 0 else "worse" if high < 0 else "indistinguishable"
     return Gain(gain, (low, high), verdict if certain else None)
 
 
 def average(gains: Sequence[float], resamples: Sequence[NDArray[np.float64]], *, certain: bool) -> Gain:
-    """The gain averaged over fixed datasets, which are resampled independently of each other."""
+    """Return the gain averaged over fixed datasets, which are resampled independently of each other."""
     return judged(float(np.mean(gains)), np.mean(resamples, axis=0), certain=certain)
 
 
 def regressions(results: Mapping[str, Any], margin: float) -> list[str]:
-    """The gate: averages over all datasets in a `results.json` whose gain interval lies below −margin, in words."""
+    """Return the averages over all datasets whose gain interval lies below −margin, in words: they fail the gate."""
     return [
         f"{entry['model']} by {entry['protocol']}: {entry['gain']:+.2f} points on average "
         f"[{entry['gain_interval'][0]:+.2f}, {entry['gain_interval'][1]:+.2f}]"
@@ -118,20 +118,20 @@ def regressions(results: Mapping[str, Any], margin: float) -> list[str]:
     ]
 
 
-def _gains_of_right(outcome: Outcome) -> Callable[[Array], Array]:
-    """How often each example was drawn [resamples, examples] -> the gain in accuracy [resamples, seeds]."""
+def _accuracy_gains(outcome: Outcome) -> Callable[[Array], Array]:
+    """Return a function from counts of each example [resamples, examples] to gains in accuracy [resamples, seeds]."""
     hits = _right(outcome.truth, outcome.predictions) - _right(outcome.truth, outcome.baseline)
     return lambda counts: counts @ hits.T / len(outcome.truth)
 
 
 def _right(truth: Array, predictions: Array) -> NDArray[np.float64]:
-    """1 where a prediction is right as a whole, else 0: [seeds, examples]."""
+    """Return 1 where a prediction is right in all classes, else 0: [seeds, examples]."""
     same = predictions == truth
     return np.asarray(same.all(-1) if truth.ndim == 2 else same, np.float64)
 
 
-def _gains_of_f1(outcome: Outcome) -> Callable[[Array], Array]:
-    """How often each example was drawn [resamples, examples] -> the gain in multi-label F1 [resamples, seeds]."""
+def _f1_gains(outcome: Outcome) -> Callable[[Array], Array]:
+    """Return a function from counts of each example [resamples, examples] to gains in multi-label F1 [resamples, seeds]."""
 
     def gains(counts: Array) -> Array:
         pairs = zip(outcome.predictions, outcome.baseline, strict=True)
@@ -143,18 +143,22 @@ def _gains_of_f1(outcome: Outcome) -> Callable[[Array], Array]:
 
 
 def _mean_f1(truth: Array, predictions: Array, counts: Array) -> Array:
-    """The mean F1 of the classes that the truth has, of 0 and 1 [examples, classes], for each row of `counts`."""
-    weights = counts.astype(np.float32)  # sums of whole numbers are exact in it, and twice as fast
+    """Return the mean F1 over the classes that the truth has, for each row of `counts`.
+
+    `truth` and `predictions` are 0 and 1 [examples, classes].
+    """
+    weights = counts.astype(np.float32)  # sums of whole numbers are exact in float32, and twice as fast
     actual, predicted, hits = (
-        np.asarray(weights @ part.astype(np.float32), np.float64) for part in (truth, predictions, truth & predictions)
+        np.asarray(weights @ labels.astype(np.float32), np.float64)
+        for labels in (truth, predictions, truth & predictions)
     )
-    there = actual > 0
-    scores = np.where(there, 2 * hits / np.maximum(actual + predicted, 1), 0.0)
-    return np.asarray(scores.sum(1) / np.maximum(there.sum(1), 1))
+    present = actual > 0
+    scores = np.where(present, 2 * hits / np.maximum(actual + predicted, 1), 0.0)
+    return np.asarray(scores.sum(1) / np.maximum(present.sum(1), 1))
 
 
 def _fast_metric(metric: str) -> Callable[[Array, Array], float]:
-    """The same metrics on small integers or numbers, without the checks that a resample need not repeat."""
+    """Return the same metric as a function without the checks that need not be repeated for each resample."""
     if metric in ("pearson", "spearman"):
         return lambda truth, predictions: _correlation(metric, truth, predictions)
 
@@ -163,8 +167,8 @@ def _fast_metric(metric: str) -> Callable[[Array, Array], float]:
         confusion = np.bincount(truth * classes + predictions, minlength=classes * classes).reshape(classes, classes)
         hits, actual, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
         if metric == "macro_f1":
-            there = actual > 0
-            return float(np.mean(2 * hits[there] / (actual[there] + predicted[there])))
+            present = actual > 0
+            return float(np.mean(2 * hits[present] / (actual[present] + predicted[present])))
         total = float(confusion.sum())
         covariance = hits.sum() * total - actual @ predicted
         spread = np.sqrt((total**2 - predicted @ predicted) * (total**2 - actual @ actual))

@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.checkpoints.checkpoint import Checkpoint, digest_prelude
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.digests import digest_prelude
 from coldctl.checkpoints.header import DTYPES, Tensor
 from coldctl.storage.files import RemoteFolder, look_ahead
 
 MEMORY = 48 << 20  # bytes of buffers, over both sets
 _LARGEST = 1 << 18  # elements per block: what still fits the processor's shared cache
 _WIDEST = 8  # bytes of the widest dtype
-_STRETCH = 128 << 20  # bytes of all bodies together that are summed apart, and are worth sending to another machine
-_MOST_STRETCHES = 2048
+_CHUNK = 128 << 20  # bytes of all bodies together that are summed apart, and are worth sending to another machine
+_MOST_CHUNKS = 2048
 _THREADS = 2
 # A store is far away: several of its files are read at a time.
 _STORE_THREADS = 8
@@ -46,7 +47,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Extent:
+class BlockRange:
     """Elements `start:stop` (row-major) of a floating body tensor: where a block is."""
 
     name: str
@@ -58,7 +59,7 @@ class Extent:
         return self.stop - self.start
 
 
-Stretch = Sequence[Extent]
+Chunk = Sequence[BlockRange]
 
 
 class Digester:
@@ -74,7 +75,7 @@ class Digester:
         self._body.update(data)
 
     def body_digest(self) -> str:
-        """The body digest, once all floating body tensors were fed."""
+        """Return the body digest, once all floating body tensors were fed."""
         return "sha256:" + self._body.hexdigest()
 
 
@@ -83,43 +84,43 @@ def block_length(width: int) -> int:
     return max(1, min(_LARGEST, MEMORY // (2 * width)))
 
 
-def cut(base: Checkpoint, others: Sequence[Checkpoint], names: Sequence[str], length: int | None = None) -> Stretch:
-    """The blocks in which tensors `names` of the base are read beside those of the other bodies, in that order.
+def cut(base: Checkpoint, others: Sequence[Checkpoint], names: Sequence[str], length: int | None = None) -> Chunk:
+    """Return the blocks in which tensors `names` of the base are read beside those of the other bodies, in that order.
 
     Every tensor has one, though it be empty. `length` is that of a block in elements, if it is not to be found out.
     """
     length = length or block_length(sum(map(_widest, [base, *others])))
     return [
-        Extent(name, start, min(start + length, base.body[name].size))
+        BlockRange(name, start, min(start + length, base.body[name].size))
         for name in names
         for start in range(0, max(1, base.body[name].size), length)
     ]
 
 
-def stretches(
+def chunks_of(
     base: Checkpoint, others: Sequence[Checkpoint], names: Sequence[str], apart: Container[str] = ()
-) -> list[Stretch]:
-    """The same blocks in consecutive groups, which depend on the inputs alone; a tensor in `apart` begins a new one.
+) -> list[Chunk]:
+    """Return the same blocks in consecutive groups, which depend on the inputs alone; a tensor in `apart` begins a new one.
 
     A pass sums up each for itself and then the sums, so that whoever computes them, the result has the same bits.
     """
     width = sum(map(_widest, [base, *others]))
-    most = max(_STRETCH // width, sum(base.body[name].size for name in names) // _MOST_STRETCHES)
-    found: list[list[Extent]] = []
+    most = max(_CHUNK // width, sum(base.body[name].size for name in names) // _MOST_CHUNKS)
+    found: list[list[BlockRange]] = []
     elements = most
-    for extent in cut(base, others, names):
-        if elements >= most or (extent.start == 0 and extent.name in apart):
+    for block_range in cut(base, others, names):
+        if elements >= most or (block_range.start == 0 and block_range.name in apart):
             found.append([])
             elements = 0
-        found[-1].append(extent)
-        elements += len(extent)
+        found[-1].append(block_range)
+        elements += len(block_range)
     return list(found)
 
 
 def read_blocks(
     base: Checkpoint,
     contributions: Sequence[Checkpoint],
-    plan: Stretch,
+    plan: Chunk,
     digesters: Sequence[Digester | None] | None = None,
     companions: Sequence[Checkpoint] = (),
 ) -> Generator[Block, None, None]:
@@ -164,7 +165,7 @@ def _look_ahead(inputs: Sequence[Checkpoint]) -> bool:
 
 
 def _completed(part: NDArray[Any] | None, base: NDArray[Any]) -> NDArray[Any]:
-    """What a contribution lacks of a block (a pooler, the last rows of a smaller vocabulary) is the base's."""
+    """Fill in from the base what a contribution lacks of a block: a pooler, or the last rows of a smaller vocabulary."""
     if part is None:
         return base
     if part.size == base.size:
@@ -187,7 +188,7 @@ def _fill(
     if stop < start:
         return None
     part = memoryview(buffer)[: (stop - start) * dtype.itemsize]
-    checkpoint.read_into(tensor, start, part)
+    checkpoint.read_into(name, start, part)
     if digester is not None:
         digester.feed(name, tensor, start, part)
     return np.frombuffer(part, dtype)
@@ -214,7 +215,7 @@ class _Workers:
             self._waiting = [pool.submit(_each, fill, share) for pool, share in pairs]
 
     def collect(self) -> list[NDArray[Any] | None]:
-        """What was filled, in the order of the inputs. Raises what filling raised."""
+        """Return what was read, in the order of the inputs. Raises what reading raised."""
         arrays: list[NDArray[Any] | None] = [None] * self._inputs
         for future, share in zip(self._waiting, self._shares, strict=True):
             arrays[share.start :: share.step] = future.result()
@@ -226,3 +227,6 @@ class _Workers:
     def __exit__(self, *_: object) -> None:
         for pool in self._pools:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+Array = NDArray[np.float64]

@@ -1,11 +1,23 @@
-"""Whether a contribution can be fused with a base, judged from headers, configs and manifests alone."""
+"""Judge from headers, configs and manifests alone whether a contribution can be fused with a base."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from coldctl.artifacts import layout
 from coldctl.checkpoints import sanitize
-from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, is_vocabulary
-from coldctl.checkpoints.decoded import RelativeCheckpoint
-from coldctl.fusing.staleness import generations
+from coldctl.checkpoints.checkpoint import (
+    Checkpoint,
+    is_pooler,
+    is_vocabulary,
+    open_companion,
+    with_common_rows,
+)
+from coldctl.common.errors import CheckpointError, ColdctlError
+from coldctl.config.settings import FuseConfig
+from coldctl.fusing.contributions import Contribution
+from coldctl.fusing.methods import find_method
+from coldctl.fusing.recipe import Need
+from coldctl.fusing.staleness import generations, rebase
 
 _LISTED = 3  # names that one finding spells out
 
@@ -14,7 +26,7 @@ _LISTED = 3  # names that one finding spells out
 class Verdict:
     """What speaks against fusing a checkpoint, and what is only worth knowing."""
 
-    problems: list[str] = field(default_factory=list)
+    rejections: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -26,22 +38,22 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
     verdict = Verdict()
     kinds = base.config["model_type"], other.config["model_type"]
     if kinds[0] != kinds[1]:
-        verdict.problems.append(
+        verdict.rejections.append(
             f"is a {kinds[1]} model, the base a {kinds[0]} model: take contributions finetuned from this base"
         )
         return verdict
     _compare_tensors(base, other, verdict)
     if finding := other_base(other, base_digest):
         remedy = "give that base as --base, or --allow-other-base to fuse it all the same"
-        if isinstance(other, RelativeCheckpoint):
+        if other.relative:
             remedy = "it is a difference from that one, give it as --base"
         declared = other.manifest["base"].get("body_digest", "") if other.manifest else ""
         if age := generations(base.manifest).get(declared):
             remedy = f"that was the base {age} iteration{'s' if age > 1 else ''} ago, --stale discount takes it"
-        if allow_other_base and not isinstance(other, RelativeCheckpoint):
+        if allow_other_base and not other.relative:
             verdict.notes.append(finding)
         else:
-            verdict.problems.append(f"{finding}: {remedy}")
+            verdict.rejections.append(f"{finding}: {remedy}")
     if other.original is not None:
         verdict.notes.append("has another vocabulary: only the common rows are taken")
     if other.manifest is None:
@@ -54,12 +66,14 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
 def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> None:
     missing = [name for name, tensor in base.body.items() if tensor.floating and name not in other.body]
     if lost := [name for name in missing if not is_pooler(name)]:
-        verdict.problems.append(f"lacks {_some(lost)} of the base's body: save the whole body")
+        verdict.rejections.append(f"lacks {_some(lost)} of the base's body: save the whole body")
     elif missing:
         verdict.notes.append("has no pooler: it counts as the base's")
     extra = [name for name, tensor in other.body.items() if tensor.floating and name not in base.body]
     if odd := [name for name in extra if not is_pooler(name)]:
-        verdict.problems.append(f"has {_some(odd)}, which the base lacks: take contributions finetuned from this base")
+        verdict.rejections.append(
+            f"has {_some(odd)}, which the base lacks: take contributions finetuned from this base"
+        )
     elif extra:
         verdict.notes.append("has a pooler that the base lacks: it is left out")
     shapes: list[str] = []
@@ -74,12 +88,12 @@ def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> N
                 what = f"another vocabulary, --common-rows takes the {rows} rows they share"
             shapes.append(f"{name} is {_shape(tensor.shape)}, the base's is {_shape(known.shape)}: {what}")
         elif not tensor.floating:
-            verdict.problems.append(
+            verdict.rejections.append(
                 f"{name} is stored as {tensor.dtype}, the base's as {known.dtype}: save it in a floating dtype"
             )
     if shapes:
         more = f" (and {len(shapes) - 1} more tensors)" if len(shapes) > 1 else ""
-        verdict.problems.append(shapes[0] + more)
+        verdict.rejections.append(shapes[0] + more)
     if dtypes := {tensor.dtype for tensor in other.body.values() if tensor.floating} - {
         tensor.dtype for tensor in base.body.values() if tensor.floating
     }:
@@ -87,7 +101,7 @@ def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> N
 
 
 def other_base(other: Checkpoint, base_digest: str | None) -> str | None:
-    """The finding that a checkpoint's manifest names another base than this one; None if it does not, or says nothing."""
+    """Return the finding that a checkpoint's manifest names another base than this one, None if it does not."""
     if other.manifest is None or base_digest is None or "base" not in other.manifest:
         return None
     declared = other.manifest["base"].get("body_digest")
@@ -111,3 +125,52 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _short(digest: object) -> str:
     return f"{digest[:19]}…" if isinstance(digest, str) else "none"
+
+
+def judge(contribution: Contribution, base: Checkpoint, base_digest: str | None, config: FuseConfig) -> None:
+    """Check a contribution by its headers and add its rejections and notes; with --common-rows leave out other rows first."""
+    if contribution.checkpoint is None:
+        return
+    if config.common_rows:
+        contribution.checkpoint = with_common_rows(base, contribution.checkpoint)
+    verdict = compare(
+        base,
+        contribution.checkpoint,
+        None if contribution.age else base_digest,
+        allow_other_base=config.allow_other_base,
+    )
+    contribution.rejections += verdict.rejections
+    contribution.notes += verdict.notes
+    if contribution.original_base is not None and not contribution.rejections:
+        try:
+            contribution.checkpoint = rebase(
+                contribution.checkpoint, base, contribution.original_base, contribution.age
+            )
+        except CheckpointError as error:
+            contribution.rejections.append(error.message)
+    if find_method(config.method).needs is Need.FISHER:
+        try:
+            open_companion(contribution.checkpoint, layout.FISHER)
+        except ColdctlError as error:
+            contribution.rejections.append(f"{error.message}: --method {config.method} needs it")
+
+
+def stated_digest(checkpoint: Checkpoint) -> str | None:
+    """Return the body digest that a checkpoint's manifest states, None without a manifest."""
+    return checkpoint.manifest["body_digest"] if checkpoint.manifest else None
+
+
+def presumed_base(contributions: Sequence[Contribution], config: FuseConfig) -> str | None:
+    """Return the body digest of the base that all manifests agree on, None if they do not agree.
+
+    It stands in for the digest of a base without a manifest. The digest that is taken while reading confirms it later.
+    """
+    if config.allow_other_base:
+        return None
+    manifests = [
+        contribution.checkpoint.manifest
+        for contribution in contributions
+        if contribution.checkpoint and contribution.checkpoint.manifest
+    ]
+    digests = {document.get("base", {}).get("body_digest") for document in manifests}
+    return digests.pop() if len(digests) == 1 else None

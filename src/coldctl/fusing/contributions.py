@@ -10,8 +10,8 @@ from pathlib import Path
 from coldctl.artifacts import layout, signatures
 from coldctl.artifacts.model_ref import as_text, resolve
 from coldctl.artifacts.signatures import Signed, TrustedKey
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, read_manifest
-from coldctl.checkpoints.decoded import shared
+from coldctl.checkpoints.checkpoint import Checkpoint, read_manifest, shared
+from coldctl.checkpoints.digests import body_digest
 from coldctl.checkpoints.formats import open_contribution
 from coldctl.common.errors import ColdctlError, ModelError
 from coldctl.common.progress import Progress
@@ -24,13 +24,13 @@ _AT_ONCE = 16  # checkpoints in a store that are opened side by side
 
 
 @dataclass
-class Candidate:
-    """A contribution that was offered to a fuse, with its problems, notes and statistics so far."""
+class Contribution:
+    """A contribution that was offered to a fuse, with the reasons to reject it, notes and statistics so far."""
 
     name: str
     place: str
     checkpoint: Checkpoint | None  # None if it could not even be opened
-    problems: list[str] = field(default_factory=list)
+    rejections: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     digest: str | None = None  # of the body, computed or (unverified) stated
     verified: bool = False
@@ -40,7 +40,7 @@ class Candidate:
     update_share: dict[str, float] | None = None  # of the squared norm, per group of layers
     age: int = 0  # how many generations ago its base was the base
     original_base: Checkpoint | None = None  # that base, if it is not the current one
-    late: bool = False  # from an earlier iteration: its problems do not stop the fuse
+    late: bool = False  # from an earlier iteration: its rejection does not stop the fuse
     attacking: bool = False  # its weights are unsound: it counts among the attackers that multi-krum expects
 
     @property
@@ -55,7 +55,7 @@ class Candidate:
         return self.checkpoint.manifest["body_digest"] if self.checkpoint and self.checkpoint.manifest else None
 
 
-def gather(
+def load_contributions(
     references: Sequence[str],
     progress: Progress,
     base: Checkpoint | None = None,
@@ -65,40 +65,42 @@ def gather(
     ancestry: Ancestry | None = None,
     late: Mapping[str, str] | None = None,
     to_read: bool = False,
-) -> list[Candidate]:
+) -> list[Contribution]:
     """Open checkpoints, and the checkpoints directly inside folders. Adapters and deltas need `base` to be decoded.
 
     With `trusted` keys nothing of a checkpoint is opened unless one of them signed it and all its files are as signed.
     With an `ancestry` those made on one of its bodies are opened on that. `late` are the places, by name, of
     contributions that belong to earlier iterations. `to_read` says that the weights will be read, not their headers alone.
 
-    Returns the candidates sorted by stated body digest, or by name where no digest is stated. A checkpoint that cannot
-    be opened is a candidate with a problem. Raises ModelError for an argument that holds no checkpoint.
+    Returns the contributions sorted by stated body digest, or by name where no digest is stated. A checkpoint that cannot
+    be opened is a rejected contribution. Raises ModelError for an argument that holds no checkpoint.
     """
     offered = [folder for reference in references for folder in _folders_at(reference, progress, needed=not late)]
-    found = _without_duplicates(offered, progress)
-    after = [_ContributionFolder(name, open_folder(place)) for name, place in (late or {}).items()]
-    _allow_files(len(found) + len(after))
-    remote = [item.folder for item in (*found, *after) if isinstance(item.folder, RemoteFolder)]
+    folders = _without_duplicates(offered, progress)
+    late_folders = [_ContributionFolder(name, open_folder(place)) for name, place in (late or {}).items()]
+    _allow_files(len(folders) + len(late_folders))
+    remote = [item.folder for item in (*folders, *late_folders) if isinstance(item.folder, RemoteFolder)]
     if to_read:  # a header comes with what is read after it
         look_ahead(remote)
     decoder = shared(base) if base is not None else None
     opened = partial(_open, base=decoder, allow_pickle=allow_pickle, trusted=trusted, ancestry=ancestry)
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # a store answers many requests in the time of one
-        candidates = list(pool.map(opened, (*found, *after)) if remote else map(opened, (*found, *after)))
-    for place, index in zip(after, range(len(found), len(candidates)), strict=True):
-        candidates[index] = replace(candidates[index], name=place.name, late=True)
-    names = [item.name for item in candidates]
-    for item in candidates:
+        contributions = list(
+            pool.map(opened, (*folders, *late_folders)) if remote else map(opened, (*folders, *late_folders))
+        )
+    for place, index in zip(late_folders, range(len(folders), len(contributions)), strict=True):
+        contributions[index] = replace(contributions[index], name=place.name, late=True)
+    names = [item.name for item in contributions]
+    for item in contributions:
         if names.count(item.name) > 1 and item.checkpoint is not None and item.stated_digest is None:
             item.digest = body_digest(item.checkpoint)  # equal names do not order: their bodies do
-    candidates.sort(key=lambda item: (item.stated_digest or item.name, item.digest or "", item.name))
-    _refuse_copies(candidates)
+    contributions.sort(key=lambda item: (item.stated_digest or item.name, item.digest or "", item.name))
+    _refuse_copies(contributions)
     taken: set[str] = set()
-    for item in sorted(candidates, key=lambda item: bool(item.problems)):  # what is refused takes nobody's name
+    for item in sorted(contributions, key=lambda item: bool(item.rejections)):  # what is refused takes nobody's name
         item.name = next(name for name in free_names(item.name) if name not in taken)
         taken.add(item.name)
-    return candidates
+    return contributions
 
 
 def free_names(name: str) -> Iterator[str]:
@@ -190,14 +192,14 @@ def _is_checkpoint(folder: Folder) -> bool:
     return folder.has(layout.MANIFEST) and not folder.has(layout.RESULTS)  # an evaluation has a manifest, too
 
 
-def _refuse_copies(candidates: Sequence[Candidate]) -> None:
+def _refuse_copies(contributions: Sequence[Contribution]) -> None:
     """Reject duplicates of a signed contribution: copying needs no key, so copies could multiply one signer's weight."""
-    originals: dict[tuple[tuple[str, str], ...], Candidate] = {}
-    for item in candidates:
+    originals: dict[tuple[tuple[str, str], ...], Contribution] = {}
+    for item in contributions:
         if item.signed is not None:
             original = originals.setdefault(tuple(sorted(item.signed.files.items())), item)
             if original is not item:
-                item.problems.append(
+                item.rejections.append(
                     f"is a copy of {original.name}, which {item.signed.key.name} signed once: remove it"
                 )
 
@@ -209,8 +211,8 @@ def _open(
     allow_pickle: bool,
     trusted: Sequence[TrustedKey] | None,
     ancestry: Ancestry | None,
-) -> Candidate:
-    """Open one contribution on the base that it was made on. A failure becomes a problem of the candidate."""
+) -> Contribution:
+    """Open one contribution on the base that it was made on. A failure becomes a problem of the contribution."""
     signed, age, original_base = None, 0, None
     try:
         if trusted is not None:
@@ -225,6 +227,6 @@ def _open(
         if signed is not None:
             signed.check_covers(checkpoint.files)
     except ColdctlError as error:
-        return Candidate(offered.name, offered.place, None, problems=[error.message], age=age)
+        return Contribution(offered.name, offered.place, None, rejections=[error.message], age=age)
     name = checkpoint.manifest["name"] if checkpoint.manifest is not None else offered.name
-    return Candidate(name, offered.place, checkpoint, signed=signed, age=age, original_base=original_base)
+    return Contribution(name, offered.place, checkpoint, signed=signed, age=age, original_base=original_base)

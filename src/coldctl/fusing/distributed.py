@@ -17,19 +17,19 @@ _MEMORY = 1 << 30  # bytes that a part needs, for buffers and libraries
 
 @dataclass(frozen=True)
 class _Part:
-    """A piece of a pass, as an engine wants it."""
+    """A chunk of a pass, as an engine wants it."""
 
     title: str
-    piece: Any
+    chunk: Any
 
 
 def spread_over(engine: Engine, base: Checkpoint, progress: Progress) -> Spread:
-    """Passes whose pieces are jobs of an engine."""
+    """Return what runs the chunks of a pass as jobs of an engine."""
     largest = max((tensor.size for tensor in base.body.values()), default=0)
     needs = Needs(_MEMORY + 4 * largest)  # some look at a whole tensor, in float32
 
-    def spread(work: Callable[[Any], Result], pieces: Sequence[Any], name: str) -> Iterator[Result]:
-        parts = [_Part(f"{name}, part {number} of {len(pieces)}", piece) for number, piece in enumerate(pieces, 1)]
+    def spread(work: Callable[[Any], Result], chunks: Sequence[Any], name: str) -> Iterator[Result]:
+        parts = [_Part(f"{name}, part {number} of {len(chunks)}", chunk) for number, chunk in enumerate(chunks, 1)]
         early: dict[int, Result] = {}
         awaited = 0
         for outcome in engine.run(partial(_perform, work), parts, progress, needs):
@@ -44,4 +44,4 @@ def spread_over(engine: Engine, base: Checkpoint, progress: Progress) -> Spread:
 
 
 def _perform(work: Callable[[Any], Result], part: _Part, threads: int, progress: Progress) -> Result:  # noqa: ARG001
-    return work(part.piece)
+    return work(part.chunk)

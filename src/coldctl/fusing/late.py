@@ -1,7 +1,7 @@
 """Find contributions that arrived after their iteration was fused, so that a later iteration can fuse them.
 
-The manifests of the fused models are the only record: a contribution that one of them lists, fused or rejected, is not
-fused again. A name counts once per iteration, and a body once in the whole RUN.
+The manifests of the fused models are the only record: a contribution that one of them records, fused or rejected, is
+not fused again. A name counts once per iteration, and a body once in the whole RUN.
 """
 
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ from pathlib import Path
 
 from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import ContributionRecord, Manifest
-from coldctl.checkpoints.checkpoint import body_digest
+from coldctl.checkpoints.digests import body_digest
 from coldctl.common.errors import ManifestError
 from coldctl.common.progress import Progress
-from coldctl.fusing.contributions import Candidate
+from coldctl.fusing.contributions import Contribution
 from coldctl.storage.location import Location, children
 
 
 @dataclass(frozen=True)
-class Listed:
-    """The names and body digests of the contributions that the fused models of a RUN list."""
+class RecordedContributions:
+    """The names and body digests of the contributions that the fused models of a RUN record."""
 
     names: frozenset[str]
     digests: frozenset[str]
@@ -34,8 +34,8 @@ def late_name(name: str, number: int) -> str:
     return f"{name}-{layout.iteration(Path(), number).name}"
 
 
-def listed(run: Location, *, but: int) -> Listed:
-    """Return what the fused models of a RUN list, except that of iteration `but`. Raises ManifestError."""
+def recorded_contributions(run: Location, *, but: int) -> RecordedContributions:
+    """Return what the fused models of a RUN record, except that of iteration `but`. Raises ManifestError."""
     names: set[str] = set()
     digests: set[str] = set()
     for number in layout.iteration_numbers(run):
@@ -46,13 +46,13 @@ def listed(run: Location, *, but: int) -> Listed:
         for record in records:
             names |= {record["name"], late_name(record["name"], number)}
             digests.add(record.get("body_digest") or "")
-    return Listed(frozenset(names), frozenset(digests - {""}))
+    return RecordedContributions(frozenset(names), frozenset(digests - {""}))
 
 
-def waiting(run: Location, number: int, counted: Listed) -> dict[str, str]:
-    """Return the complete contributions to iterations before `number` that no fused model lists: places by name.
+def late_contributions(run: Location, number: int, recorded: RecordedContributions) -> dict[str, str]:
+    """Return the complete contributions to iterations before `number` that no fused model records: places by name.
 
-    A contribution whose manifest cannot be read is included. `gather` reports what is wrong with it.
+    A contribution whose manifest cannot be read is included. `load_contributions` reports what is wrong with it.
     """
     places = {}
     for earlier in layout.iteration_numbers(run):
@@ -61,10 +61,10 @@ def waiting(run: Location, number: int, counted: Listed) -> dict[str, str]:
             continue
         for place in children(folder):
             name = late_name(place.name, earlier)
-            if name in counted.names or place.name.startswith(".") or not layout.is_complete(place):
+            if name in recorded.names or place.name.startswith(".") or not layout.is_complete(place):
                 continue
             try:
-                if manifest.read(place)["body_digest"] in counted.digests:
+                if manifest.read(place)["body_digest"] in recorded.digests:
                     continue
             except ManifestError:
                 pass
@@ -72,46 +72,60 @@ def waiting(run: Location, number: int, counted: Listed) -> dict[str, str]:
     return places
 
 
-def counted_once(candidates: Sequence[Candidate], counted: Listed, progress: Progress) -> list[Candidate]:
-    """Drop candidates that an earlier fused model lists, and candidates with the same body as another one.
+def drop_duplicates(
+    contributions: Sequence[Contribution], recorded: RecordedContributions, progress: Progress
+) -> list[Contribution]:
+    """Drop contributions that an earlier fused model records, and contributions with the same body as another one.
 
     Among equal bodies a contribution to this iteration is kept before a late one, then the first by name. The order of
-    the candidates stays.
+    the contributions stays.
     """
-    alike: dict[str, list[Candidate]] = {}
-    for item in sorted(candidates, key=lambda item: (item.late, item.name)):
-        alike.setdefault(item.stated_digest or "", []).append(item)
+    by_digest: dict[str, list[Contribution]] = {}
+    for contribution in sorted(contributions, key=lambda contribution: (contribution.late, contribution.name)):
+        if contribution.stated_digest:
+            by_digest.setdefault(contribution.stated_digest, []).append(contribution)
     copies: dict[str, str] = {}
-    for digest, items in alike.items():
-        # A manifest may state a digest that its body does not have, so the bodies are read.
-        same = [item for item in items if digest and len(items) > 1 and not item.problems and _is(item, digest)]
-        copies |= {item.name: same[0].name for item in same[1:]}
+    for digest, alike in by_digest.items():
+        if len(alike) > 1:
+            # A manifest may state a digest that its body does not have, so the bodies are read.
+            equal = [
+                contribution
+                for contribution in alike
+                if not contribution.rejections and _has_body(contribution, digest)
+            ]
+            copies |= {contribution.name: equal[0].name for contribution in equal[1:]}
     kept = []
-    for item in candidates:
-        if item.age and item.stated_digest in counted.digests:
-            progress.note(f"{item.name} was given to an earlier iteration, which counted it: it counts once")
-        elif item.name in copies:
-            progress.note(f"{item.name} is the same as {copies[item.name]}: it counts once")
+    for contribution in contributions:
+        if contribution.age and contribution.stated_digest in recorded.digests:
+            progress.note(f"{contribution.name} was given to an earlier iteration, which counted it: it counts once")
+        elif contribution.name in copies:
+            progress.note(f"{contribution.name} is the same as {copies[contribution.name]}: it counts once")
         else:
-            kept.append(item)
+            kept.append(contribution)
     return kept
 
 
-def _is(item: Candidate, digest: str) -> bool:
-    return item.checkpoint is not None and body_digest(item.checkpoint) == digest
+def _has_body(contribution: Contribution, digest: str) -> bool:
+    return contribution.checkpoint is not None and body_digest(contribution.checkpoint) == digest
 
 
-def as_listed(candidates: Sequence[Candidate], fused: Manifest, progress: Progress) -> list[Candidate]:
-    """Keep only candidates that a complete fused model lists. Later arrivals wait for the next iteration."""
+def keep_recorded(contributions: Sequence[Contribution], fused: Manifest, progress: Progress) -> list[Contribution]:
+    """Keep only contributions that a complete fused model records. Later arrivals wait for the next iteration."""
     records = fused.get("contributions", [])
     digests = {record.get("body_digest") for record in records} - {""}
-    unread = {record["name"] for record in records if not record.get("body_digest")}
-    kept = [item for item in candidates if item.name in unread or _digest(item) in digests]
-    if since := [item.name for item in candidates if item not in kept]:
-        progress.note(f"{', '.join(since)} came after this iteration was fused: left to a later one")
+    without_digest = {record["name"] for record in records if not record.get("body_digest")}
+    kept: list[Contribution] = []
+    later: list[str] = []
+    for contribution in contributions:
+        if contribution.name in without_digest or _digest(contribution) in digests:
+            kept.append(contribution)
+        else:
+            later.append(contribution.name)
+    if later:
+        progress.note(f"{', '.join(later)} came after this iteration was fused: left to a later one")
     return kept
 
 
-def _digest(item: Candidate) -> str | None:
-    stated = item.stated_digest or item.digest
-    return stated or (body_digest(item.checkpoint) if item.checkpoint else None)
+def _digest(contribution: Contribution) -> str | None:
+    stated = contribution.stated_digest or contribution.digest
+    return stated or (body_digest(contribution.checkpoint) if contribution.checkpoint else None)

@@ -1,4 +1,4 @@
-"""The arithmetic of fusing: short pure functions on named arrays, float64 in between, one rounding at the end.
+"""The merge methods: their arithmetic in short pure functions, float64 in between, and their registry `METHODS`.
 
 Three kinds of methods, by what they must know before the first element can be written:
 
@@ -9,20 +9,21 @@ Three kinds of methods, by what they must know before the first element can be w
 Notation: N contributions xᵢ of the base θ, updates dᵢ = xᵢ − θ, weights wᵢ that sum to one.
 """
 
+import difflib
 import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.common.errors import ConfigError
+from coldctl.config.settings import FuseConfig
+from coldctl.fusing.blocks import Array, Block
+from coldctl.fusing.recipe import Method, Need, Recipe
 
-Array = NDArray[np.float64]
 Parts = Sequence[NDArray[Any]]
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _PIECE = 1 << 16  # elements converted and added at a time: what stays in the core's own cache
 _NEARLY_COLINEAR = 0.9995  # slerp falls back to a straight line above this cosine
 _WEISZFELD_STEPS = 100
@@ -32,7 +33,7 @@ _WEISZFELD_TOLERANCE = 1e-10
 
 
 def mean(parts: Parts, weights: Array | None = None) -> Array:
-    """The mean Σᵢ wᵢ xᵢ / Σᵢ wᵢ of equally long arrays of any floating dtype: ColD Fusion's fuse step for equal weights.
+    """Return the mean Σᵢ wᵢ xᵢ / Σᵢ wᵢ of equally long arrays of any floating dtype: ColD Fusion's fuse step for equal weights.
 
     Without `weights`, and where all that are not zero are equal, the sum runs in the order given and is divided
     once by N, so that copies of one array of float32 or narrower give it back exactly. Float64 inputs are summed
@@ -66,7 +67,7 @@ def mean(parts: Parts, weights: Array | None = None) -> Array:
 
 
 def _mean_of_doubles(parts: Parts, weights: Array | None) -> Array:
-    """The same in extended precision.
+    """Return the same mean, summed in extended precision.
 
     A mean that was rounded to float64, times the number it was divided by, gives the sum back exactly if the product
     is rounded to float64, too, for numbers of the form 2^i + 2^j (Goldberg 1991, theorem 7): those up to 6, 8 to 10, 12 …
@@ -81,17 +82,6 @@ def _mean_of_doubles(parts: Parts, weights: Array | None) -> Array:
         else:
             total += part.astype(np.longdouble) * weights[index]
     return np.asarray(total / (len(parts) if weights is None else weights.sum()), np.float64)
-
-
-def scaled(base: NDArray[Any], merged: Array, scale: float) -> Array:
-    """θ + λ (merged − θ): task arithmetic (arXiv 2212.04089) for the mean, and the same step for any other method.
-
-    λ = 1 is the merged value itself, not a rounded way there and back; λ = 0 is the base itself.
-    """
-    if scale == 1.0:
-        return merged
-    start = base.astype(np.float64)
-    return start if scale == 0.0 else start + scale * (merged - start)
 
 
 def krum_weights(gram: Array, byzantine: int) -> Array:
@@ -116,7 +106,7 @@ def krum_weights(gram: Array, byzantine: int) -> Array:
 
 
 def geometric_median_weights(gram: Array, shares: Array) -> Array:
-    """The geometric median argmin_z Σᵢ αᵢ ‖dᵢ − z‖ as weights of the updates, by smoothed Weiszfeld iterations.
+    """Return the geometric median argmin_z Σᵢ αᵢ ‖dᵢ − z‖ as weights of the updates, by smoothed Weiszfeld iterations.
 
     Every iterate is Σ wᵢ dᵢ, so distances follow from `gram` [N, N] alone: ‖dᵢ − z‖² = Gᵢᵢ − 2 (Gw)ᵢ + wᵀGw, and
     wᵢ ∝ αᵢ / max(ν, ‖dᵢ − z‖). Paper: arXiv 1912.13445 (RFA), algorithm 2; ν is 10⁻⁶ of the largest norm.
@@ -175,7 +165,7 @@ def slerp_weights(gram: Array, position: float) -> Array:
 
 
 def stacked(parts: Parts) -> Array:
-    """The parts as rows of one float64 array [N, L]."""
+    """Return the parts as rows of one float64 array [N, L]."""
     values = np.empty((len(parts), parts[0].size))
     for row, part in zip(values, parts, strict=True):
         row[:] = part
@@ -183,14 +173,14 @@ def stacked(parts: Parts) -> Array:
 
 
 def median(parts: Parts) -> Array:
-    """The coordinate-wise median; the mean of the middle two for an even N. Paper: arXiv 1803.01498, algorithm 1."""
+    """Return the coordinate-wise median; the mean of the middle two for an even N. Paper: arXiv 1803.01498, algorithm 1."""
     ordered = np.sort(stacked(parts), axis=0)
     middle = len(parts) // 2
     return ordered[middle] if len(parts) % 2 else mean([ordered[middle - 1], ordered[middle]])
 
 
 def trimmed_mean(parts: Parts, trim: float) -> Array:
-    """The coordinate-wise mean without the ⌊trim · N⌋ smallest and as many largest values.
+    """Return the coordinate-wise mean without the ⌊trim · N⌋ smallest and as many largest values.
 
     Paper: arXiv 1803.01498, algorithm 1 (option II). Raises ConfigError if nothing would be left.
     """
@@ -263,50 +253,179 @@ def fisher(parts: Parts, information: Parts, weights: Array) -> Array:
     )
 
 
-# The outer step -------------------------------------------------------------------------------------------------
+# The registry ---------------------------------------------------------------------------------------------------
 
 
-def outer_step(
-    optimizer: str, base: NDArray[Any], merged: Array, learning_rate: float, momentum: float, state: Sequence[Array]
-) -> tuple[Array, list[Array]]:
-    """One step of the server's optimiser on the pseudo-gradient g = θ − merged; returns the new θ and the new state.
-
-    `sgd`: v ← μ v + g, θ ← θ − η v. `nesterov`: v ← μ v + g, θ ← θ − η (g + μ v) (DiLoCo, arXiv 2311.08105).
-    `adam`: m ← μ m + (1 − μ) g, s ← β₂ s + (1 − β₂) g², θ ← θ − η m / (√s + τ) (FedAdam, arXiv 2003.00295,
-    algorithm 2, with β₂ = 0.99 and τ = 10⁻³).
-    """
-    start = base.astype(np.float64)
-    gradient = start - merged
-    if optimizer == "adam":
-        first = momentum * state[0] + (1 - momentum) * gradient
-        second = 0.99 * state[1] + 0.01 * gradient**2
-        return start - learning_rate * first / (np.sqrt(second) + 1e-3), [first, second]
-    velocity = momentum * state[0] + gradient
-    step = gradient + momentum * velocity if optimizer == "nesterov" else velocity
-    return start - learning_rate * step, [velocity]
+def weighted_mean(block: Block, recipe: Recipe) -> Array:
+    """Return the mean by one weight per contribution."""
+    return mean(block.contributions, recipe.weights if recipe.shares is None else recipe.shares)
 
 
-# Weights and rounding -------------------------------------------------------------------------------------------
+def mean_per_tensor(block: Block, recipe: Recipe) -> Array:
+    """Return Σ wᵢ xᵢ + w θ by the weights of the block's tensor."""
+    weights = recipe.tensor_weights[block.name]
+    total = stacked(block.contributions).T @ weights[:-1]
+    return np.asarray(total + weights[-1] * block.base.astype(np.float64) if weights[-1] else total)
 
 
-def normalised(shares: Sequence[float], largest: float | None = None) -> Array:
-    """Shares as weights that sum to one, none above `largest`: what is cut off goes to the others in proportion.
+def _median(block: Block, recipe: Recipe) -> Array:  # noqa: ARG001
+    return median(block.contributions)
 
-    Raises ConfigError if a share is negative or not finite, all are zero, or `largest` cannot be met.
-    """
-    weights: Array = np.asarray(shares, np.float64)
-    if not np.isfinite(weights).all() or (weights < 0).any() or weights.sum() <= 0:
-        raise ConfigError(f"weights must be finite, not negative, and not all zero: {list(shares)}")
-    weights = np.divide(weights, weights.sum())
-    if largest is None:
-        return weights
-    if largest * np.count_nonzero(weights) < 1 - 1e-9:
-        raise ConfigError(
-            f"--max-share {largest} is less than an equal share of {np.count_nonzero(weights)} contributions"
-        )
-    while (weights > largest * (1 + 1e-12)).any():
-        full = weights >= largest
-        weights[full] = largest
-        rest = weights[~full]
-        weights[~full] = rest * (1 - largest * np.count_nonzero(full)) / rest.sum()
-    return weights
+
+def _trimmed_mean(block: Block, recipe: Recipe) -> Array:
+    return trimmed_mean(block.contributions, recipe.config.trim)
+
+
+def _ties(block: Block, recipe: Recipe) -> Array:
+    return ties(block.contributions, block.base, recipe.thresholds[block.name], recipe.weights)
+
+
+def _dare(block: Block, recipe: Recipe) -> Array:
+    parts, seed = block.contributions, recipe.config.seed
+    return dare(parts, block.base, recipe.weights, recipe.density, recipe.keys, block.name, block.start, seed)
+
+
+def _fisher(block: Block, recipe: Recipe) -> Array:
+    return fisher(block.contributions, block.companions[: len(block.contributions)], recipe.weights)
+
+
+def _krum(gram: Array, weights: Array, config: FuseConfig) -> Array:  # noqa: ARG001
+    return krum_weights(gram, config.byzantine)
+
+
+def _geometric_median(gram: Array, weights: Array, config: FuseConfig) -> Array:  # noqa: ARG001
+    return geometric_median_weights(gram, weights)
+
+
+def _model_stock(gram: Array, weights: Array, config: FuseConfig) -> Array:  # noqa: ARG001
+    share = model_stock_share(gram)
+    return np.append(np.full(len(gram), share / len(gram)), 1 - share)
+
+
+def _slerp(gram: Array, weights: Array, config: FuseConfig) -> Array:  # noqa: ARG001
+    return np.append(slerp_weights(gram, config.position), 0.0)
+
+
+def _check_trim(config: FuseConfig, count: int) -> None:
+    trimmed_mean([np.zeros(1)] * count, config.trim)
+
+
+def _check_two(config: FuseConfig, count: int) -> None:  # noqa: ARG001
+    if count != 2:
+        raise ConfigError(f"slerp takes two contributions, there are {count}: take --method mean")
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Add a merge method, so that `--method NAME` takes it. Raises ConfigError if there is one of that name."""
+    if method.name in METHODS:
+        raise ConfigError(f"{method.name} is already a merge method: choose another name")
+    METHODS[method.name] = method
+    return method
+
+
+def find_method(name: str) -> Method:
+    """Return the merge method of this name. Raises ConfigError that names the nearest one if there is none."""
+    if name not in METHODS:
+        near = difflib.get_close_matches(name[:40], METHODS, n=1, cutoff=0.0)[0]
+        choices = ", ".join(METHODS)
+        raise ConfigError(f"--method {name[:40]!r} is not known, did you mean {near!r}: choose one of {choices}")
+    return METHODS[name]
+
+
+def method_table() -> list[tuple[str, str, str]]:
+    """Return name, summary and paper of every merge method."""
+    return [(method.name, method.summary, method.paper) for method in METHODS.values()]
+
+
+# To add a method, write its function and one entry here. `summary` is what `coldctl fuse --help` and the docs show.
+for _method in (
+    Method("mean", "Σ wᵢ xᵢ", "ColD Fusion, arXiv 2212.01378", weighted_mean, linear=True),
+    Method(
+        "task-arithmetic",
+        "θ + λ Σ wᵢ dᵢ; the same as `mean` with `--scale λ`",
+        "arXiv 2212.04089",
+        weighted_mean,
+        linear=True,
+    ),
+    Method(
+        "ties",
+        "per tensor: keep the share `--density` of largest magnitude of each dᵢ, elect a sign per element by Σ wᵢ dᵢ, "
+        "average those that agree",
+        "arXiv 2306.01708",
+        _ties,
+        needs=Need.RANKS,
+        settings=("density",),
+        density=0.2,
+    ),
+    Method(
+        "dare",
+        "keep each element of dᵢ with probability `--density`, rescale by its inverse, then the mean; drawn by `--seed`",
+        "arXiv 2311.03099",
+        _dare,
+        needs=Need.DIGESTS,
+        settings=("density", "seed"),
+        density=0.5,
+    ),
+    Method(
+        "model-stock",
+        "per tensor: t · mean + (1 − t) · θ, t = N cos φ / (1 + (N − 1) cos φ), held to 0 … 1",
+        "arXiv 2403.19522",
+        mean_per_tensor,
+        needs=Need.TENSOR_GRAM,
+        solve=_model_stock,
+        takes_weights=False,
+    ),
+    Method(
+        "slerp",
+        "per tensor, two contributions: spherical interpolation, `--position` is the share of the second",
+        "Shoemake 1985",
+        mean_per_tensor,
+        needs=Need.TENSOR_PRODUCTS,
+        solve=_slerp,
+        takes_weights=False,
+        settings=("position",),
+        check=_check_two,
+    ),
+    Method("median", "coordinate-wise median", "arXiv 1803.01498", _median, takes_weights=False),
+    Method(
+        "trimmed-mean",
+        "coordinate-wise mean without ⌊trim · N⌋ values at each end (`--trim`)",
+        "arXiv 1803.01498",
+        _trimmed_mean,
+        takes_weights=False,
+        settings=("trim",),
+        check=_check_trim,
+    ),
+    Method(
+        "multi-krum",
+        "mean of the N − f − 2 updates closest to their N − f − 2 nearest others; needs N ≥ 2f + 3 (`--byzantine f`, of "
+        "whom those that `--screen reject` drops are no longer expected)",
+        "arXiv 1703.02757",
+        weighted_mean,
+        linear=True,
+        needs=Need.GRAM,
+        solve=_krum,
+        takes_weights=False,
+        settings=("byzantine",),
+    ),
+    Method(
+        "geometric-median",
+        "argmin of Σ wᵢ ‖dᵢ − z‖ over whole models, by Weiszfeld iterations on inner products",
+        "arXiv 1912.13445",
+        weighted_mean,
+        linear=True,
+        needs=Need.GRAM,
+        solve=_geometric_median,
+    ),
+    Method(
+        "fisher",
+        "Σ wᵢ Fᵢ xᵢ / Σ wᵢ Fᵢ element by element, Fᵢ from `fisher.safetensors` beside the weights",
+        "arXiv 2111.09832",
+        _fisher,
+        needs=Need.FISHER,
+    ),
+):
+    register(_method)

@@ -19,14 +19,13 @@ import numpy as np
 
 from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import Manifest
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, outside_body_digest
+from coldctl.checkpoints.checkpoint import Checkpoint
+from coldctl.checkpoints.digests import body_digest, outside_body_digest
 from coldctl.common.errors import CheckpointError
 from coldctl.common.progress import Progress
-from coldctl.config.settings import FuseConfig
 from coldctl.fusing import methods
-from coldctl.fusing.blocks import Block, Digester, Stretch, cut, read_blocks, stretches
-from coldctl.fusing.methods import Array
-from coldctl.fusing.recipe import Recipe, TensorWeights
+from coldctl.fusing.blocks import Array, Block, Chunk, Digester, chunks_of, cut, read_blocks
+from coldctl.fusing.recipe import Need, Recipe
 from coldctl.fusing.statistics import NotFinite, UpdateStatistics, not_finite
 
 Piece = TypeVar("Piece")
@@ -36,8 +35,8 @@ Result = TypeVar("Result")
 class Spread(Protocol):
     """A function that runs the chunks of a pass on an engine's workers."""
 
-    def __call__(self, work: Callable[[Piece], Result], pieces: Sequence[Piece], name: str) -> Iterator[Result]:
-        """Yield the result of `work` (which can be pickled) for each piece, in order. `name` names the pass.
+    def __call__(self, work: Callable[[Piece], Result], chunks: Sequence[Piece], name: str) -> Iterator[Result]:
+        """Yield the result of `work` (which can be pickled) for each chunk, in order. `name` names the pass.
 
         Raises what `work` raised.
         """
@@ -58,17 +57,17 @@ class Inputs:
 
 
 @dataclass
-class Proof:
+class Verification:
     """The digests of a fuse's inputs, and how they differ from their manifests."""
 
     findings: list[NotFinite] = field(default_factory=list)
     base_digest: str = ""
     digests: list[str] = field(default_factory=list)  # of the contributions' bodies
-    problems: list[list[str]] = field(default_factory=list)  # per contribution: what differs from its manifest
-    base_problems: list[str] = field(default_factory=list)
+    mismatches: list[list[str]] = field(default_factory=list)  # with the manifest, per contribution
+    base_mismatches: list[str] = field(default_factory=list)
 
 
-class Prover:
+class Verifier:
     """A verifier that takes digests while a pass reads and compares them with the manifests afterwards."""
 
     def __init__(self, inputs: Inputs, *, verify: bool, whole: bool) -> None:
@@ -82,26 +81,26 @@ class Prover:
         ]
         self.findings: list[NotFinite] = []
 
-    def prove(self, spread: Spread | None = None) -> Proof:
-        """Return the digests and the differences from the manifests. Reads bodies whose digest no pass has taken."""
-        pieces = list(range(len(self._checkpoints)))
+    def verification(self, spread: Spread | None = None) -> Verification:
+        """Return the digests and the mismatches with the manifests. Reads bodies whose digest no pass has taken."""
+        chunks = list(range(len(self._checkpoints)))
         if spread:
-            results = list(spread(self._prove_one, pieces, "verify"))
+            results = list(spread(self._verify_one, chunks, "verify"))
         else:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                results = list(pool.map(self._prove_one, pieces))
+                results = list(pool.map(self._verify_one, chunks))
         digests = [digest for digest, _ in results]
-        problems = [mismatches for _, mismatches in results]
-        return Proof(self.findings, digests[0], digests[1:], problems[1:], problems[0])
+        mismatches = [messages for _, messages in results]
+        return Verification(self.findings, digests[0], digests[1:], mismatches[1:], mismatches[0])
 
-    def _prove_one(self, index: int) -> tuple[str, list[str]]:
+    def _verify_one(self, index: int) -> tuple[str, list[str]]:
         checkpoint, digester = self._checkpoints[index], self.digesters[index]
         if not self._verify and (index or checkpoint.manifest):
             return checkpoint.manifest["body_digest"] if checkpoint.manifest else "", []
         actual = digester.body_digest() if digester else body_digest(checkpoint)
         if checkpoint.manifest is None:
             return actual, [f"{name} changed while it was read" for name in checkpoint.folder.changed()]
-        return actual, differences(checkpoint, actual) if self._verify else []
+        return actual, manifest_mismatches(checkpoint, actual) if self._verify else []
 
 
 def _reads_whole_body(checkpoint: Checkpoint, names: Sequence[str]) -> bool:
@@ -110,7 +109,7 @@ def _reads_whole_body(checkpoint: Checkpoint, names: Sequence[str]) -> bool:
     return checkpoint.original is None and own == list(names)
 
 
-def differences(checkpoint: Checkpoint, actual: str, *, whole: bool = False) -> list[str]:
+def manifest_mismatches(checkpoint: Checkpoint, actual: str, *, whole: bool = False) -> list[str]:
     """Return how the files of a checkpoint differ from its manifest, one message each. `actual` is its body digest.
 
     Files that a model is loaded from must be there and unchanged. Other files (pictures, reports) may be missing, since
@@ -149,14 +148,14 @@ def _changed(checkpoint: Checkpoint, name: str, document: Manifest) -> bool:
     return manifest.digest_of_reader(checkpoint.folder.open(name)) != document["files"].get(name)
 
 
-def prove(checkpoint: Checkpoint, actual: str | None = None) -> None:
+def verify_checkpoint(checkpoint: Checkpoint, actual: str | None = None) -> None:
     """Verify a checkpoint against its manifest, if it has one. `actual` is its body digest, None if not computed yet.
 
     Raises CheckpointError if they differ.
     """
     if checkpoint.manifest is None:
         return
-    if problems := differences(checkpoint, actual or body_digest(checkpoint)):
+    if problems := manifest_mismatches(checkpoint, actual or body_digest(checkpoint)):
         raise CheckpointError(
             f"{checkpoint.label}: {problems[0]}: make or fetch it again, or remove its {layout.MANIFEST} if it was "
             "changed on purpose"
@@ -183,7 +182,7 @@ class PassResult:
 def measure_updates(
     inputs: Inputs,
     weights: Array,
-    prover: Prover,
+    verifier: Verifier,
     *,
     gram: bool,
     pairs: bool,
@@ -195,12 +194,12 @@ def measure_updates(
     The statistics hold inner products with `gram`, and directions for the search for outliers with `pairs`.
     """
     statistics = UpdateStatistics(len(weights), gram=gram, pairs=pairs)
-    pieces = stretches(inputs.base, inputs.contributions, inputs.names)
-    work = partial(_surveyed, inputs, weights, deepcopy(statistics), None if spread else prover.digesters)
-    for found in run_chunks(work, pieces, "survey", progress, spread):
-        prover.findings += found.findings
-        assert found.statistics is not None
-        statistics.include(found.statistics)
+    chunks = chunks_of(inputs.base, inputs.contributions, inputs.names)
+    work = partial(_surveyed, inputs, weights, deepcopy(statistics), None if spread else verifier.digesters)
+    for result in run_chunks(work, chunks, "survey", progress, spread):
+        verifier.findings += result.findings
+        assert result.statistics is not None
+        statistics.include(result.statistics)
     return statistics
 
 
@@ -209,78 +208,74 @@ def _surveyed(
     weights: Array,
     empty: UpdateStatistics,
     digesters: Sequence[Digester | None] | None,
-    pieces: Sequence[Stretch],
+    chunks: Sequence[Chunk],
 ) -> Iterator[PassResult]:
-    with closing(read_blocks(inputs.base, inputs.contributions, joined(pieces), digesters)) as blocks:
-        for piece in pieces:
-            found = PassResult(deepcopy(empty))
-            for block in islice(blocks, len(piece)):
-                found.look(block, methods.mean(block.contributions, weights), weights, values=True)
-            yield found
+    with closing(read_blocks(inputs.base, inputs.contributions, joined(chunks), digesters)) as blocks:
+        for chunk in chunks:
+            result = PassResult(deepcopy(empty))
+            for block in islice(blocks, len(chunk)):
+                result.look(block, methods.mean(block.contributions, weights), weights, values=True)
+            yield result
 
 
-def joined(pieces: Sequence[Stretch]) -> Stretch:
+def joined(chunks: Sequence[Chunk]) -> Chunk:
     """Return all blocks of several chunks."""
-    return [extent for piece in pieces for extent in piece]
+    return [block_range for chunk in chunks for block_range in chunk]
 
 
 def run_chunks(
-    work: Callable[[Sequence[Stretch]], Iterator[Result]],
-    pieces: Sequence[Stretch],
+    work: Callable[[Sequence[Chunk]], Iterator[Result]],
+    chunks: Sequence[Chunk],
     name: str,
     progress: Progress,
     spread: Spread | None,
-    together: Sequence[Sequence[Stretch]] | None = None,
+    together: Sequence[Sequence[Chunk]] | None = None,
 ) -> Iterator[Result]:
     """Run `work` on every chunk and yield the results in order, in this process or on the engine's workers.
 
     Chunks that are `together` go to one worker. Raises what `work` raised.
     """
-    progress.begin(name, sum(len(extent) for piece in pieces for extent in piece), "weights")
+    progress.begin(name, sum(len(block_range) for chunk in chunks for block_range in chunk), "weights")
     if spread is None:
-        results = work(pieces)
+        results = work(chunks)
     else:
-        results = chain.from_iterable(spread(partial(_all, work), together or [[piece] for piece in pieces], name))
-    for piece, result in zip(pieces, results, strict=True):
+        results = chain.from_iterable(spread(partial(_all, work), together or [[chunk] for chunk in chunks], name))
+    for chunk, result in zip(chunks, results, strict=True):
         yield result
-        progress.advance(name, sum(map(len, piece)))
+        progress.advance(name, sum(map(len, chunk)))
     progress.end(name)
 
 
-def _all(work: Callable[[Sequence[Stretch]], Iterator[Result]], pieces: Sequence[Stretch]) -> list[Result]:
-    return list(work(pieces))
+def _all(work: Callable[[Sequence[Chunk]], Iterator[Result]], chunks: Sequence[Chunk]) -> list[Result]:
+    return list(work(chunks))
 
 
 def tensor_weights(
-    inputs: Inputs, config: FuseConfig, progress: Progress, spread: Spread | None = None
-) -> dict[str, TensorWeights]:
-    """Return weights per tensor by name, from the inner products within each tensor. Reads the inputs once.
+    inputs: Inputs, recipe: Recipe, progress: Progress, spread: Spread | None = None
+) -> dict[str, Array]:
+    """Return weights per tensor by name, float64 [N + 1], the last of the base. Reads the inputs once.
 
-    Model Stock takes the products of the updates, spherical interpolation those of the tensors.
+    The method computes them from the inner products within each tensor, of the updates or of the contributions.
     """
-    pieces = [cut(inputs.base, inputs.contributions, [name]) for name in inputs.names]
-    grams = run_chunks(partial(_products, inputs, config), pieces, "angles", progress, spread)
-    return {name: _weights_within(gram, config) for name, gram in zip(inputs.names, grams, strict=True)}
+    solve = recipe.method.solve
+    assert solve is not None
+    updates = recipe.method.needs is Need.TENSOR_GRAM
+    chunks = [cut(inputs.base, inputs.contributions, [name]) for name in inputs.names]
+    grams = run_chunks(partial(_products, inputs, updates), chunks, "angles", progress, spread)
+    return {name: solve(gram, recipe.weights, recipe.config) for name, gram in zip(inputs.names, grams, strict=True)}
 
 
-def _products(inputs: Inputs, config: FuseConfig, pieces: Sequence[Stretch]) -> Iterator[Array]:
+def _products(inputs: Inputs, updates: bool, chunks: Sequence[Chunk]) -> Iterator[Array]:
     count = len(inputs.contributions)
-    with closing(read_blocks(inputs.base, inputs.contributions, joined(pieces))) as blocks:
-        for piece in pieces:
+    with closing(read_blocks(inputs.base, inputs.contributions, joined(chunks))) as blocks:
+        for chunk in chunks:
             gram = np.zeros((count, count))
-            for block in islice(blocks, len(piece)):
+            for block in islice(blocks, len(chunk)):
                 rows = methods.stacked(block.contributions)
-                if config.method == "model-stock":
+                if updates:
                     rows -= block.base
                 gram += rows @ rows.T
             yield gram
-
-
-def _weights_within(gram: Array, config: FuseConfig) -> TensorWeights:
-    if config.method == "slerp":
-        return TensorWeights(methods.slerp_weights(gram, config.position), 0.0)
-    share = methods.model_stock_share(gram)
-    return TensorWeights(np.full(len(gram), share / len(gram)), 1 - share)
 
 
 def thresholds(inputs: Inputs, density: float, progress: Progress, spread: Spread | None = None) -> dict[str, Array]:
@@ -289,19 +284,19 @@ def thresholds(inputs: Inputs, density: float, progress: Progress, spread: Sprea
     By tensor name, an array with one float64 per contribution.
     A rank needs a whole tensor, so this holds one update of one tensor at a time, in float32.
     """
-    pieces = [cut(inputs.base, inputs.contributions[:1], [name]) for name in inputs.names]
-    ranks = run_chunks(partial(_ranked, inputs, density), pieces, "ranks", progress, spread)
+    chunks = [cut(inputs.base, inputs.contributions[:1], [name]) for name in inputs.names]
+    ranks = run_chunks(partial(_ranked, inputs, density), chunks, "ranks", progress, spread)
     return dict(zip(inputs.names, ranks, strict=True))
 
 
-def _ranked(inputs: Inputs, density: float, pieces: Sequence[Stretch]) -> Iterator[Array]:
-    for piece in pieces:
-        size = piece[-1].stop
+def _ranked(inputs: Inputs, density: float, chunks: Sequence[Chunk]) -> Iterator[Array]:
+    for chunk in chunks:
+        size = chunk[-1].stop
         smallest = np.zeros(len(inputs.contributions))
         if size and density < 1:
             magnitudes = np.empty(size, np.float32)
             for index, checkpoint in enumerate(inputs.contributions):
-                for block in read_blocks(inputs.base, [checkpoint], piece):
+                for block in read_blocks(inputs.base, [checkpoint], chunk):
                     difference = block.contributions[0].astype(np.float64) - block.base
                     magnitudes[block.start : block.stop] = np.abs(difference)
                 rank = size - max(1, int(density * size))
@@ -313,16 +308,16 @@ def _ranked(inputs: Inputs, density: float, pieces: Sequence[Stretch]) -> Iterat
 
 def distance(inputs: Inputs, recipe: Recipe, progress: Progress, spread: Spread | None = None) -> float:
     """Return the norm of a method's update, ‖merged − base‖ over all floating body tensors. Reads the inputs once."""
-    pieces = stretches(inputs.base, [*inputs.contributions, *inputs.companions], inputs.names)
-    return float(np.sqrt(sum(run_chunks(partial(_moved, inputs, recipe), pieces, "norm", progress, spread))))
+    chunks = chunks_of(inputs.base, [*inputs.contributions, *inputs.companions], inputs.names)
+    return float(np.sqrt(sum(run_chunks(partial(_moved, inputs, recipe), chunks, "norm", progress, spread))))
 
 
-def _moved(inputs: Inputs, recipe: Recipe, pieces: Sequence[Stretch]) -> Iterator[float]:
-    plan = joined(pieces)
+def _moved(inputs: Inputs, recipe: Recipe, chunks: Sequence[Chunk]) -> Iterator[float]:
+    plan = joined(chunks)
     with closing(read_blocks(inputs.base, inputs.contributions, plan, companions=inputs.companions)) as blocks:
-        for piece in pieces:
+        for chunk in chunks:
             total = 0.0
-            for block in islice(blocks, len(piece)):
-                step = recipe.merged(block) - block.base
+            for block in islice(blocks, len(chunk)):
+                step = recipe.method.merge(block, recipe) - block.base
                 total += float(step @ step)
             yield total

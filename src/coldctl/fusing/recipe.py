@@ -1,70 +1,110 @@
-"""How a block of contributions becomes a block of the fused model, once all that must be known first is known."""
+"""A merge method with its parameters for one fuse, and the length of the step that it makes from the base."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from coldctl.config.settings import FuseConfig
-from coldctl.fusing import methods
-from coldctl.fusing.blocks import Block
-from coldctl.fusing.methods import Array
+from coldctl.fusing.blocks import Array, Block
 
-WEIGHTED = ("mean", "task-arithmetic", "multi-krum", "geometric-median")  # one weight per contribution
-PER_TENSOR = ("model-stock", "slerp")
-UNWEIGHTED = ("multi-krum", "median", "trimmed-mean", "model-stock", "slerp")  # refuse --weights
-DENSITY = {"ties": 0.2, "dare": 0.5}  # what the papers recommend to keep
 OUTER_STATES = {"sgd": ("momentum",), "nesterov": ("momentum",), "adam": ("momentum", "variance")}
 
 
+class Need(StrEnum):
+    """Knowledge that a method needs before the first element can be written."""
+
+    NOTHING = "nothing"
+    DIGESTS = "body digests"
+    FISHER = "Fisher information"  # read beside the weights
+    GRAM = "inner products of the updates"
+    TENSOR_GRAM = "inner products of the updates, per tensor"
+    TENSOR_PRODUCTS = "inner products of the contributions, per tensor"
+    RANKS = "ranks of the updates' magnitudes, per tensor"
+
+    @property
+    def passes(self) -> int:
+        """The number of passes over the inputs, the writing one included."""
+        return 1 if self in (Need.NOTHING, Need.DIGESTS, Need.FISHER) else 2
+
+
 @dataclass(frozen=True)
-class TensorWeights:
-    """Weights of the contributions within one tensor, and of the base."""
+class Method:
+    """A merge method: one function, and what everybody else must know of it."""
 
-    contributions: Array
-    base: float
+    name: str
+    summary: str  # the fused model in one line, for help and docs
+    paper: str
+    # The method's own result for one block, before any scale: float64 [L].
+    merge: Callable[[Block, "Recipe"], Array]
+    linear: bool = False  # the result is Σ wᵢ xᵢ by `Recipe.weights`
+    needs: Need = Need.NOTHING
+    # Weights from a Gram matrix [N, N] and the nominal weights [N]: [N], or [N + 1] per tensor, the last of the base.
+    solve: Callable[[Array, Array, FuseConfig], Array] | None = None
+    takes_weights: bool = True
+    settings: Sequence[str] = ()  # settings that only some methods read
+    density: float = 1.0  # share of an update that is kept if --density is not given
+    # Raises ConfigError if the settings do not go with this number of contributions.
+    check: Callable[[FuseConfig, int], None] | None = None
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether the result is Σ wᵢ xᵢ + w θ with weights per tensor."""
+        return self.needs in (Need.TENSOR_GRAM, Need.TENSOR_PRODUCTS)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
-    """A method with its parameters found: `apply` is pure."""
+    """A method with its parameters for one fuse."""
 
     config: FuseConfig
+    method: Method
     weights: Array  # [N], sum to one
-    keys: Sequence[str]  # what tells the contributions apart, for seeded draws
-    shares: Array | None = None  # [N], what the weights were before they were made to sum to one
+    keys: Sequence[str]  # tell the contributions apart, for seeded draws
+    shares: Array | None = None  # [N], the weights before they were made to sum to one
     scale: float = 1.0
-    tensor_weights: Mapping[str, TensorWeights] = field(default_factory=dict)
-    thresholds: Mapping[str, Array] = field(default_factory=dict)
-
-    def merged(self, block: Block) -> Array:
-        """The method's own result for one block, before any scale: float64 [L]."""
-        config, parts = self.config, block.contributions
-        method = config.method
-        if method in WEIGHTED:
-            return methods.mean(parts, self.weights if self.shares is None else self.shares)
-        if method in PER_TENSOR:
-            shares = self.tensor_weights[block.name]
-            total = methods.stacked(parts).T @ shares.contributions
-            return np.asarray(total + shares.base * block.base.astype(np.float64) if shares.base else total)
-        if method == "median":
-            return methods.median(parts)
-        if method == "trimmed-mean":
-            return methods.trimmed_mean(parts, config.trim)
-        if method == "ties":
-            return methods.ties(parts, block.base, self.thresholds[block.name], self.weights)
-        if method == "dare":
-            density = self.density
-            return methods.dare(
-                parts, block.base, self.weights, density, self.keys, block.name, block.start, config.seed
-            )
-        return methods.fisher(parts, block.companions[: len(parts)], self.weights)
+    tensor_weights: Mapping[str, Array] = field(default_factory=dict)  # [N + 1] by tensor, the last of the base
+    thresholds: Mapping[str, Array] = field(default_factory=dict)  # [N] by tensor: the smallest magnitude that is kept
 
     def apply(self, block: Block) -> Array:
-        """The fused block: the method's result, scaled: float64 [L]."""
-        return methods.scaled(block.base, self.merged(block), self.scale)
+        """Return the fused block, float64 [L]: the method's result, scaled."""
+        return scaled(block.base, self.method.merge(block, self), self.scale)
 
     @property
     def density(self) -> float:
         """The share of elements that sparse methods keep."""
-        return self.config.density or DENSITY.get(self.config.method, 1.0)
+        return self.config.density or self.method.density
+
+
+def scaled(base: NDArray[Any], merged: Array, scale: float) -> Array:
+    """Return θ + λ (merged − θ): task arithmetic (arXiv 2212.04089) for the mean, and the same step for any other method.
+
+    λ = 1 is the merged value itself, not a rounded way there and back; λ = 0 is the base itself.
+    """
+    if scale == 1.0:
+        return merged
+    start = base.astype(np.float64)
+    return start if scale == 0.0 else start + scale * (merged - start)
+
+
+def outer_step(
+    optimizer: str, base: NDArray[Any], merged: Array, learning_rate: float, momentum: float, state: Sequence[Array]
+) -> tuple[Array, list[Array]]:
+    """Make one step of the server's optimiser on the pseudo-gradient g = θ − merged; returns the new θ and the new state.
+
+    `sgd`: v ← μ v + g, θ ← θ − η v. `nesterov`: v ← μ v + g, θ ← θ − η (g + μ v) (DiLoCo, arXiv 2311.08105).
+    `adam`: m ← μ m + (1 − μ) g, s ← β₂ s + (1 − β₂) g², θ ← θ − η m / (√s + τ) (FedAdam, arXiv 2003.00295,
+    algorithm 2, with β₂ = 0.99 and τ = 10⁻³).
+    """
+    start = base.astype(np.float64)
+    gradient = start - merged
+    if optimizer == "adam":
+        first = momentum * state[0] + (1 - momentum) * gradient
+        second = 0.99 * state[1] + 0.01 * gradient**2
+        return start - learning_rate * first / (np.sqrt(second) + 1e-3), [first, second]
+    velocity = momentum * state[0] + gradient
+    step = gradient + momentum * velocity if optimizer == "nesterov" else velocity
+    return start - learning_rate * step, [velocity]

@@ -10,16 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import resolve
-from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
-from coldctl.checkpoints.decoded import shared
-from coldctl.checkpoints.header import DTYPES, Tensor
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint, shared
+from coldctl.checkpoints.digests import body_digest
+from coldctl.checkpoints.header import Tensor
 from coldctl.common.errors import CheckpointError, ColdctlError
-
-_DOUBLE = "F64"
 
 
 def staleness_weight(age: int) -> float:
@@ -81,43 +78,34 @@ class Ancestry:
         raise CheckpointError(f"its base {digest[:19]}… is not at hand: give it as --old-base")
 
 
-@dataclass
-class StaleCheckpoint(Checkpoint):
-    """A contribution moved to another base: θ + share · (x − θ′), decoded block by block in float64."""
+@dataclass(frozen=True, eq=False)
+class Rebased:
+    """The source of a contribution moved to another base: θ + weight · (x − θ′), float64."""
 
-    base: Checkpoint | None = None
-    original_base: Checkpoint | None = None
-    source: Checkpoint | None = None
-    share: float = 1.0
+    contribution: Checkpoint
+    base: Checkpoint
+    original_base: Checkpoint
+    weight: float
 
-    def read_into(self, tensor: Tensor, start: int, buffer: memoryview) -> None:
-        """Decode elements of `tensor` from `start` on into `buffer`, in float64. Its `file` is the tensor's name."""
-        assert self.base is not None
-        assert self.original_base is not None
-        assert self.source is not None
-        result = np.frombuffer(buffer, np.float64)
-        result[:] = _read(self.source, tensor.file, start, result.size)
-        with np.errstate(all="ignore"):  # values that are not finite are found and named elsewhere
-            result -= _read(self.original_base, tensor.file, start, result.size)
-            result *= self.share
-            result += _read(self.base, tensor.file, start, result.size)
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Decode the elements block by block."""
+        values = np.frombuffer(buffer, np.float64)
+        stop = start + values.size
+        values[:] = self.contribution.floats(name, start, stop)
+        with np.errstate(all="ignore"):  # a pass over the inputs finds and names values not finite
+            values -= self.original_base.floats(name, start, stop)
+            values *= self.weight
+            values += self.base.floats(name, start, stop)
 
 
-def _read(checkpoint: Checkpoint, name: str, start: int, size: int) -> NDArray[np.float64]:
-    stored = checkpoint.body[name]
-    values = np.empty(size, DTYPES[stored.dtype])
-    checkpoint.read_into(stored, start, values.view(np.uint8).data)
-    return values.astype(np.float64)
-
-
-def rebase(source: Checkpoint, base: Checkpoint, original_base: Checkpoint, age: int) -> Checkpoint:
-    """Return `source`, made on `original_base` `age` generations ago, as a contribution to `base`.
+def rebase(contribution: Checkpoint, base: Checkpoint, original_base: Checkpoint, age: int) -> Checkpoint:
+    """Return a contribution that was made on `original_base` `age` generations ago as a contribution to `base`.
 
     Tensors that only one of them has (poolers) are left out. Raises CheckpointError if `original_base` lacks a tensor
     that the difference needs, or has it in another shape.
     """
     body = {}
-    for name, tensor in source.body.items():
+    for name, tensor in contribution.body.items():
         current = base.body.get(name)
         if current is None or not current.floating or not tensor.floating:
             continue
@@ -126,9 +114,6 @@ def rebase(source: Checkpoint, base: Checkpoint, original_base: Checkpoint, age:
             raise CheckpointError(
                 f"its base {original_base.label} has no tensor {name} of its shape: give the right one"
             )
-        body[name] = replace(tensor, file=name, offset=0, dtype=_DOUBLE)
-    return StaleCheckpoint(
-        source.folder, source.name, source.config, body, source.heads, "", source.files, source.manifest,
-        original=source.original or source, base=base, original_base=original_base, source=source,
-        share=staleness_weight(age),
-    )  # fmt: skip
+        body[name] = Tensor("F64", tensor.shape)
+    source = Rebased(contribution, base, original_base, staleness_weight(age))
+    return replace(contribution, body=body, source=source, original=contribution.original or contribution)

@@ -123,13 +123,13 @@ class UpdateStatistics:
         return _ratio(self._with_mean, np.sqrt(self._squares * self._mean_square))
 
     def shares(self, index: int) -> dict[str, float]:
-        """How one update's squared norm is spread over groups of layers: shares that sum to one."""
+        """Return how one update's squared norm is spread over groups of layers: shares that sum to one."""
         total = self._squares[index]
         return {name: float(squares[index] / total) if total > 0 else 0.0 for name, squares in self._groups.items()}
 
 
 def layer_group(name: str) -> str:
-    """The group that a body tensor is reported under: embeddings, one per layer, or what is left.
+    """Return the group that a body tensor is reported under: embeddings, one per layer, or what is left.
 
     >>> layer_group("encoder.layer.11.output.dense.weight"), layer_group("embeddings.word_embeddings.weight")
     ('layer 11', 'embeddings')
@@ -142,7 +142,7 @@ def layer_group(name: str) -> str:
 def outliers(
     statistics: UpdateStatistics, names: Sequence[str], discounts: NDArray[np.float64] | float = 1.0
 ) -> Mapping[int, str]:
-    """Which updates stand out, and why, by robust rules that bear almost half of them being wrong; none below five.
+    """Find the outliers, with reasons, by robust rules that bear almost half of the updates being wrong; none below five.
 
     `discounts` [N] are what the updates were shortened by for their age, which says nothing against them.
 
@@ -180,7 +180,7 @@ def outliers(
 
 
 def not_finite(block: Block, total: NDArray[np.float64]) -> list[NotFinite]:
-    """Who has a not-a-number or infinity in this block; `total` is any sum over all of its contributions.
+    """Return who has a not-a-number or infinity in this block; `total` is any sum over all of its contributions.
 
     A sum of float64 that is finite has only finite terms, so the usual case costs one pass over the sum.
     """
@@ -195,7 +195,7 @@ def not_finite(block: Block, total: NDArray[np.float64]) -> list[NotFinite]:
 
 
 def names_of(findings: Sequence[NotFinite], index: int) -> list[str]:
-    """The tensors in which one contribution is not finite, each once, in the order found."""
+    """Return the tensors in which one contribution is not finite, each once, in the order found."""
     return list(dict.fromkeys(finding.tensor for finding in findings if finding.index == index))
 
 
@@ -205,7 +205,7 @@ def _ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np
 
 
 def _excess(values: NDArray[np.float64], floor: float) -> NDArray[np.float64]:
-    """How far each value lies from the median, in units of what makes an outlier; `floor` is the least that does."""
+    """Return how far each value lies from the median, in units of what makes an outlier; `floor` is the least that does."""
     middle = np.median(values)
     spread = 1.4826 * float(np.median(np.abs(values - middle)))
     allowed = float(np.interp(np.log(len(values)), np.log(_COUNTS), _DEVIATIONS)) * spread

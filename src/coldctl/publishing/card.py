@@ -256,7 +256,7 @@ def _results(context: CardContext) -> str:
             called = context.base_model if _is_pretrained(results, context.document) else None
             parts += published_markdown(results, name, called)
     if results.get("overlaps"):
-        parts.append("\n".join(f"- {markdown(sentence)}" for sentence in overlap_sentences(results)))
+        parts.append("\n".join(f"- {markdown(sentence)}" for sentence in overlap_sentences(results["overlaps"])))
     return "\n\n".join(parts)
 
 

@@ -1,6 +1,5 @@
 """Loading what is to be published the way its users will, before anything is called published."""
 
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, rounded
 from coldctl.common.errors import CheckpointError
 from coldctl.storage.files import LocalFolder
 from coldctl.training import model as models
+from coldctl.training.batches import collate
 
 SENTENCES = (
     "A short sentence.",
@@ -30,8 +30,8 @@ def features(folder: Path, sentences: tuple[str, ...] = SENTENCES, *, rounded_to
     """
     if rounded_to is None:
         return _hidden(folder, models.load_body(folder), sentences)
-    with closing(open_checkpoint(LocalFolder(folder), folder.name)) as checkpoint:
-        has_doubles = any(tensor.dtype == "F64" for tensor in checkpoint.body.values())
+    stored = open_checkpoint(LocalFolder(folder), folder.name).body.values()
+    has_doubles = any(tensor.dtype == "F64" for tensor in stored)
     body = models.load_body(folder, torch.float64 if has_doubles else torch.float32)
     with torch.no_grad():
         for parameter in body.parameters():
@@ -81,7 +81,7 @@ def _hidden(folder: Path, body: nn.Module, sentences: tuple[str, ...]) -> torch.
     tokenizer = models.load_tokenizer(folder)
     limit = models.length_limit(tokenizer, body.config, 64)
     encoded = models.encode(tokenizer, list(sentences), None, limit)
-    batch = models.collate(encoded, range(len(encoded)), tokenizer.pad_token_id, torch.device("cpu"))
+    batch = collate(encoded, range(len(encoded)), tokenizer.pad_token_id, torch.device("cpu"))
     with torch.inference_mode():
         hidden: torch.Tensor = body(**batch).last_hidden_state
         return hidden * batch["attention_mask"][..., None]

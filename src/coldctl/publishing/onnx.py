@@ -11,6 +11,7 @@ from torch import nn
 from coldctl.common.errors import CheckpointError, ModelError
 from coldctl.publishing.load_check import SENTENCES
 from coldctl.training import model as models
+from coldctl.training.batches import collate
 
 _OPSET = 18
 _LARGEST_DIFFERENCE = 1e-4  # of the largest feature: the same arithmetic in another order
@@ -44,7 +45,7 @@ def export(folder: Path, file: Path) -> float:
         raise ModelError("--onnx needs its libraries: install them with `pip install coldctl[onnx]`") from None
     body, tokenizer = models.load_body(folder), models.load_tokenizer(folder)
     encoded = models.encode(tokenizer, list(SENTENCES), None, models.length_limit(tokenizer, body.config, 64))
-    batch = models.collate(encoded, range(len(encoded)), tokenizer.pad_token_id, torch.device("cpu"))
+    batch = collate(encoded, range(len(encoded)), tokenizer.pad_token_id, torch.device("cpu"))
     features = _Features(body, list(batch)).eval()
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Several processes that train one model together, as `torchrun` and `accelerate launch` start them.
+"""Data-parallel training by several processes, as `torchrun` and `accelerate launch` start them.
 
 Each computes its share of every batch; gradients are summed, so the step is that of the whole batch. The first
 process (rank 0) reads, decides and writes; the others follow. Without such a launcher the team has one member.
@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from coldctl.common.errors import ConfigError
+from coldctl.common.errors import ColdctlError, ConfigError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Team:
-    """The place of this process among its peers."""
+    """The processes of a training, and the rank of this one. Alone, it has size 1 and needs no torch."""
 
     rank: int = 0
     size: int = 1
@@ -28,40 +28,51 @@ class Team:
     local_size: int = 1
 
     @property
-    def leads(self) -> bool:
-        """Whether this process is the one that writes."""
+    def is_main(self) -> bool:
+        """Return True in the process that writes."""
         return self.rank == 0
 
-    def agreed(self, value: T) -> T:
-        """The leader's value, everywhere."""
+    def broadcast(self, value: T) -> T:
+        """Return the main process's value, in every process."""
         if self.size == 1:
             return value
         from torch import distributed
 
-        self._meet()
+        self._connect()
         box = [value]
         distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def share(self, tensors: Iterable[Any]) -> None:
-        """Overwrite tensors by the leader's."""
+    def broadcast_tensors(self, tensors: Iterable[Any]) -> None:
+        """Overwrite the tensors with the main process's."""
         if self.size > 1:
             from torch import distributed
 
             for tensor in tensors:
                 distributed.broadcast(tensor, src=0)
 
-    def gathered(self, value: T) -> list[T]:
-        """Everyone's value, by rank, of a team of more than one."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
         from torch import distributed
 
-        self._meet()
+        self._connect()
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value)
         return values
 
+    def check_agreement(self, key: str | None, error: ColdctlError | None) -> None:
+        """Raise in every process the error of any of them, or ConfigError if their keys differ."""
+        answers = self.all_gather((key, error))
+        for rank, (_, theirs) in enumerate(answers):
+            if theirs is not None:
+                raise type(theirs)(f"process {rank}: {theirs.message}" if rank else theirs.message, theirs.details)
+        if len({key for key, _ in answers}) > 1:
+            raise ConfigError("the processes see different data or bases: give all of them the same files and flags")
+
     def sum_gradients(self, parameters: Iterable[Any], loss: Any) -> Any:
-        """Replace each gradient by the sum over the team; return the sum of the losses."""
+        """Replace each gradient by its sum over all processes; return the sum of the losses, a scalar tensor."""
         if self.size == 1:
             return loss
         import torch
@@ -70,13 +81,13 @@ class Team:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         flat = torch.cat([loss.reshape(1), *(gradient.reshape(-1) for gradient in gradients)])
         distributed.all_reduce(flat)
-        total, *parts = torch.split(flat, [1, *(gradient.numel() for gradient in gradients)])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        total, *sums = torch.split(flat, [1, *(gradient.numel() for gradient in gradients)])
+        for gradient, summed in zip(gradients, sums, strict=True):
+            gradient.copy_(summed.view_as(gradient))
         return total.reshape(())
 
-    def summed(self, array: NDArray[Any], device: Any) -> NDArray[np.float64]:
-        """The sum of everyone's array, float64."""
+    def all_reduce(self, array: NDArray[Any], device: Any) -> NDArray[np.float64]:
+        """Return the sum of all processes' arrays, float64 of the same shape."""
         if self.size == 1:
             return array.astype(np.float64)
         import torch
@@ -87,7 +98,8 @@ class Team:
         result: NDArray[np.float64] = tensor.cpu().numpy().astype(np.float64)
         return result
 
-    def _meet(self) -> None:
+    def _connect(self) -> None:
+        """Join the process group, once."""
         import torch
         from torch import distributed
 
@@ -98,7 +110,7 @@ class Team:
 
 
 def find() -> Team:
-    """The team that a launcher's environment describes. Raises ConfigError."""
+    """Return the team that a launcher's environment variables describe. Raises ConfigError."""
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= set(os.environ):
         return Team()
     size = os.environ["WORLD_SIZE"]
@@ -116,7 +128,7 @@ def find() -> Team:
 
 
 def disband() -> None:
-    """Leave the team in order, if there is one."""
+    """Leave the process group, if this process joined one."""
     if "torch.distributed" in sys.modules:
         from torch import distributed
 

@@ -10,31 +10,33 @@ from torch import nn
 from coldctl.artifacts import layout
 from coldctl.checkpoints.checkpoint import modern_name
 from coldctl.common.disk_errors import as_os_errors
-from coldctl.training.loop import Examples, Place, negative_log_likelihoods, problem_of
-from coldctl.training.model import body_of, collate
+from coldctl.training.batches import Examples, collate
+from coldctl.training.loop import TrainingContext
+from coldctl.training.losses import REGRESSION, negative_log_likelihoods, problem_of
+from coldctl.training.model import body_of
 
-EXAMPLES = 1024  # of the training examples, drawn by seed: the estimate is a mean
+EXAMPLES = 1024  # training examples of which the mean is taken, drawn by seed
 
 
-def write_fisher(model: nn.Module, examples: Examples, place: Place, folder: Path, seed: int) -> None:
+def write_fisher(model: nn.Module, examples: Examples, context: TrainingContext, folder: Path, seed: int) -> None:
     """Write `fisher.safetensors`: for each body tensor, float32 of its shape, the mean over examples of (∂ log p / ∂θ)².
 
     The labels are the true ones, so this is the empirical Fisher information (arXiv 2111.09832, equation 5, with
-    labels of the data instead of the model's own). What was frozen has zeros.
+    labels of the data instead of the model's own). Frozen tensors have zeros. Raises OSError.
     """
     model.eval()
     body = body_of(model)
     sums = {name: torch.zeros_like(value) for name, value in body.named_parameters() if value.requires_grad}
     parameters = dict(body.named_parameters())
     # The variance of what a regression leaves open is unknown; that of its labels keeps units out of the result.
-    variance = float(examples.labels.var()) or 1.0 if problem_of(model) == "regression" else 1.0
+    variance = float(examples.labels.var()) or 1.0 if problem_of(model) == REGRESSION else 1.0
     chosen = np.random.default_rng(seed).permutation(len(examples))[:EXAMPLES]
-    task = f"{place.name}: Fisher information"
-    place.progress.begin(task, len(chosen), "examples")
+    task = f"{context.name}: Fisher information"
+    context.progress.begin(task, len(chosen), "examples")
     for index in chosen:
         one = np.array([index])
-        logits = model(**collate(examples.encoded, one, place.padding, place.device)).logits.float()
-        labels = torch.from_numpy(np.ascontiguousarray(examples.labels[one])).to(place.device)
+        logits = model(**collate(examples.encoded, one, context.padding, context.device)).logits.float()
+        labels = torch.from_numpy(np.ascontiguousarray(examples.labels[one])).to(context.device)
         labels = labels if labels.dtype == torch.int64 else labels.float()
         (negative_log_likelihoods(model, logits, labels).sum() / variance).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -43,8 +45,8 @@ def write_fisher(model: nn.Module, examples: Examples, place: Place, folder: Pat
                 if gradient is not None:
                     total.addcmul_(gradient, gradient)
         model.zero_grad(set_to_none=True)
-        place.progress.advance(task, 1)
-    place.progress.end(task)
+        context.progress.advance(task, 1)
+    context.progress.end(task)
     tensors = {
         modern_name(name): (sums[name] / len(chosen)).cpu() if name in sums else torch.zeros(value.shape)
         for name, value in body.state_dict().items()

@@ -1,4 +1,4 @@
-"""Where a training's numbers go while it runs: a file of JSON lines, TensorBoard, or Weights & Biases.
+"""Logs of a training's numbers while it runs: a file of JSON lines, TensorBoard, or Weights & Biases.
 
 Logs hold times and, for some tools, the machine's name, so they never go into a contribution.
 """
@@ -14,20 +14,20 @@ KINDS = ("jsonl", "tensorboard", "wandb")
 
 
 class Log(Protocol):
-    """Receives numbers by step."""
+    """A log of numbers by step."""
 
     def begin(self, step: int) -> None:
-        """Start after `step`: 0, or where a training goes on. What was recorded of later steps is dropped."""
+        """Start after `step`, 0 unless a training resumes. Drops records of later steps."""
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Record `values` at `step`."""
 
     def close(self) -> None:
-        """Write what is held back."""
+        """Write buffered records and close the log."""
 
 
 def open_log(kind: str, folder: Path, name: str, config: Mapping[str, Any]) -> Log:
-    """A log of one training below `folder`. Raises ConfigError if its library is missing or it cannot be written."""
+    """Return the log of one training, below `folder`. Raises ConfigError if its library is missing or it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if kind == "jsonl":
@@ -38,7 +38,7 @@ def open_log(kind: str, folder: Path, name: str, config: Mapping[str, Any]) -> L
 
 
 def check_kind(kind: str) -> None:
-    """Refuse an unknown log, or one whose library is missing, before anything is trained. Raises ConfigError."""
+    """Raise ConfigError for an unknown kind of log, or one whose library is missing."""
     if kind not in KINDS:
         raise ConfigError(f"--log {kind} is not known: choose one of {', '.join(KINDS)}")
     if kind == "tensorboard":
@@ -103,7 +103,7 @@ class _WeightsAndBiases:
             raise ConfigError("--log wandb needs its library: pip install wandb") from None
         return wandb
 
-    def begin(self, step: int) -> None:  # noqa: ARG002  a training that goes on is another run there
+    def begin(self, step: int) -> None:  # noqa: ARG002  a training that resumes is another run there
         self._run = self.library().init(**self._options)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:

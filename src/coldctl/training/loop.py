@@ -7,7 +7,7 @@ of one that was never stopped (on the CPU; elsewhere as far as the device's kern
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,35 +24,25 @@ from coldctl.common.errors import CheckpointError, DeclinedError
 from coldctl.common.progress import Progress
 from coldctl.config.settings import FinetuneConfig
 from coldctl.training import snapshot
+from coldctl.training.batches import Examples, collate, sorted_batches, task_batches
 from coldctl.training.cpu_shortcuts import Masks, UsedRows, fast_dropout, first_token_only
 from coldctl.training.distributed import Team
 from coldctl.training.logs import Log
-from coldctl.training.model import Encoded, body_of, check_vocabulary, collate
+from coldctl.training.losses import MULTI_LABEL, SINGLE_LABEL, Targets, class_weights, example_losses, problem_of
+from coldctl.training.model import Encoded, body_of, check_vocabulary, has_bfloat16
 
-_WINDOW = 50  # batches among which examples are grouped by length
 _STATE = "state.safetensors"
 _SAVING_SHARE = 20  # seconds of training per second of saving, at least
+_PREDICTED = 32  # examples per batch of a pass without training
+
+_Inputs = Callable[[NDArray[np.int64]], dict[str, torch.Tensor]]  # rows of a batch -> what the model takes
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Tokenised examples with their labels.
+class Task:
+    """One dataset to learn: its model (all tasks share one body), its examples, and its measure.
 
-    Labels are class indices int64 [n], numbers float64 [n], or 0 and 1 for each class uint8 [n, classes].
-    """
-
-    encoded: Encoded
-    labels: NDArray[Any]
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-
-@dataclass(frozen=True)
-class Head:
-    """One dataset's part in a training: its model (all share one body), its examples, its measure.
-
-    `measure` turns validation predictions into a score, higher is better.
+    `measure` turns validation predictions, as `predict` returns them, into a score; higher is better.
     """
 
     model: nn.Module
@@ -62,12 +52,12 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a training runs and whom it tells. Nothing here changes what is learned, beyond rounding."""
+class TrainingContext:
+    """Device, folder, processes and listeners of a training. They change no result, beyond rounding."""
 
     device: torch.device
-    padding: int  # token id that fills batches
-    folder: Path  # for checkpoints and the best weights; kept by the caller for as long as it may resume
+    padding: int  # token id of padding
+    folder: Path  # of checkpoints and the best weights; the caller keeps it until the training is finished
     progress: Progress
     name: str  # of the progress bar
     team: Team = field(default_factory=Team)
@@ -78,49 +68,52 @@ class Place:
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training went. The models hold the best weights."""
+    """Summary of a finished training. The models hold the best weights."""
 
     best_score: float
     steps: int
-    stopped: str  # what ended it, in words
+    stopped: str  # the reason, for people
     seconds: float  # of training steps in this process, without validations
     examples: int  # of those steps
     tokens: int
     curve: tuple[tuple[int, float, float], ...]  # (step, mean training loss since the last, validation score)
 
 
-def train(heads: Sequence[Head], config: FinetuneConfig, place: Place, *, seed: int) -> Trained:
-    """Train the heads' models in place, each batch from one dataset, in an order drawn by `seed`.
+def train(tasks: Sequence[Task], config: FinetuneConfig, context: TrainingContext, *, seed: int) -> Trained:
+    """Train the tasks' models in place. Each batch is of one task, in an order drawn by `seed`.
 
-    Validates every `config.validate_every` batches and at each epoch's end (the mean over the heads), stops when
-    `config.patience` validations in a row bring no improvement of more than `config.epsilon` × 100 points, and
-    leaves the best weights in the models. Raises DeclinedError if the loss is not finite.
+    Validates every `config.validate_every` batches and at each epoch's end (the mean over the tasks), stops after
+    `config.patience` validations in a row without an improvement of more than `config.epsilon` × 100 points, and
+    leaves the best weights in the models. A training that was interrupted in `context.folder` resumes.
+
+    Raises ModelError for tokens that a model does not have, and DeclinedError if the loss is not finite or the memory
+    does not suffice.
     """
-    models = [head.model for head in heads]
+    models = [task.model for task in tasks]
     assert all(body_of(model) is body_of(models[0]) for model in models)
-    for head in heads:
-        check_vocabulary(head.training.encoded, head.model)
-        check_vocabulary(head.validation.encoded, head.model)
-        head.model.to(place.device).train()
+    for task in tasks:
+        check_vocabulary(task.training.encoded, task.model)
+        check_vocabulary(task.validation.encoded, task.model)
+        task.model.to(context.device).train()
     with ExitStack() as stack:
         masks, rows = None, None
         if config.compile:
             for model in models:
                 model.compile(dynamic=True)
-        elif place.shortcuts and place.device.type == "cpu":
+        elif context.shortcuts and context.device.type == "cpu":
             masks = stack.enter_context(fast_dropout(models))
             stack.enter_context(first_token_only(models))
             if not config.anchor:
-                seen = [part.encoded.tokens for head in heads for part in (head.training, head.validation)]
-                rows = UsedRows(models[0], seen, place.padding)
+                tokens = [examples.encoded.tokens for task in tasks for examples in (task.training, task.validation)]
+                rows = UsedRows(models[0], tokens, context.padding)
                 stack.callback(rows.restore)
-        training = _Training(heads, config, place, seed, masks, rows)
+        training = _Training(tasks, config, context, seed, masks, rows)
         try:
             training.resume()
             training.run()
         except torch.OutOfMemoryError:
             raise DeclinedError(
-                f"{place.name}: out of memory beside the batch: train less with --lora-rank or --freeze-layers"
+                f"{context.name}: out of memory beside the batch: train less with --lora-rank or --freeze-layers"
             ) from None
         training.take_best()
     for model in models:
@@ -129,27 +122,28 @@ def train(heads: Sequence[Head], config: FinetuneConfig, place: Place, *, seed: 
 
 
 class _Training:
-    """The state of one training: what a checkpoint must hold, and the steps that change it."""
+    """State of one training, which checkpoints store, and the steps that change it."""
 
     def __init__(
-        self,
-        heads: Sequence[Head],
-        config: FinetuneConfig,
-        place: Place,
-        seed: int,
-        masks: Masks | None,
+        self, tasks: Sequence[Task], config: FinetuneConfig, context: TrainingContext, seed: int, masks: Masks | None,
         rows: UsedRows | None,
-    ) -> None:
-        self.heads, self.config, self.place, self.seed, self.masks, self.rows = heads, config, place, seed, masks, rows
-        inside = nn.ModuleList([head.model for head in heads])
-        self.parameters = {name: value for name, value in inside.named_parameters() if value.requires_grad}
+    ) -> None:  # fmt: skip
+        self.tasks, self.config, self.context, self.seed = tasks, config, context, seed
+        self.masks, self.rows = masks, rows
+        together = nn.ModuleList([task.model for task in tasks])
+        self.parameters = {name: value for name, value in together.named_parameters() if value.requires_grad}
         self.optimizer = torch.optim.AdamW(_parameter_groups(self.parameters.values(), config.weight_decay), fused=True)
-        self.anchors = _anchors(heads[0].model) if config.anchor else []
-        self.class_weights = [_class_weights(head, config).to(place.device) for head in heads]
-        self.per_epoch = sum(math.ceil(len(head.training) / config.batch_size) for head in heads)
+        body = [value for value in body_of(tasks[0].model).parameters() if value.requires_grad and config.anchor]
+        self.anchors = [(value, value.detach().clone()) for value in body]
+        balanced = config.class_weights != "none"
+        self.class_weights = [
+            class_weights(task.model, task.training.labels).to(context.device) if balanced else torch.zeros(0)
+            for task in tasks
+        ]
+        self.per_epoch = sum(math.ceil(len(task.training) / config.batch_size) for task in tasks)
         self.total = self.per_epoch * config.epochs
         self.micro = config.micro_batch or config.batch_size
-        self.labels = [_Scale(head) for head in heads]
+        self.targets = [Targets(task.model, task.training.labels) for task in tasks]
         self.step, self.since_best, self.decay, self.best_decay = 0, 0, 1.0, 1.0
         self.saved_best = 0  # the step of the best weights that the last checkpoint names
         self.best, self.best_step = -math.inf, 0
@@ -157,67 +151,52 @@ class _Training:
         self.curve: list[tuple[int, float, float]] = []
         self.losses: list[torch.Tensor] = []
         self.seconds, self.seen, self.tokens = 0.0, 0, 0
-        bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and _has_bfloat16(place.device))
-        self.autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=bfloat16)
-
-    # Steps --------------------------------------------------------------------------------------------------------
+        bfloat16 = config.precision == "bfloat16" or (config.precision == "auto" and has_bfloat16(context.device))
+        self.autocast = torch.autocast(context.device.type, torch.bfloat16, enabled=bfloat16)
 
     def run(self) -> None:
-        place = self.place
-        examples = self.config.epochs * sum(len(head.training) for head in self.heads)
-        place.progress.begin(place.name, examples, "examples")
-        place.progress.advance(place.name, examples * self.step // self.total)
-        if place.log is not None:
-            place.log.begin(self.step)
-        begun = saved = time.monotonic()
+        """Train from the current step until all epochs are done or validation stops improving."""
+        context = self.context
+        examples = self.config.epochs * sum(len(task.training) for task in self.tasks)
+        context.progress.begin(context.name, examples, "examples")
+        context.progress.advance(context.name, examples * self.step // self.total)
+        if context.log is not None:
+            context.log.begin(self.step)
+        lengths = [task.training.encoded.lengths for task in self.tasks]
+        started = saved = time.monotonic()
         saving = 0.0
         while self.step < self.total and self.since_best < self.config.patience:
             epoch, done = divmod(self.step, self.per_epoch)
-            for number, (head, batch) in enumerate(self._batches(epoch)):
-                if number < done:
-                    continue  # before the checkpoint that this training goes on from
-                self._advance(head, batch)
+            batches = task_batches(lengths, self.config.batch_size, self.seed, epoch)
+            for index, (number, batch) in enumerate(batches):
+                if index < done:  # in the checkpoint that this training resumes from
+                    continue
+                self._advance(number, batch)
                 if self.step % self.config.validate_every == 0 or self.step % self.per_epoch == 0:
                     self._validate()
                     if self.since_best >= self.config.patience:
                         self.stopped = f"no improvement in {self.config.patience} validations"
                         break
                 now = time.monotonic()
-                # Sooner at the beginning, so that at most about half of a young training is lost.
-                wait = min(place.checkpoint_seconds, max(1.0, saved - begun))
-                if self.place.checkpoint_seconds < math.inf and now - saved >= max(wait, _SAVING_SHARE * saving):
+                # Checkpoints come sooner at the beginning, so that at most about half of a short training is lost.
+                wait = min(context.checkpoint_seconds, max(1.0, saved - started))
+                if context.checkpoint_seconds < math.inf and now - saved >= max(wait, _SAVING_SHARE * saving):
                     self._save()
                     saved = time.monotonic()
                     saving = saved - now
-        place.progress.end(place.name)
-
-    def _batches(self, epoch: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """One epoch's batches, each with the number of its head; several heads are interleaved by seed."""
-        config = self.config
-        if len(self.heads) == 1:
-            for batch in length_batches(self.heads[0].training.encoded.lengths, config.batch_size, self.seed, epoch):
-                yield 0, batch
-            return
-        queues = [
-            length_batches(head.training.encoded.lengths, config.batch_size, derived_seed(self.seed, number), epoch)
-            for number, head in enumerate(self.heads)
-        ]
-        counts = [math.ceil(len(head.training) / config.batch_size) for head in self.heads]
-        order = np.repeat(np.arange(len(counts)), counts)
-        for number in np.random.default_rng([self.seed, epoch]).permutation(order).tolist():
-            yield number, next(queues[number])
+        context.progress.end(context.name)
 
     def _advance(self, number: int, batch: NDArray[np.int64]) -> None:
-        """One optimiser step on one batch."""
-        config, place = self.config, self.place
+        """Take one optimizer step on a batch of task `number`."""
+        config, context = self.config, self.context
         started = time.perf_counter()
         loss, tokens = self._gradients(number, batch)
-        loss = place.team.sum_gradients(self.parameters.values(), loss)
+        loss = context.team.sum_gradients(self.parameters.values(), loss)
         for parameter, start in self.anchors:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - start, alpha=config.anchor)
         nn.utils.clip_grad_norm_(self.parameters.values(), config.max_gradient_norm)
-        rate = config.learning_rate * _linear(self.step, round(config.warmup * self.total), self.total)
+        rate = config.learning_rate * _schedule(self.step, round(config.warmup * self.total), self.total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -234,127 +213,123 @@ class _Training:
             speed = {"examples_per_second": self.seen * per_second, "tokens_per_second": self.tokens * per_second}
             detail = f"loss {value:.3f}{best}, {speed['examples_per_second']:.0f} examples/s, "
             detail += f"{speed['tokens_per_second']:.0f} tokens/s"
-            if place.log is not None:
-                place.log.add(self.step, {"loss": value, "learning_rate": rate, **speed})
-        place.progress.advance(place.name, len(batch), detail)
+            if context.log is not None:
+                context.log.add(self.step, {"loss": value, "learning_rate": rate, **speed})
+        context.progress.advance(context.name, len(batch), detail)
 
     def _gradients(self, number: int, batch: NDArray[np.int64]) -> tuple[torch.Tensor, int]:
-        """Gradients of this process's share of a batch, in micro-batches; fewer examples at once if memory ends."""
+        """Compute the gradients of this process's share of a batch; halve the micro-batches when memory is short."""
         while True:
             try:
                 return self._accumulate(number, batch)
             except torch.OutOfMemoryError:
                 if self.micro == 1:
                     raise DeclinedError(
-                        f"{self.place.name}: out of memory with one example at a time: lower --max-length"
+                        f"{self.context.name}: out of memory with one example at a time: lower --max-length"
                     ) from None
-                self.micro = max(1, min(self.micro, math.ceil(len(batch) / self.place.team.size)) // 2)
+                self.micro = max(1, min(self.micro, math.ceil(len(batch) / self.context.team.size)) // 2)
                 self.optimizer.zero_grad(set_to_none=True)
-                if self.place.device.type == "cuda":  # pragma: no cover  (needs a GPU)
+                if self.context.device.type == "cuda":  # pragma: no cover  (needs a GPU)
                     torch.cuda.empty_cache()
-                self.place.progress.note(
-                    f"{self.place.name}: out of memory, going on with {self.micro} examples at a time"
+                self.context.progress.note(
+                    f"{self.context.name}: out of memory, going on with {self.micro} examples at a time"
                 )
 
     def _accumulate(self, number: int, batch: NDArray[np.int64]) -> tuple[torch.Tensor, int]:
-        head, team, config = self.heads[number], self.place.team, self.config
+        """Add up the gradients of this process's share in micro-batches; return its loss and number of tokens."""
+        task, team, config = self.tasks[number], self.context.team, self.config
         torch.manual_seed(derived_seed(self.seed, "step", self.step, team.rank))
         if self.masks is not None:
             self.masks.seed(self.seed, self.step, team.rank)
         weights = self.class_weights[number]
-        labels = self.labels[number].of(batch)
+        labels = self.targets[number].of(batch)
         total = float(weights[labels].sum()) if len(weights) else float(len(batch))
-        mine = batch[team.rank :: team.size]
-        if not len(mine):  # a last batch smaller than the team: take part with nothing
-            mine, total = batch[:1], math.inf
-        loss, tokens = torch.zeros((), device=self.place.device), 0
-        for start in range(0, len(mine), self.micro):
-            part = mine[start : start + self.micro]
-            inputs = self._inputs(head.training.encoded, part)
+        share = batch[team.rank :: team.size]
+        if not len(share):  # a last batch smaller than the team: join the all-reduce with gradients of zero
+            share, total = batch[:1], math.inf
+        loss, tokens = torch.zeros((), device=self.context.device), 0
+        for start in range(0, len(share), self.micro):
+            micro_batch = share[start : start + self.micro]
+            inputs = self._inputs(task.training.encoded, micro_batch)
             with self.autocast:
-                logits = head.model(**inputs).logits
-            targets = self.labels[number].of(part).to(self.place.device)
-            losses = _losses(head.model, logits.float(), targets, weights, config.label_smoothing)
-            piece = losses.sum() / total
-            piece.backward()  # type: ignore[no-untyped-call]
-            loss, tokens = loss + piece.detach(), tokens + inputs["input_ids"].numel()
+                logits = task.model(**inputs).logits
+            targets = self.targets[number].of(micro_batch).to(self.context.device)
+            losses = example_losses(task.model, logits.float(), targets, weights, config.label_smoothing)
+            micro_loss = losses.sum() / total
+            micro_loss.backward()  # type: ignore[no-untyped-call]
+            loss, tokens = loss + micro_loss.detach(), tokens + inputs["input_ids"].numel()
         return loss, tokens
 
     def _inputs(self, encoded: Encoded, batch: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        inputs = collate(encoded, batch, self.place.padding, self.place.device)
+        """Return the model's inputs for a batch; token ids are rows of the embedding in use."""
+        inputs = collate(encoded, batch, self.context.padding, self.context.device)
         if self.rows is not None:
             inputs["input_ids"] = self.rows.renumbered(inputs["input_ids"])
         return inputs
 
-    # Validation ---------------------------------------------------------------------------------------------------
-
     def _validate(self) -> None:
-        config, place = self.config, self.place
+        """Score the validation splits; keep the weights if they are the best so far."""
+        config, context = self.config, self.context
         loss = self._finite(torch.stack(self.losses).cpu().double().mean())  # MPS has no float64
         self.losses.clear()
         scores = []
-        for head in self.heads:
-            encoded = head.validation.encoded
-            scores.append(head.measure(_predict(head.model, encoded, place, partial(self._inputs, encoded))))
+        for task in self.tasks:
+            encoded = task.validation.encoded
+            scores.append(task.measure(_predict(task.model, encoded, context, partial(self._inputs, encoded))))
         score = float(np.mean(scores))
         self.curve.append((self.step, loss, score))
-        place.progress.advance(place.name, 0, f"loss {loss:.3f}, validation {score:.1f}")
-        if place.log is not None:
-            place.log.add(self.step, {"mean_loss": loss, "validation": score})
+        context.progress.advance(context.name, 0, f"loss {loss:.3f}, validation {score:.1f}")
+        if context.log is not None:
+            context.log.add(self.step, {"mean_loss": loss, "validation": score})
         improved = score > self.best + 100 * config.epsilon
         self.since_best = 0 if improved else self.since_best + 1
         if score > self.best:
             self.best, self.best_step, self.best_decay = score, self.step, self.decay
-            if place.team.leads:
+            if context.team.is_main:
                 best = {name: value.detach() for name, value in self.parameters.items()}
                 snapshot.write(self._best_file(self.step), best, {})
                 self._prune()
 
     def _finite(self, loss: torch.Tensor) -> float:
+        """Return the loss as a number. Raises DeclinedError if it is not finite."""
         value = loss.item()
         if not math.isfinite(value):
             raise DeclinedError(
-                f"{self.place.name}: the training diverged (its loss is not finite): lower --learning-rate"
+                f"{self.context.name}: the training diverged (its loss is not finite): lower --learning-rate"
             )
         return value
 
     def take_best(self) -> None:
         """Put the weights with the best validation score back into the models."""
-        if self.best_step and self.best_step != self.step and self.place.team.leads:
+        if self.best_step and self.best_step != self.step and self.context.team.is_main:
             _copy_into(self.parameters, snapshot.read(self._best_file(self.best_step))[0])
-        self.place.team.share([value.detach() for value in self.parameters.values()])
+        self.context.team.broadcast_tensors([value.detach() for value in self.parameters.values()])
         if self.rows is not None:
             self.rows.decay = self.best_decay
-        for labels in self.labels:
-            labels.fold()
+        for targets in self.targets:
+            targets.unscale_model()
 
     def _best_file(self, step: int) -> Path:
-        return self.place.folder / f"best-{step:08d}.safetensors"
-
-    # Checkpoints --------------------------------------------------------------------------------------------------
+        return self.context.folder / f"best-{step:08d}.safetensors"
 
     def _save(self) -> None:
-        """Write all that a later process needs to go on from here."""
-        if not self.place.team.leads:
+        """Write a checkpoint that a later process can resume from."""
+        if not self.context.team.is_main:
             return
         self._finite(self.losses[-1] if self.losses else torch.zeros(()))
-        tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
-        for name, value in self.parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                if value in self.optimizer.state:
-                    tensors[f"{key}.{name}"] = self.optimizer.state[value][key]
-        snapshot.write(self.place.folder / _STATE, tensors, self._progress())
+        snapshot.write(self.context.folder / _STATE, self._state_tensors(), self._progress())
         self.saved_best = self.best_step
         self._prune()
 
     def _prune(self) -> None:
-        """Keep the best weights, and those that the last checkpoint calls the best."""
-        wanted = {self._best_file(self.best_step), self._best_file(self.saved_best)}
-        for path in self.place.folder.glob("best-*.safetensors"):
-            if path not in wanted:
+        """Delete old weights, but neither the best ones nor those that the last checkpoint names as the best."""
+        kept = {self._best_file(self.best_step), self._best_file(self.saved_best)}
+        for path in self.context.folder.glob("best-*.safetensors"):
+            if path not in kept:
                 path.unlink()
 
     def _progress(self) -> dict[str, Any]:
+        """Return the part of a checkpoint that is not tensors, as JSON can store it."""
         return {
             "step": self.step, "since_best": self.since_best, "best": self.best, "best_step": self.best_step,
             "decay": self.decay, "best_decay": self.best_decay, "micro": self.micro, "curve": self.curve,
@@ -366,10 +341,10 @@ class _Training:
         }  # fmt: skip
 
     def resume(self) -> None:
-        """Go on from the last checkpoint, if there is one that fits; what does not fit is not used."""
-        place = self.place
-        found = self._read() if place.team.leads else None
-        state = place.team.agreed(found[1] if found else None)
+        """Restore the last checkpoint if there is one that belongs to these models."""
+        context = self.context
+        checkpoint = self._read() if context.team.is_main else None
+        state = context.team.broadcast(checkpoint[1] if checkpoint else None)
         if state is None:
             return
         for name, value in self.parameters.items():
@@ -380,27 +355,28 @@ class _Training:
                     "exp_avg_sq": torch.zeros_like(value),
                 }
         tensors = self._state_tensors()
-        if found is not None:
-            _copy_into(tensors, found[0])
-        place.team.share([value.detach() for value in tensors.values()])
+        if checkpoint is not None:
+            _copy_into(tensors, checkpoint[0])
+        context.team.broadcast_tensors(tensors.values())
         self.step, self.since_best, self.micro = state["step"], state["since_best"], state["micro"]
         self.best, self.best_step, self.saved_best = state["best"], state["best_step"], state["best_step"]
         self.decay, self.best_decay = state["decay"], state["best_decay"]
         self.curve = [(step, loss, score) for step, loss, score in state["curve"]]
-        self.losses = [torch.tensor(value, device=place.device) for value in state["losses"]]
-        place.progress.note(f"{place.name}: going on from step {self.step} of {self.total}")
+        self.losses = [torch.tensor(value, device=context.device) for value in state["losses"]]
+        context.progress.note(f"{context.name}: going on from step {self.step} of {self.total}")
 
     def _state_tensors(self) -> dict[str, torch.Tensor]:
-        tensors: dict[str, torch.Tensor] = {f"parameter.{name}": value for name, value in self.parameters.items()}
+        """Return the parameters and AdamW's moments by name, as tensors that share their memory."""
+        tensors = {f"parameter.{name}": value.detach() for name, value in self.parameters.items()}
         for name, value in self.parameters.items():
             if value in self.optimizer.state:
                 tensors |= {f"{key}.{name}": self.optimizer.state[value][key] for key in ("exp_avg", "exp_avg_sq")}
         return tensors
 
     def _read(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """The last checkpoint; None if there is none, or not all of it is as it was written: the training starts anew."""
+        """Return tensors and state of the last checkpoint, or None if it is missing, damaged, or of other models."""
         try:
-            tensors, state = snapshot.read(self.place.folder / _STATE)
+            tensors, state = snapshot.read(self.context.folder / _STATE)
             if any(
                 name not in tensors or tensors[name].shape != value.shape
                 for name, value in ((f"parameter.{name}", value) for name, value in self.parameters.items())
@@ -413,29 +389,24 @@ class _Training:
         return tensors, state
 
     def result(self) -> Trained:
+        """Return the summary of this training."""
         return Trained(self.best, self.step, self.stopped, self.seconds, self.seen, self.tokens, tuple(self.curve))
 
 
-def predict(model: nn.Module, encoded: Encoded, place: Place) -> NDArray[Any]:
-    """Class indices int64 [n], numbers float64 [n], or 0 and 1 for each class uint8 [n, classes]."""
-    with first_token_only([model]) if place.device.type == "cpu" and place.shortcuts else nullcontext():
-        return _predict(model, encoded, place, lambda batch: collate(encoded, batch, place.padding, place.device))
+def predict(model: nn.Module, encoded: Encoded, context: TrainingContext) -> NDArray[Any]:
+    """Return class indices int64 [n], numbers float64 [n], or 0 and 1 for each class uint8 [n, classes]."""
+    with first_token_only([model]) if context.device.type == "cpu" and context.shortcuts else nullcontext():
+        return _predict(model, encoded, context, lambda batch: collate(encoded, batch, context.padding, context.device))
 
 
-def _predict(
-    model: nn.Module,
-    encoded: Encoded,
-    place: Place,
-    inputs: Callable[[NDArray[np.int64]], dict[str, torch.Tensor]],
-    batch_size: int = 32,
-) -> NDArray[Any]:
-    """Predictions, shared out over the team; leaves the model's mode as it was."""
+def _predict(model: nn.Module, encoded: Encoded, context: TrainingContext, inputs: _Inputs) -> NDArray[Any]:
+    """Return predictions as `predict` does, computed by all processes of the team; leave the model's mode as it was."""
     training = model.training
     model.eval()
     problem = problem_of(model)
-    outputs = int(model.config.num_labels) if problem == "multi_label_classification" else 1  # type: ignore[union-attr, arg-type]
+    outputs = int(model.config.num_labels) if problem == MULTI_LABEL else 1  # type: ignore[union-attr, arg-type]
     result = np.zeros((len(encoded), outputs))
-    queue = list(sorted_batches(encoded.lengths, batch_size))[place.team.rank :: place.team.size][::-1]
+    queue = list(sorted_batches(encoded.lengths, _PREDICTED))[context.team.rank :: context.team.size][::-1]
     with torch.inference_mode():
         while queue:
             batch = queue.pop()
@@ -446,134 +417,34 @@ def _predict(
                     raise
                 queue += [batch[len(batch) // 2 :], batch[: len(batch) // 2]]
                 continue
-            if problem == "single_label_classification":
+            if problem == SINGLE_LABEL:
                 logits = logits.argmax(-1, keepdim=True)
-            elif problem == "multi_label_classification":
+            elif problem == MULTI_LABEL:
                 logits = logits > 0
             result[batch] = logits.cpu().numpy()
     model.train(training)
-    result = place.team.summed(result, place.device)
-    if problem == "multi_label_classification":
+    result = context.team.all_reduce(result, context.device)
+    if problem == MULTI_LABEL:
         return result.astype(np.uint8)
-    return result[:, 0].astype(np.int64) if problem == "single_label_classification" else result[:, 0]
+    return result[:, 0].astype(np.int64) if problem == SINGLE_LABEL else result[:, 0]
 
 
-def problem_of(model: nn.Module) -> str:
-    """The kind of labels that a model learns, in transformers' words."""
-    return str(model.config.problem_type)  # type: ignore[union-attr]
-
-
-def length_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> Iterator[NDArray[np.int64]]:
-    """One epoch's batches of indices: shuffled, grouped by length within windows, in shuffled order.
-
-    The sequence depends on `seed` and `epoch` alone.
-    """
-    generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
-    window = batch_size * _WINDOW
-    for start in range(0, len(order), window):
-        part = order[start : start + window]
-        order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
-    # Windows are whole numbers of batches, so batches are ranges of the grouped order.
-    for index in generator.permutation(math.ceil(len(order) / batch_size)).tolist():
-        yield order[index * batch_size : (index + 1) * batch_size]
-
-
-def sorted_batches(lengths: NDArray[np.int64], batch_size: int) -> Iterator[NDArray[np.int64]]:
-    """Batches of indices for a pass without training: longest first, so that memory peaks at once."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def negative_log_likelihoods(model: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """−log p(label) of each example, float32 [n]; numbers are taken as normally distributed with variance 1."""
-    losses = _losses(model, logits, labels, torch.zeros(0), 0.0)
-    if problem_of(model) == "regression":
-        return losses / 2
-    return losses * labels.shape[-1] if problem_of(model) == "multi_label_classification" else losses
-
-
-def _losses(
-    model: nn.Module, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, smoothing: float
-) -> torch.Tensor:
-    problem = problem_of(model)
-    if problem == "regression":
-        return (logits.squeeze(-1) - labels).square()
-    if problem == "multi_label_classification":
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
-    return nn.functional.cross_entropy(
-        logits, labels, weights if len(weights) else None, reduction="none", label_smoothing=smoothing
-    )
-
-
-class _Scale:
-    """The labels of a head as its training sees them: numbers are brought to mean 0 and deviation 1.
-
-    Else a training whose labels lie far from 0 learns little but where they lie.
-    """
-
-    def __init__(self, head: Head) -> None:
-        self._head = head
-        self._problem = problem_of(head.model)
-        labels = head.training.labels
-        numbers = self._problem == "regression" and len(labels) > 0
-        self._mean = float(labels.mean()) if numbers else 0.0
-        self._deviation = (float(labels.std()) or 1.0) if numbers else 1.0
-
-    def of(self, batch: NDArray[np.int64]) -> torch.Tensor:
-        """Labels of the examples in `batch`: int64 [n], or float32 [n] or [n, classes]."""
-        labels = self._head.training.labels[batch]
-        if self._problem == "regression":
-            labels = (labels - self._mean) / self._deviation
-        tensor = torch.from_numpy(np.ascontiguousarray(labels))
-        return tensor if self._problem == "single_label_classification" else tensor.float()
-
-    def fold(self) -> None:
-        """Let the model's last layer give numbers in the labels' own units."""
-        if self._problem != "regression":
-            return
-        layers = [module for module in self._head.model.modules() if isinstance(module, nn.Linear)]
-        last = [layer for layer in layers if layer.out_features == 1 and layer.weight.requires_grad][-1]
-        with torch.no_grad():
-            last.weight.mul_(self._deviation)
-            last.bias.mul_(self._deviation).add_(self._mean)
-
-
-def _class_weights(head: Head, config: FinetuneConfig) -> torch.Tensor:
-    """Weights float32 [classes] that give each class the same say, n / (classes · n_c); none unless asked for."""
-    if config.class_weights == "none" or problem_of(head.model) != "single_label_classification":
-        return torch.zeros(0)
-    counts = np.bincount(head.training.labels, minlength=int(head.model.config.num_labels))  # type: ignore[union-attr, arg-type]
-    weights = counts.sum() / (np.maximum(counts, 1) * np.count_nonzero(counts))
-    return torch.from_numpy(weights.astype(np.float32))
-
-
-def _anchors(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """The body's trainable parameters, each with a copy of where it starts."""
-    return [(value, value.detach().clone()) for value in body_of(model).parameters() if value.requires_grad]
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16 itself. No CPU is asked: without its own units it is ten times slower."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def _parameter_groups(parameters: Any, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices, none for biases and norms."""
-    every = list(parameters)
-    decayed = [parameter for parameter in every if parameter.ndim > 1]
-    others = [parameter for parameter in every if parameter.ndim <= 1]
+def _parameter_groups(parameters: Collection[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups of AdamW: weight decay for matrices, none for biases and norms."""
+    decayed = [parameter for parameter in parameters if parameter.ndim > 1]
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _linear(step: int, warmup: int, total: int) -> float:
+def _schedule(step: int, warmup: int, total: int) -> float:
+    """Return the factor of the learning rate at `step`: linear warmup, then linear decay to 0 at `total`."""
     if step < warmup:
         return (step + 1) / warmup
     return max(0.0, (total - step) / max(1, total - warmup))
 
 
 def _copy_into(targets: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> None:
+    """Overwrite the target tensors with the sources of the same names."""
     with torch.no_grad():
         for name, value in targets.items():
             value.copy_(sources[name])

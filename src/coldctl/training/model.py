@@ -23,11 +23,11 @@ from coldctl.storage.files import LocalFolder
 
 _CHUNK = 4096  # texts tokenised at a time, over all cores
 _LENGTH_LIMIT = 100_000  # tokenizers that know no limit state an absurd one
-_SHORTEST = 4  # tokens that an example needs at least: three marks, and one of a text
-_TRIED = 8  # tokens that a model is tried out with; Funnel's, which pool three times, need more than four
-_MOST_LAYERS = 256  # that a config may name, whatever the weights: some share one layer's
+_SHORTEST = 4  # tokens of the shortest example: three special ones and one of its text
+_TEST_TOKENS = 8  # of a test run; Funnel models, which pool three times, need more than four
+_MOST_LAYERS = 256  # layers that a config may name, however few weights there are: some models share one layer's
 _IN_A_LAYER = re.compile(r"(^|\.)(layers?|layer_groups)\.\d+\.")
-_SPARE = 1 << 24  # weights that a checkpoint may lack beside as many as it has, such as a pooler
+_SPARE = 1 << 24  # weights that a config may describe beyond twice those stored, such as a pooler
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,23 @@ class Encoded:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens per example, int64 [examples]."""
+        """Return the tokens per example, int64 [examples]."""
         return self.tokens.lengths
 
 
 def quiet() -> None:
-    """Keep transformers' own bars and advice off the screen; what matters we say ourselves."""
+    """Silence transformers' own progress bars and warnings."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer. Raises ModelError if its files are missing or unusable."""
+    """Load a checkpoint's tokenizer. Raises ModelError if its files are missing or unusable."""
     quiet()
     remedy = "copy the base model's tokenizer files there"
-    if not any(
-        (folder / name).is_file() for name in layout.VOCABULARY_FILES
-    ):  # transformers 5 would make up an empty one
+    # Without a vocabulary transformers 5 would make up an empty tokenizer.
+    if not any((folder / name).is_file() for name in layout.VOCABULARY_FILES):
         raise ModelError(f"{folder} has no tokenizer: {remedy}")
     with sanitize.tokenizer_of(LocalFolder(folder)) as place:
         try:
@@ -82,7 +81,7 @@ def load_body(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def load_classifier(folder: Path, labels: Sequence[str], seed: int, *, multilabel: bool = False) -> nn.Module:
-    """The encoder with a fresh head, drawn by `seed`: one output per label, or one number without labels.
+    """Load the encoder in float32 with a new head, drawn by `seed`: one output per label, or one number without labels.
 
     Raises ModelError if a body tensor is missing or the architecture has no sequence-classification head.
     """
@@ -102,19 +101,19 @@ def load_classifier(folder: Path, labels: Sequence[str], seed: int, *, multilabe
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """The encoder inside a model with a head."""
+    """Return the encoder inside a model with a head."""
     body: nn.Module = getattr(model, str(model.base_model_prefix))
     return body
 
 
 def share_body(models: Sequence[nn.Module]) -> None:
-    """Let all models use the first one's body, as multitask training does."""
+    """Make all models share the first one's body, as multitask training does."""
     for model in models[1:]:
         setattr(model, str(model.base_model_prefix), body_of(models[0]))
 
 
 def check_vocabulary(encoded: Encoded, model: nn.Module) -> None:
-    """Raise ModelError if there are token ids that the model has no embedding of."""
+    """Raise ModelError if a token id has no row in the model's embedding."""
     rows = len(model.get_input_embeddings().weight)  # type: ignore[operator]
     largest = max((int(chunk.max()) for chunk in encoded.tokens.chunks()), default=0)
     if largest >= rows:
@@ -123,28 +122,31 @@ def check_vocabulary(encoded: Encoded, model: nn.Module) -> None:
         )
 
 
-def length_limit(tokenizer: Any, model_config: Any, wanted: int) -> int:
-    """Tokens per example: as many as wanted, but no more than the model has positions for."""
+def length_limit(tokenizer: Any, model_config: Any, requested: int) -> int:
+    """Return the tokens per example: `requested`, or as many as the model has positions for.
+
+    Raises ModelError if tokenizer or config state no usable length.
+    """
     positions = getattr(model_config, "max_position_embeddings", None) or _LENGTH_LIMIT
     if model_config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xmod"):
         positions -= (model_config.pad_token_id or 0) + 1  # their positions start behind the padding id
     stated = tokenizer.model_max_length
     if not isinstance(stated, int | float) or not isinstance(positions, int):
         raise ModelError("its tokenizer or config states a length that is no number: take both from one base")
-    limit = int(min(wanted, positions, stated if stated < _LENGTH_LIMIT else wanted))
-    if limit < _SHORTEST and limit < wanted:
+    limit = int(min(requested, positions, stated if stated < _LENGTH_LIMIT else requested))
+    if limit < _SHORTEST and limit < requested:
         raise ModelError(f"its tokenizer or config leaves room for {limit} tokens: take both from one base")
     return limit
 
 
 def encode(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> Encoded:
-    """Tokenise single texts or pairs, cut to `max_length` tokens, without padding, some thousands at a time."""
+    """Tokenise single texts or pairs, truncated to `max_length` tokens, without padding, some thousands at a time."""
     tokens, types = Spool(np.int32), Spool(np.int8)
     typed = False
     for start in range(0, len(texts), _CHUNK):
-        part = slice(start, start + _CHUNK)
+        rows = slice(start, start + _CHUNK)
         output = tokenizer(
-            list(texts[part]), None if pairs is None else list(pairs[part]), truncation=True, max_length=max_length,
+            list(texts[rows]), None if pairs is None else list(pairs[rows]), truncation=True, max_length=max_length,
             padding=False, return_attention_mask=False,
         )  # fmt: skip
         tokens.extend(output["input_ids"])
@@ -153,27 +155,8 @@ def encode(tokenizer: Any, texts: Sequence[str], pairs: Sequence[str] | None, ma
     return Encoded(tokens.finish(), types.finish() if typed else None)
 
 
-def collate(
-    encoded: Encoded, indices: Sequence[int] | NDArray[np.int64], padding: int, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """A batch padded to its own longest example: `input_ids` and `attention_mask` int64 [batch, length]."""
-    rows = np.asarray(indices)
-    lengths = encoded.tokens.offsets[rows + 1] - encoded.tokens.offsets[rows]
-    real = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    batch = {"input_ids": _padded(encoded.tokens, rows, real, padding), "attention_mask": torch.from_numpy(real).long()}
-    if encoded.types is not None:
-        batch["token_type_ids"] = _padded(encoded.types, rows, real, 0)
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def _padded(data: Ragged, rows: NDArray[np.int64], real: NDArray[np.bool_], padding: int) -> torch.Tensor:
-    filled = np.full(real.shape, padding, np.int64)
-    filled[real] = np.concatenate([data[row] for row in rows.tolist()])
-    return torch.from_numpy(filled)
-
-
 def device_of_choice(local_rank: int = 0) -> torch.device:
-    """CUDA where there is one (the one of this process's rank on the machine), then Apple's MPS, then the CPU."""
+    """Return this process's CUDA device if there is one, else Apple's MPS, else the CPU."""
     if torch.cuda.is_available():  # pragma: no cover - where there is one
         return torch.device("cuda", local_rank)
     if torch.backends.mps.is_available():  # pragma: no cover - where there is one
@@ -181,12 +164,17 @@ def device_of_choice(local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Return True if the device has units for bfloat16. CPUs count as without: most emulate it ten times slower."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Module:
+    """Load a checkpoint with `kind.from_pretrained`, after checks that read headers only. Raises ModelError."""
     quiet()
     source = LocalFolder(folder)
-    checkpoint = open_checkpoint(source, folder.name)  # refuses what is no encoder, or unsafe
-    checkpoint.close()
-    if (folder / layout.ADAPTER_CONFIG).exists():  # transformers would load it on top, unasked
+    checkpoint = open_checkpoint(source, folder.name)  # raises for unsafe files and for models that are no encoders
+    if (folder / layout.ADAPTER_CONFIG).exists():  # transformers would apply it without being asked
         raise ModelError(
             f"{folder} holds an adapter beside the model: merge the adapter, or take {layout.ADAPTER_CONFIG} away"
         )
@@ -209,7 +197,7 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, **options
                 ignore_mismatched_sizes=True,  # of a head with other labels
                 output_loading_info=True,
             )
-        _try_out(model)
+        _test_run(model)
     except ModelError:
         raise
     except Exception as error:  # transformers raises whatever went wrong inside
@@ -225,19 +213,19 @@ def _load(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, **options
     return loaded
 
 
-def _try_out(model: nn.Module) -> None:
-    """Compute something small, so that a config that nothing can be computed with is found out here."""
+def _test_run(model: nn.Module) -> None:
+    """Run the model once on a few tokens, so that an unusable config fails here and not during training."""
     training = model.training
-    tokens = torch.ones((1, _TRIED), dtype=torch.int64)
-    with torch.no_grad():  # what a model keeps from it must bear training
+    tokens = torch.ones((1, _TEST_TOKENS), dtype=torch.int64)
+    with torch.no_grad():  # not inference mode, whose tensors a model may cache and could not train with
         model.eval()(input_ids=tokens, attention_mask=tokens)
     model.train(training)
 
 
 def _check_sizes(config: Any, checkpoint: Checkpoint) -> None:
-    """Refuse a config that describes another body than the weights are of, before any memory is taken for it.
+    """Raise ModelError if the config describes another body than the stored weights, before memory is allocated.
 
-    Layers are counted before they are made, even without memory. Raises ModelError.
+    Layers are counted before they are built, even on the meta device.
     """
     for key in vars(config):
         if callable(getattr(type(config), key, None)):
@@ -255,8 +243,8 @@ def _check_sizes(config: Any, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.label}: {raw} is {list(stored.shape)} in its weights, {list(tensor.shape)} by its config: "
                 "they do not belong together, take both from one base"
             )
-    known = {modern_name(raw) for raw in skeleton.state_dict()}
-    if beyond := [name for name in checkpoint.body if name not in known and _IN_A_LAYER.search(name)]:
+    built = {modern_name(raw) for raw in skeleton.state_dict()}
+    if beyond := [name for name in checkpoint.body if name not in built and _IN_A_LAYER.search(name)]:
         raise ModelError(f"{checkpoint.label}: its config leaves out {beyond[0]}, which its weights hold: correct it")
     described = sum(tensor.numel() for tensor in skeleton.parameters())
     stored_elements = sum(tensor.size for tensor in checkpoint.body.values())
@@ -265,7 +253,7 @@ def _check_sizes(config: Any, checkpoint: Checkpoint) -> None:
 
 
 def _reset_head(model: nn.Module, folder: Path, seed: int) -> None:
-    """Draw every parameter of the head anew: a checkpoint that brings a head of its own must not leak it in."""
+    """Draw every parameter of the head by `seed`, so that no head that the checkpoint brings is used."""
     body = body_of(model)
     inside = {id(module) for module in body.modules()}
     torch.manual_seed(seed)
@@ -283,9 +271,7 @@ def _reset_head(model: nn.Module, folder: Path, seed: int) -> None:
 
 
 def _seed_missing_pooler(body: nn.Module, folder: Path, deviation: float) -> None:
-    """A pooler that the checkpoint lacks is part of what is fresh, so it is drawn by the same seed."""
-    from coldctl.checkpoints.checkpoint import open_checkpoint
-
+    """Draw a pooler that the checkpoint lacks, which is as new as the head."""
     pooler = getattr(body, "pooler", None)
     if pooler is None or any(is_pooler(name) for name in open_checkpoint(LocalFolder(folder), folder.name).body):
         return
@@ -296,5 +282,6 @@ def _seed_missing_pooler(body: nn.Module, folder: Path, deviation: float) -> Non
 
 
 def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

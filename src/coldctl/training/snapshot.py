@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written so that a kill or a crash leaves the old one or the new one, read only if whole."""
+"""Checkpoints of a training: replaced atomically, with a digest that is checked before use."""
 
 import hashlib
 import json
@@ -18,19 +18,20 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def write(path: Path, tensors: Tensors, state: Mapping[str, Any]) -> None:
-    """Write tensors and what else a training must know, with a digest of both. Raises OSError."""
+    """Write a checkpoint of tensors and a JSON-serialisable state, with a digest of both. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.partial")
-    kept = {name: value.contiguous() for name, value in tensors.items()}
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
     text = json.dumps(state)
     with as_os_errors():
-        save_file(kept, unfinished, {"state": text, "digest": _digest(kept, text)})
-    sync(unfinished)  # else a crash of the machine may leave the name and nothing behind it
+        save_file(contiguous, unfinished, {"state": text, "digest": _digest(contiguous, text)})
+    # Without this a crash of the machine could leave a complete name and an empty file.
+    sync(unfinished)
     unfinished.replace(path)
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors, on the CPU, and the state of a checkpoint. Raises CheckpointError unless it is as it was written."""
+    """Return the tensors, on the CPU, and the state of a checkpoint. Raises CheckpointError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -45,6 +46,7 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _digest(tensors: Tensors, text: str) -> str:
+    """Return the sha256 of the state's text and of the tensors' names, dtypes, shapes and bytes."""
     hasher = hashlib.sha256(text.encode())
     for name, value in sorted(tensors.items()):
         hasher.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())

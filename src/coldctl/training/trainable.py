@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, all but its first layers, or low-rank adapters (PEFT) and the head."""
+"""The trainable part of a model: all of it, all but its first layers, or low-rank adapters (PEFT) and the head."""
 
 import json
 import warnings
@@ -12,14 +12,14 @@ from coldctl.common.errors import ConfigError
 from coldctl.config.settings import FinetuneConfig
 from coldctl.training.model import body_of
 
-_PEFT = "base_model.model."  # before all names of a file of PEFT's
-_BEHIND = ("pooler", "final_norm")  # what a body has behind its last layer
+_PEFT = "base_model.model."  # prefix of all names in PEFT's files
+_AFTER_LAYERS = ("pooler", "final_norm")  # modules of a body after its last layer
 
 
-def restrict(model: nn.Module, config: FinetuneConfig, base_name: str, seed: int) -> Any | None:
-    """Freeze what `config` says, in place; with `lora_rank` also put adapters in and return PEFT's wrapper.
+def configure_trainable(model: nn.Module, config: FinetuneConfig, base_name: str, seed: int) -> Any | None:
+    """Freeze embeddings and layers as `config` says, in place; with `lora_rank` add adapters and return PEFT's wrapper.
 
-    Raises ConfigError for what the architecture does not have.
+    Raises ConfigError for settings that do not fit the architecture.
     """
     body = body_of(model)
     if config.freeze_embeddings:
@@ -35,21 +35,21 @@ def restrict(model: nn.Module, config: FinetuneConfig, base_name: str, seed: int
 
 
 def save_adapter(adapted: Any, folder: Path, base_name: str, *, body_only: bool = False) -> None:
-    """Write adapter and head in PEFT's format, or an adapter of the bare encoder alone.
+    """Write adapter and head in PEFT's format, or with `body_only` an adapter of the bare encoder.
 
-    Of the base it tells the name, never where it was.
+    The adapter's config names the base model, never its path.
     """
     config = adapted.peft_config["default"]
     config.base_model_name_or_path = base_name
-    config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
+    config.target_modules = sorted(config.target_modules)  # PEFT has a set, whose order differs between processes
     adapted.save_pretrained(folder, save_embedding_layers=False)
-    (folder / layout.CARD).unlink(missing_ok=True)  # PEFT's template of a model card
+    (folder / layout.CARD).unlink(missing_ok=True)  # PEFT writes a template of a model card
     if body_only:
-        _leave_head_out(folder, f"{adapted.get_base_model().base_model_prefix}.")
+        _remove_head(folder, f"{adapted.get_base_model().base_model_prefix}.")
 
 
-def _leave_head_out(folder: Path, prefix: str) -> None:
-    """Make an adapter of a model with a head one of its body, as `AutoModel` loads that."""
+def _remove_head(folder: Path, prefix: str) -> None:
+    """Rewrite an adapter of a model with a head as one of its body, as `AutoModel` loads it."""
     from safetensors.torch import load_file, save_file
 
     weights, settings = folder / layout.ADAPTER_WEIGHTS, folder / layout.ADAPTER_CONFIG
@@ -63,11 +63,12 @@ def _leave_head_out(folder: Path, prefix: str) -> None:
     document = json.loads(settings.read_text(encoding="utf-8"))
     document["task_type"] = "FEATURE_EXTRACTION"
     document["target_modules"] = sorted(name.removeprefix(prefix) for name in document["target_modules"])
-    document["modules_to_save"] = [name for name in document["modules_to_save"] if name in _BEHIND] or None
+    document["modules_to_save"] = [name for name in document["modules_to_save"] if name in _AFTER_LAYERS] or None
     settings.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _with_adapters(model: nn.Module, config: FinetuneConfig, base_name: str, seed: int) -> Any:
+    """Add adapters to all linear layers of the body, drawn by `seed`; head and pooler are trained as a whole."""
     try:
         import peft
     except ImportError:
@@ -80,11 +81,11 @@ def _with_adapters(model: nn.Module, config: FinetuneConfig, base_name: str, see
         for name, module in body.named_modules()
         if isinstance(module, nn.Linear) and "pooler" not in name
     ]
-    whole = [
+    full_modules = [
         name for name, module in model.named_children() if module is not body and any(True for _ in module.parameters())
     ]
     if getattr(body, "pooler", None) is not None:
-        whole.append("pooler")  # as fresh as the head
+        full_modules.append("pooler")  # newly initialised, like the head
     shapes = [module.weight.shape for module in body.modules() if isinstance(module, nn.Linear)]
     smallest = min(min(shape) for shape in shapes)
     if config.lora_rank > smallest:
@@ -95,29 +96,29 @@ def _with_adapters(model: nn.Module, config: FinetuneConfig, base_name: str, see
         r=config.lora_rank,
         lora_alpha=2 * config.lora_rank,
         target_modules=inside,
-        modules_to_save=whole,
+        modules_to_save=full_modules,
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of what transformers and PEFT say to each other
+        warnings.simplefilter("ignore", FutureWarning)  # between transformers and PEFT
         return peft.get_peft_model(model, adapters)
 
 
 def _freeze_below(body: nn.Module, trained: list[nn.Module]) -> None:
-    """Freeze all but the trained layers and what comes behind them: gradients need not pass the frozen ones."""
-    kept = {id(value) for layer in trained for value in layer.parameters()}
+    """Freeze all but the trained layers and the modules after them, so that backpropagation ends above the frozen ones."""
+    trainable = {id(value) for layer in trained for value in layer.parameters()}
     for name, value in body.named_parameters():
-        if id(value) not in kept and not name.startswith(_BEHIND):
+        if id(value) not in trainable and not name.startswith(_AFTER_LAYERS):
             value.requires_grad = False
 
 
 def _embeddings(body: nn.Module) -> nn.Module:
-    """All embeddings of a body: the module that holds them, else the word embedding."""
+    """Return the module of all embeddings of a body, else the word embedding."""
     module: nn.Module = getattr(body, "embeddings", None) or body.get_input_embeddings()  # type: ignore[operator]
     return module
 
 
 def _layers(body: nn.Module) -> list[nn.Module]:
-    """A body's layers, first to last; none where they share their weights."""
+    """Return a body's layers, first to last; none if they share weights."""
     count = getattr(body.config, "num_hidden_layers", 0)
     lists = [module for module in body.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
     return list(lists[0]) if lists else []

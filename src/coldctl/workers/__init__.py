@@ -1,4 +1,4 @@
-"""Where jobs run: each engine maps a function over jobs that are plain configs and paths."""
+"""Engines that run jobs: in this process, in processes of this machine, or on a Ray cluster."""
 
 from coldctl.common.errors import ConfigError
 from coldctl.workers.jobs import Engine
@@ -6,9 +6,9 @@ from coldctl.workers.local import Local
 
 
 def choose(name: str, *, jobs: int, threads: int | None, ray_address: str | None) -> Engine:
-    """The engine called `name`, for so many jobs side by side (0: as fit) of so many threads (None: their share).
+    """Return the engine `name` for `jobs` at once (0: as many as fit), each with `threads` (None: its share of the cores).
 
-    Nothing is started before the first job. Raises ConfigError.
+    It starts nothing before the first job. Raises ConfigError.
     """
     if name == "local":
         if ray_address:

@@ -1,21 +1,21 @@
-"""Jobs on this machine: one after the other in this process, or side by side in processes that share the cores."""
+"""Jobs on this machine: one after the other in this process, or several at once in processes that share the cores."""
 
 import os
 from collections.abc import Iterator, Sequence
 
 from coldctl.common.progress import Progress
-from coldctl.workers.jobs import NOTHING_SPECIAL, Job, Needs, Outcome, Result, Work, attempt, side_by_side
+from coldctl.workers.jobs import NOTHING_SPECIAL, Job, Needs, Outcome, Result, Work, run_job, side_by_side
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Local:
-    """`jobs` side by side (0: as many as there are cores), each with `threads`, or with its share of the cores.
+    """An engine of `jobs` at once (0: one per core), each with `threads`, or with its share of the cores.
 
-    Results depend on the number of jobs only through the number of threads.
+    Results depend on the number of jobs at once only through the number of threads.
     """
 
     distant = False
@@ -28,18 +28,18 @@ class Local:
         work: "Work[Job, Result]",
         jobs: Sequence[Job],
         progress: Progress,
-        needs: Needs = NOTHING_SPECIAL,  # noqa: ARG002 # there is one machine
+        needs: Needs = NOTHING_SPECIAL,  # noqa: ARG002  one machine has nothing to choose
     ) -> Iterator[Outcome[Result]]:
         """Run `work` on every job and yield the outcomes as they come; one failed job does not stop the others."""
         count = side_by_side(self._jobs, len(jobs), cores())
         threads = self._threads or max(1, cores() // count)
-        if count == 1 and threads >= cores():  # libraries take all cores in a process that is not told otherwise
+        if count == 1 and threads >= cores():  # a library's default is all cores
             for index, job in enumerate(jobs):
-                yield attempt(index, work, job, threads, progress)
+                yield run_job(index, work, job, threads, progress)
             return
-        from coldctl.workers.processes import in_processes  # other jobs start sooner without it
+        from coldctl.workers.processes import in_processes  # imported late: jobs in this process start sooner
 
         yield from in_processes(work, jobs, count, threads, progress)
 
     def close(self) -> None:
-        """Nothing outlives a run."""
+        """Do nothing: no process outlives a run."""

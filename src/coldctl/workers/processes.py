@@ -1,4 +1,4 @@
-"""Jobs side by side in processes of this machine, which share its cores."""
+"""Jobs at once in processes of this machine, which share its cores."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 from coldctl.common.errors import WorkerError
 from coldctl.common.progress import Progress
-from coldctl.workers.jobs import Job, Outcome, Result, Sender, Work, attempt, deliver, thread_environment
+from coldctl.workers.jobs import Job, Outcome, Result, Sender, Work, deliver, run_job, thread_environment
 
 
 def in_processes(
@@ -42,11 +42,12 @@ def in_processes(
 
 
 def _announce(finished: "queue.SimpleQueue[tuple[int, Future[Any]]]", index: int, future: Future[Any]) -> None:
+    """Queue a finished job with its index."""
     finished.put((index, future))
 
 
 def _collected(index: int, future: Future[Outcome[Result]]) -> Outcome[Result]:
-    """A job's outcome; a defect of ours inside the worker is raised here as it was there."""
+    """Return a job's outcome. A defect inside the worker is raised here."""
     try:
         return future.result()
     except BrokenProcessPool:
@@ -55,7 +56,7 @@ def _collected(index: int, future: Future[Outcome[Result]]) -> Outcome[Result]:
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
-    """End the workers at once: what they have not finished stays in partial directories and is resumable."""
+    """Terminate the workers. Unfinished work stays in partial directories and can be resumed."""
     for process in list((pool._processes or {}).values()):
         process.terminate()
 
@@ -64,7 +65,7 @@ _sender: Sender | None = None
 
 
 def _start(events: Any, threads: int) -> None:
-    """First thing in a worker: the parent alone handles Ctrl-C, and libraries see the share of the cores."""
+    """Set up a worker: it ignores Ctrl-C, which the parent handles, and its libraries use `threads`."""
     import signal
 
     global _sender  # noqa: PLW0603
@@ -75,7 +76,7 @@ def _start(events: Any, threads: int) -> None:
 
 
 def _die_with_parent() -> None:
-    """A worker whose parent was killed must not go on holding its output."""
+    """End this worker when its parent is killed, so that it holds no lock on an output."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -83,10 +84,12 @@ def _die_with_parent() -> None:
 
 
 def _in_worker(index: int, work: "Work[Job, Result]", job: Job, threads: int) -> Outcome[Result]:
+    """Run one job in a worker process."""
     assert _sender is not None
-    return attempt(index, work, job, threads, _sender)
+    return run_job(index, work, job, threads, _sender)
 
 
 def _listen(events: Any, progress: Progress) -> None:
+    """Repeat the workers' calls of Progress until None comes."""
     while (event := events.get()) is not None:
         deliver(event, progress)

@@ -1,7 +1,7 @@
 """Jobs on a Ray cluster, as tasks of Ray Core that state their CPUs, GPUs and memory.
 
-A job whose worker or node is lost is done again elsewhere. What it had finished lies in the shared storage, where the
-stage's function finds it. Results come back through Ray and must be small.
+A job whose worker or node is lost is run again on another one, and resumes from what it left in the shared storage.
+Results come back through Ray and must be small.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ from coldctl.workers.jobs import (
     Result,
     Sender,
     Work,
-    attempt,
     deliver,
+    run_job,
     side_by_side,
     thread_environment,
 )
@@ -42,41 +42,41 @@ _LOST = (
     exceptions.WorkerCrashedError,
     exceptions.NodeDiedError,
     exceptions.OutOfMemoryError,
-    exceptions.ObjectLostError,  # a result that went down with its node
-    exceptions.RuntimeEnvSetupError,  # so fails a node that is about to go
+    exceptions.ObjectLostError,  # of a result on a lost node
+    exceptions.RuntimeEnvSetupError,  # of a node that is shutting down
 )
-_ATTEMPTS = 5  # of one job whose workers are lost
-_MOST_PENDING = 1000  # jobs that wait in the cluster, so that it may grow by them, without --jobs
-_LEASE = 300.0  # seconds after which the lock of a machine that is gone must have been released
-_PAUSE = 2.0  # seconds between looks at such a lock
+_ATTEMPTS = 5  # at one job whose workers are lost
+_MOST_PENDING = 1000  # jobs submitted at once without --jobs: an autoscaling cluster grows by pending jobs
+_LEASE = 300.0  # seconds after which the lock of a lost machine must have expired
+_PAUSE = 2.0  # seconds between attempts to take such a lock
 
 
 @dataclass(frozen=True)
-class _Try:
-    """One more go at one job."""
+class _Attempt:
+    """One attempt at one job."""
 
     index: int
     memory: int  # bytes
     number: int = 1
-    lost: float = 0.0  # when the try before was lost, by the monotonic clock
+    lost: float = 0.0  # when the previous attempt was lost, by the monotonic clock
     why: str = ""
-    earliest: float = 0.0  # when to begin
+    earliest: float = 0.0  # start time, by the monotonic clock
 
 
 @dataclass(frozen=True)
 class _Share:
-    """What each job gets of the cluster as it is now."""
+    """Resources of each job on the cluster as it is now."""
 
     threads: int
     gpus: int
-    memory: int  # bytes of the largest node: nobody can have more
+    memory: int  # bytes of the largest node, the limit of any job
 
 
 class Ray:
-    """The cluster at `address` (None: $RAY_ADDRESS, else one on this machine that is ended by `close`).
+    """An engine on the cluster at `address` (None: $RAY_ADDRESS, else one on this machine that `close` stops).
 
-    `jobs` are side by side at most (0: as many as there is room for), each with `threads`, or with its share of the
-    nodes' CPUs. With as many threads per job the outputs have the same bytes as on one machine.
+    At most `jobs` run at once (0: as many as fit), each with `threads`, or with its share of the nodes' CPUs. With the
+    same threads per job the outputs have the same bytes as on one machine.
     """
 
     distant = True
@@ -92,7 +92,7 @@ class Ray:
     ) -> Iterator[Outcome[Result]]:
         """Run `work` on every job and yield the outcomes as they come; one failed job does not stop the others.
 
-        Raises ConfigError if there is no cluster, and what is no ColdctlError as it was raised in the worker.
+        Raises ConfigError if there is no cluster. Errors of a worker other than ColdctlError are raised here.
         """
         if not jobs:
             return
@@ -101,22 +101,22 @@ class Ray:
         shared = ray.put((work, str(Path.cwd())))
         listener = threading.Thread(target=_listen, args=(self._mailbox, progress), daemon=True)
         listener.start()
-        waiting = [_Try(index, min(needs.memory, share.memory)) for index in range(len(jobs))]
-        running: dict[Any, _Try] = {}
+        waiting = [_Attempt(index, min(needs.memory, share.memory)) for index in range(len(jobs))]
+        running: dict[Any, _Attempt] = {}
         try:
             while waiting or running:
-                for item in _due(waiting, (self._jobs or _MOST_PENDING) - len(running)):
-                    running[self._submit(shared, item, jobs[item.index], share)] = item
+                for attempt in _due(waiting, (self._jobs or _MOST_PENDING) - len(running)):
+                    running[self._submit(shared, attempt, jobs[attempt.index], share)] = attempt
                 if not running:
                     time.sleep(_PAUSE)
                     continue
                 for reference in ray.wait(list(running), timeout=_PAUSE if waiting else None)[0]:
-                    item = running.pop(reference)
-                    outcome, again = _collected(reference, item, share)
+                    attempt = running.pop(reference)
+                    outcome, again = _collected(reference, attempt, share)
                     if again is not None:
                         waiting.append(again)
-                        if again.number > item.number:
-                            progress.note(f"{jobs[item.index].title}: {again.why}, it is done again")
+                        if again.number > attempt.number:
+                            progress.note(f"{jobs[attempt.index].title}: {again.why}, it is done again")
                     if outcome is not None:
                         yield outcome
         finally:
@@ -126,21 +126,20 @@ class Ray:
             listener.join(timeout=5)
 
     def close(self) -> None:
-        """Leave the cluster; one that was started for these jobs ends."""
+        """Leave the cluster; stop it if it was started for these jobs."""
         if self._joined:
             ray.shutdown()
         self._mailbox, self._joined = None, False
 
     def _start(self) -> None:
-        """Join the cluster. Raises ConfigError."""
+        """Connect to the cluster. Raises ConfigError."""
         if self._mailbox is not None:
             return
         if not ray.is_initialized():
             local = self._address == "local"
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-            os.environ.setdefault(
-                "RAY_worker_niceness", "0"
-            )  # Ray's 15 would give way to everything else on this machine
+            # Ray's default of 15 would slow its workers down whenever anything else runs on this machine.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             try:
                 _knock(self._address)
                 ray.init(
@@ -160,16 +159,18 @@ class Ray:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         self._mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
 
-    def _share(self, pieces: int, needs: Needs, progress: Progress) -> _Share:
+    def _share(self, jobs: int, needs: Needs, progress: Progress) -> _Share:
+        """Return the resources of each of `jobs`, as many as possible at once. Raises ConfigError for too many threads."""
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = int(needs.gpu and any(node.get("GPU") for node in nodes))
-        room = [(int(node.get("CPU", 0)), int(node.get("GPU", 0)) if gpus else pieces) for node in nodes]
+        room = [(int(node.get("CPU", 0)), int(node.get("GPU", 0)) if gpus else jobs) for node in nodes]
         largest = max((cpus for cpus, places in room if places), default=0)
 
         def fitting(threads: int) -> int:
+            """Return how many jobs of so many threads fit at once."""
             return sum(min(cpus // threads, places) for cpus, places in room)
 
-        count = side_by_side(self._jobs, pieces, fitting(1))
+        count = side_by_side(self._jobs, jobs, fitting(1))
         share = next((threads for threads in range(largest, 0, -1) if fitting(threads) >= count), 1)
         if (threads := self._threads or share) > largest:
             if self._address == "local":
@@ -177,62 +178,63 @@ class Ray:
             progress.note(f"no node of the cluster has {threads} free CPUs for a job yet: waiting for one that has")
         return _Share(threads, gpus, max((int(node.get("memory", 0)) for node in nodes), default=0))
 
-    def _submit(self, shared: Any, item: _Try, job: Any, share: _Share) -> Any:
+    def _submit(self, shared: Any, attempt: _Attempt, job: Any, share: _Share) -> Any:
+        """Submit one attempt and return its Ray reference."""
         options = {
             "num_cpus": share.threads,
             "num_gpus": share.gpus,
-            "memory": item.memory or None,
-            "max_retries": 0,  # we do it ourselves, and say so
+            "memory": attempt.memory or None,
+            "max_retries": 0,  # `run` retries, and logs it
             "runtime_env": {"env_vars": thread_environment(share.threads)},
         }
         task = ray.remote(_perform).options(**options)
-        return task.remote(shared, item.index, job, share.threads, self._mailbox)
+        return task.remote(shared, attempt.index, job, share.threads, self._mailbox)
 
 
 def _knock(address: str) -> None:
-    """Raise OSError at once where nobody listens; Ray itself would try for minutes."""
+    """Raise OSError at once if nothing listens at `address`; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
-def _due(waiting: list[_Try], room: int) -> list[_Try]:
-    """Take those out of `waiting` that may begin now and for which there is room."""
+def _due(waiting: list[_Attempt], room: int) -> list[_Attempt]:
+    """Remove and return up to `room` attempts of `waiting` that may start now."""
     now = time.monotonic()
-    chosen = [item for item in waiting if item.earliest <= now][: max(0, room)]
-    for item in chosen:
-        waiting.remove(item)
+    chosen = [attempt for attempt in waiting if attempt.earliest <= now][: max(0, room)]
+    for attempt in chosen:
+        waiting.remove(attempt)
     return chosen
 
 
-def _collected(reference: Any, item: _Try, share: _Share) -> tuple[Outcome[Any] | None, _Try | None]:
-    """A job's outcome, or the try that follows a lost one."""
+def _collected(reference: Any, attempt: _Attempt, share: _Share) -> tuple[Outcome[Any] | None, _Attempt | None]:
+    """Return a job's outcome, or the next attempt if this one was lost."""
     now = time.monotonic()
     try:
         outcome: Outcome[Any] = ray.get(reference)
     except _LOST as error:
-        if item.number >= _ATTEMPTS:
+        if attempt.number >= _ATTEMPTS:
             remedy = "look at the nodes' memory and at Ray's logs, and run the same command again"
             return Outcome(
-                item.index, None, WorkerError(f"its worker or node was lost {item.number} times: {remedy}")
+                attempt.index, None, WorkerError(f"its worker or node was lost {attempt.number} times: {remedy}")
             ), None
         if isinstance(error, exceptions.OutOfMemoryError):
-            more, why = 2 * item.memory, "its node ran out of memory"
+            memory, why = 2 * attempt.memory, "its node ran out of memory"
         else:
-            more, why = item.memory, "its worker or node was lost"
-        return None, _Try(item.index, min(more, share.memory), item.number + 1, now, why)
+            memory, why = attempt.memory, "its worker or node was lost"
+        return None, _Attempt(attempt.index, min(memory, share.memory), attempt.number + 1, now, why)
     except exceptions.RayTaskError as error:
         raise error.cause from None
-    except exceptions.RayError as error:  # no other machine would do better
+    except exceptions.RayError as error:  # retrying on another node would not help
         reason = str(error).strip().splitlines()[0].rstrip(".") or type(error).__name__
-        return Outcome(item.index, None, WorkerError(f"Ray gave it up: {reason}: look at Ray's logs")), None
-    if isinstance(outcome.error, BusyError) and item.lost and now < item.lost + _LEASE:
-        return None, replace(item, earliest=now + _PAUSE)  # the lock of the lost one is not yet gone
+        return Outcome(attempt.index, None, WorkerError(f"Ray gave it up: {reason}: look at Ray's logs")), None
+    if isinstance(outcome.error, BusyError) and attempt.lost and now < attempt.lost + _LEASE:
+        return None, replace(attempt, earliest=now + _PAUSE)  # the lost worker's lock has not expired yet
     return outcome, None
 
 
 def _perform(shared: tuple[Any, str], index: int, job: Any, threads: int, mailbox: Any) -> Outcome[Any]:
-    """In a worker: do one job, where the driver's relative paths mean what they mean there."""
+    """Run one job in a worker, in the driver's working directory so that relative paths hold."""
     work, folder = shared
     try:
         os.chdir(folder)
@@ -240,29 +242,29 @@ def _perform(shared: tuple[Any, str], index: int, job: Any, threads: int, mailbo
         where = ray.util.get_node_ip_address()
         finding = f"the node {where} cannot enter {folder} ({error.strerror})"
         return Outcome(index, None, ConfigError(f"{finding}: start the command in a folder that all nodes share"))
-    outcome = attempt(index, work, job, threads, Sender(mailbox.put.remote))
+    outcome = run_job(index, work, job, threads, Sender(mailbox.put.remote))
     with suppress(exceptions.RayActorError):
         ray.get(mailbox.reached.remote())
     return outcome
 
 
 class _Mailbox:
-    """An actor beside the driver that holds what workers tell until the driver takes it."""
+    """An actor on the driver's node that queues the workers' progress events."""
 
     def __init__(self) -> None:
         self._events: list[Event | None] = []
         self._arrived = asyncio.Event()
 
     async def put(self, event: Event | None) -> None:
-        """Leave an event; None says that no more will be read."""
+        """Queue an event; None ends the queue."""
         self._events.append(event)
         self._arrived.set()
 
     async def reached(self) -> None:
-        """Answer a caller, whose events before this call are all here."""
+        """Return once all earlier events of the caller have arrived."""
 
     async def take(self) -> list[Event | None]:
-        """All events since the last call, once there is one."""
+        """Wait for an event and return all since the last call."""
         await self._arrived.wait()
         self._arrived.clear()
         events, self._events = self._events, []
@@ -270,6 +272,7 @@ class _Mailbox:
 
 
 def _listen(mailbox: Any, progress: Progress) -> None:
+    """Repeat the workers' calls of Progress until the mailbox ends."""
     try:
         while True:
             for event in ray.get(mailbox.take.remote()):
@@ -277,4 +280,4 @@ def _listen(mailbox: Any, progress: Progress) -> None:
                     return
                 deliver(event, progress)
     except exceptions.RayError:
-        return  # nobody hears the rest; the jobs go on
+        return  # the mailbox is lost: jobs continue without progress
