@@ -455,7 +455,7 @@ def test_a_mistake_is_blamed_where_it_was_made(tmp_path: Path, base: Path, suite
     ran = coldctl(
         "evaluate", base, "--baseline", base, "--suite", suite, "--output", tmp_path / "o", "--protocol", "probe"
     )
-    refused(ran, tmp_path / "o", "on the command line", "linear-probe")
+    refused(ran, tmp_path / "o", "arguments", "linear-probe")
 
 
 def test_one_directory_counts_once(tmp_path: Path, base: Path, contributions: Path, coldctl: Run) -> None:

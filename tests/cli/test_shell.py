@@ -76,10 +76,10 @@ def test_json_is_the_only_thing_on_stdout(
 
 
 def test_what_is_reported_after_its_end_draws_nothing() -> None:
-    from coldctl.cli.screen import Screen, _Bars
+    from coldctl.api.bars import _Bars
 
     drawn = Progress(console=Console(file=io.StringIO()))
-    bars = _Bars(drawn, Screen())
+    bars = _Bars(drawn)
     bars.begin("work", 3, "steps")
     bars.advance("work", 1)
     assert [task.completed for task in drawn.tasks] == [1]

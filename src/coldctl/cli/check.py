@@ -33,15 +33,14 @@ def check(
 ) -> None:
     """Say whether checkpoints would fuse, from their headers alone, in milliseconds."""
     with boundary(common) as screen:
-        from coldctl.artifacts import model_ref
-        from coldctl.cli.tables import check_table
-        from coldctl.commands import check as stage
+        from coldctl.api.check import check as run
+        from coldctl.api.tables import check_table
 
-        model = model_ref.resolve(base, revision) if base else None
         with screen.progress() as progress:
-            report = stage.check(
-                checkpoints, model, deep=deep, verify_key=verify_key, trusted_keys=trusted_keys, progress=progress
-            )
+            report = run(
+                checkpoints, base=base, revision=revision, deep=deep, verify_key=verify_key, trusted_keys=trusted_keys,
+                progress=progress,
+            )  # fmt: skip
         screen.show(check_table(report))
         screen.say(f"not examined: {'; '.join(report.not_examined)}")
         screen.result({"sound": report.sound, "checked": report.checked, "not_examined": report.not_examined})
@@ -65,12 +64,12 @@ def lineage(
 ) -> None:
     """Show where a model came from: pretrained model, iterations, contributions accepted and refused."""
     with boundary(common) as screen:
-        from coldctl.artifacts import model_ref
-        from coldctl.cli.tables import carriers_table, lineage_tree
-        from coldctl.commands import lineage as stage
+        from coldctl.api import check as api
+        from coldctl.api.tables import carriers_table, lineage_tree
+        from coldctl.commands.lineage import in_words
 
         if signer is not None:
-            carriers = stage.carriers(models, signer)
+            carriers = api.carriers(models, signer)
             screen.show(carriers_table(carriers))
             screen.result({"signer": signer, "models": carriers})
             if tainted := [model for model in carriers if model.carried]:
@@ -78,12 +77,12 @@ def lineage(
                 raise DeclinedError(
                     f"{len(tainted)} of {len(carriers)} models carry contributions signed by {signer}: fuse without "
                     "them, or go on from a model that carries none",
-                    [f"{model.place}: {stage.in_words(model)}" for model in tainted],
+                    [f"{model.place}: {in_words(model)}" for model in tainted],
                 )
             screen.say(f"none of {len(carriers)} models carries a contribution signed by {signer}")
             return
         if len(models) > 1:
             raise ConfigError("the lineage of one MODEL is shown at a time: give one, or --signer to search several")
-        generations = stage.lineage(model_ref.resolve(models[0]))
-        screen.show(lineage_tree(generations))
-        screen.result({"lineage": generations})
+        ancestry = api.lineage(models[0])
+        screen.show(lineage_tree(ancestry.generations))
+        screen.result({"lineage": ancestry.generations})

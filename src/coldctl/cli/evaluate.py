@@ -1,17 +1,14 @@
 """`coldctl evaluate`: models are measured against a baseline."""
 
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from coldctl.cli.boundary import boundary
-from coldctl.cli.options import Flags, Revision, Workers, suite_of
+from coldctl.cli.options import Flags, Revision, Workers
 from coldctl.common.errors import DeclinedError
-from coldctl.config.loading import resolve
-from coldctl.config.settings import EvaluateConfig, FinetuneConfig
-from coldctl.storage.location import locate
+from coldctl.config.settings import EvaluateConfig
 
 
 def evaluate(
@@ -42,23 +39,17 @@ def evaluate(
 ) -> None:
     """Measure whether models are better base models than a baseline, with intervals, on a suite of datasets."""
     with boundary(common) as screen:
-        from coldctl.cli.tables import evaluation_tables
-        from coldctl.commands import evaluate as stage
-        from coldctl.evaluation import scoring
-        from coldctl.evaluation.measure import Suite
+        from coldctl.api.evaluate import evaluate as run
+        from coldctl.api.tables import evaluation_tables
 
-        engine = common.workers(threads=common.threads)
-        datasets, file = suite_of(suite, common.config)
-        settings = resolve(EvaluateConfig, file, {**flags, "seed": common.seed})
-        finetuning = resolve(FinetuneConfig, file, {"seed": common.seed})
-        with screen.progress() as progress, closing(engine):
-            done = stage.evaluate(
-                models, baseline, Suite(datasets, settings, finetuning), locate(output),
-                revision=revision, engine=engine, overwrite=common.overwrite, progress=progress,
+        with screen.progress() as progress:
+            done = run(
+                models, suite=suite, output=output, baseline=baseline, revision=revision, seed=common.seed,
+                progress=progress, **common.arguments(), **flags,
             )  # fmt: skip
         screen.show(*evaluation_tables(done.results))
         screen.say(f"{'complete already, left alone' if done.unchanged else 'written'}: {output}")
         screen.result(done.results)
-        if fail_on_regression and (losses := scoring.regressions(done.results, settings.regression_margin)):
+        if fail_on_regression and (losses := done.regressions()):
             screen.as_json = False  # its document is out already
             raise DeclinedError("the average gain is negative beyond doubt", losses)

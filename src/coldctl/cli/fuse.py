@@ -1,7 +1,5 @@
 """`coldctl fuse`: contributions become a fused model, or one is withdrawn from it."""
 
-from collections.abc import Sequence
-from contextlib import closing
 from typing import Annotated, Any
 
 import typer
@@ -10,10 +8,7 @@ from typer.core import TyperCommand
 
 from coldctl.cli.boundary import boundary
 from coldctl.cli.options import Base, Distributed, Flags
-from coldctl.common.errors import ConfigError
-from coldctl.config.loading import read, resolve
 from coldctl.config.settings import FuseConfig
-from coldctl.storage.location import locate
 
 
 class FuseCommand(TyperCommand):
@@ -51,33 +46,18 @@ def fuse(
 ) -> None:
     """Average the bodies of contributions into a better base model."""
     with boundary(common) as screen:
-        from coldctl.artifacts import model_ref
-        from coldctl.commands import fuse as stage
+        from coldctl.api.fuse import fuse as run
+        from coldctl.api.tables import fuse_table
 
-        engine = common.workers(threads=1)
-        file = read(common.config)
-        if "scale" in flags and "outer_lr" in flags:
-            raise ConfigError("--scale and --outer-lr exclude each other: give one of them")
-        settings = resolve(FuseConfig, file, {**flags, "seed": common.seed})
-        model, place = base.model(), locate(output)
-        with screen.progress() as progress, closing(engine):
-            more: dict[str, Any] = {
-                "overwrite": common.overwrite, "progress": progress, "old_bases": old_base or (), "engine": engine,
-            }  # fmt: skip
-            if without is not None:
-                fused = model_ref.resolve(contributions[0])
-                done = stage.withdraw(
-                    stage.Withdrawal(fused, without, contributions[1:]), model, place, settings, **more
-                )
-            else:
-                done = stage.fuse(contributions, model, place, settings, **more)
-        if done.unchanged:
+        with screen.progress() as progress:
+            fused = run(
+                contributions, output=output, old_base=old_base or (), without=without, seed=common.seed,
+                progress=progress, **vars(base), **common.arguments(), **flags,
+            )  # fmt: skip
+        if fused.unchanged:
             screen.say(f"{output}: complete already, left alone")
         else:
-            from coldctl.cli.tables import fuse_table
-
-            records: Sequence[Any] = done.manifest["contributions"]
-            screen.show(fuse_table(records))
-            count = sum(record["status"] == "fused" for record in records)
+            screen.show(fuse_table(fused.contributions))
+            count = sum(record["status"] == "fused" for record in fused.contributions)
             screen.say(f"fused {count} contribution{'s' if count != 1 else ''}: {output}")
-        screen.result(done.manifest)
+        screen.result(fused.manifest)

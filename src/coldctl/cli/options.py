@@ -8,18 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from coldctl.common.errors import ConfigError
 from coldctl.config.fields import Setting, settings_of
-from coldctl.config.loading import ConfigFile, read
-from coldctl.config.settings import SECTIONS, DatasetConfig
-
-if TYPE_CHECKING:
-    from coldctl.artifacts.model_ref import Model
-    from coldctl.workers.jobs import Engine
+from coldctl.config.settings import SECTIONS
 
 Flags = Mapping[str, Any]  # settings by name, as flags gave them
 Revision = Annotated[
@@ -152,6 +146,10 @@ class Common:
         ),
     ] = False
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of the Python API: all but what only the screen needs, and the seed, a setting."""
+        return {name: value for name, value in vars(self).items() if name not in ("as_json", "quiet", "seed")}
+
 
 @dataclass(frozen=True)
 class Distributed(Common):
@@ -166,13 +164,6 @@ class Distributed(Common):
             rich_help_panel=_COMMON,
         ),
     ] = None
-
-    def workers(self, *, threads: int | None = None, jobs: int | None = None) -> "Engine":
-        """Return the engine that was asked for. Raises ConfigError."""
-        from coldctl.workers import choose
-
-        jobs = self.jobs if jobs is None else jobs
-        return choose(self.engine, jobs=jobs, threads=threads, ray_address=self.ray_address)
 
 
 @dataclass(frozen=True)
@@ -196,19 +187,3 @@ class Base:
 
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="Base model: directory, Hub id, URL or RUN.")]
     revision: Revision = None
-
-    def model(self) -> "Model":
-        """Find the model. Raises ModelError."""
-        from coldctl.artifacts import model_ref
-
-        return model_ref.resolve(self.base, self.revision)
-
-
-def suite_of(suite: Path | None, config: Path | None) -> tuple[tuple[DatasetConfig, ...], ConfigFile]:
-    """Return the suite's datasets, and the file that settings come from: `config`, else the suite's file itself."""
-    if suite is None:
-        return (), read(config)
-    file = read(suite)
-    if not file.datasets:
-        raise ConfigError(f"{suite} has no [[dataset]]: add the datasets of the suite")
-    return file.datasets, file if config is None else read(config)

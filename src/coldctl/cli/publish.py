@@ -8,9 +8,7 @@ import typer
 
 from coldctl.cli.boundary import boundary
 from coldctl.cli.options import Common, Flags, Revision
-from coldctl.config.loading import read, resolve
 from coldctl.config.settings import PublishConfig
-from coldctl.storage.location import locate
 
 
 @dataclass(frozen=True)
@@ -43,31 +41,20 @@ def publish(
 ) -> None:
     """Turn a fused model into a repository that anyone can load, with a model card: here, in a store or on the Hub."""
     with boundary(common) as screen:
-        from coldctl.artifacts import model_ref
-        from coldctl.cli.tables import files_table
-        from coldctl.commands import publish as stage
+        from coldctl.api.publish import publish as run
+        from coldctl.api.tables import files_table
 
-        settings = resolve(PublishConfig, read(common.config), flags)
-        source = model_ref.resolve(model, revision)
         with screen.progress() as progress:
-            target = stage.target_of(
-                sending.to, progress, private=sending.private, create_pr=sending.create_pr, dry_run=sending.dry_run
-            )
-            done = stage.publish(
-                source,
-                target,
-                settings,
-                evaluation=locate(evaluation) if evaluation else None,
-                sign_key=sign_key,
-                overwrite=common.overwrite,
-                progress=progress,
-            )
+            done = run(
+                model, evaluation=evaluation, sign_key=sign_key, revision=revision, config=common.config,
+                overwrite=common.overwrite, progress=progress, **vars(sending), **flags,
+            )  # fmt: skip
         if done.unchanged:
             screen.say(f"{done.place}: complete already, left alone")
-        elif sending.dry_run:
+        elif done.dry_run:
             screen.show(files_table(done.files))
             screen.say(f"{done.place}: nothing was sent; {len(done.files)} files would be")
         else:
             screen.say(f"{done.place}: published, loaded and compared")
-        how = {"place": done.place, "unchanged": done.unchanged, "dry_run": sending.dry_run}
+        how = {"place": done.place, "unchanged": done.unchanged, "dry_run": done.dry_run}
         screen.result({**done.manifest, **how, "sizes": done.files, "seconds": done.seconds})

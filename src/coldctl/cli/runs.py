@@ -9,9 +9,9 @@ import typer
 
 from coldctl.artifacts import layout
 from coldctl.cli.boundary import boundary
-from coldctl.cli.options import Common, Flags, Workers, suite_of
+from coldctl.cli.options import Common, Flags, Workers
 from coldctl.common.errors import ConfigError
-from coldctl.config.loading import located, read, resolve
+from coldctl.config.loading import located, read, read_suite, resolve
 from coldctl.config.settings import EvaluateConfig, FinetuneConfig, FuseConfig, RunConfig
 from coldctl.config.values import seconds_in
 from coldctl.storage.location import locate
@@ -36,7 +36,7 @@ def status(
 ) -> None:
     """Show a run's iterations: what is complete, missing, running."""
     with boundary(common) as screen:
-        from coldctl.cli.tables import status_table
+        from coldctl.api.tables import status_table
         from coldctl.commands import status as stage
 
         current = stage.status(locate(run))
@@ -134,9 +134,10 @@ def watch(
 ) -> None:
     """Fuse whenever enough contributions have come to a run, evaluate, promote, and wait for the next ones."""
     with boundary(common) as screen:
+        from coldctl import workers
         from coldctl.commands import watch as watching
 
-        datasets, file = suite_of(suite, common.config)
+        datasets, file = read_suite(suite, common.config) if suite else ((), read(common.config))
         # Strangers may write to what is watched: unless the file says otherwise, what is bad is dropped and stops nobody.
         screening = None if "screen" in file.sections.get("fuse", {}) else "reject"
         seed = {"seed": common.seed}
@@ -148,7 +149,7 @@ def watch(
             resolve(EvaluateConfig, file, seed),
             resolve(FinetuneConfig, file, seed),
             datasets or file.datasets,
-            common.workers(threads=common.threads),
+            workers.choose(common.engine, jobs=common.jobs, threads=common.threads, ray_address=common.ray_address),
         )
         with screen.progress() as progress, closing(settings.engine):
             looks = watching.watch(
@@ -165,7 +166,7 @@ def watch(
 
 def _announce(screen: "Screen", look: Any, least: int) -> None:
     """Show one look of `watch` in words, and in tables where there is something to show."""
-    from coldctl.cli.tables import evaluation_tables, fuse_table
+    from coldctl.api.tables import evaluation_tables, fuse_table
 
     if look.state == "waiting":
         screen.say(f"iteration {look.iteration}: {look.usable} of {least} contributions have come, waiting")

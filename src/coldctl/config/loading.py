@@ -43,6 +43,14 @@ def read(path: Path | None) -> ConfigFile:
     return ConfigFile() if path is None else parsed(document_of(path), path)
 
 
+def read_suite(suite: Path, config: Path | None) -> tuple[tuple[DatasetConfig, ...], ConfigFile]:
+    """Return a suite's datasets, and the file that settings come from: `config`, else the suite's file itself."""
+    file = read(suite)
+    if not file.datasets:
+        raise ConfigError(f"{suite} has no [[dataset]]: add the datasets of the suite")
+    return file.datasets, file if config is None else read(config)
+
+
 def document_of(path: Path) -> dict[str, Any]:
     """Read a TOML file as plain values. Raises ConfigError for a file that is missing, too large, or not TOML."""
     try:
@@ -78,7 +86,7 @@ def resolve(kind: type[C], file: ConfigFile, flags: Mapping[str, Any]) -> C:
     section = next(section for section, settings in SECTIONS.items() if settings is kind)
     from_file = _checked(kind, file.sections.get(section, {}), f"{file.path}: [{section}]")
     from_flags = {key: value for key, value in flags.items() if value is not None}
-    return kind(**{**from_file, **_checked(kind, from_flags, "on the command line")})
+    return kind(**{**from_file, **_checked(kind, from_flags, "arguments")})
 
 
 def as_record(config: Any) -> dict[str, Any]:

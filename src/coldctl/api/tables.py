@@ -49,7 +49,7 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def fuse_table(contributions: Sequence[dict[str, Any]]) -> Table:
+def fuse_table(contributions: Sequence[Any]) -> Table:
     """What went into a fused model, and how each contribution moved."""
     table = Table()
     for column, justify in (
