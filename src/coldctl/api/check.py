@@ -1,4 +1,4 @@
-"""`coldctl.check`, `coldctl.lineage`, `coldctl.carriers`: what checkpoints are worth, and where a model came from."""
+"""`coldctl.check`, `coldctl.lineage` and `coldctl.carriers`."""
 
 import os
 from collections.abc import Sequence

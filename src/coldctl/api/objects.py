@@ -1,4 +1,4 @@
-"""What the functions of the Python API return: paths, manifests and numbers; tables and charts in a notebook."""
+"""The objects that the functions of the Python API return."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

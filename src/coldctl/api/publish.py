@@ -1,4 +1,4 @@
-"""`coldctl.publish`: a fused model becomes a repository."""
+"""`coldctl.publish`."""
 
 import os
 from pathlib import Path

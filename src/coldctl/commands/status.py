@@ -1,4 +1,4 @@
-"""`coldctl status`: what a run has, what is missing, and what other commands are writing."""
+"""`coldctl status`: complete, missing and running work of a run."""
 
 from dataclasses import dataclass
 

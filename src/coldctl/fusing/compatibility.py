@@ -1,4 +1,4 @@
-"""Judge from headers, configs and manifests alone whether a contribution can be fused with a base."""
+"""Judge from headers and manifests whether a contribution fits the base."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Find, open and de-duplicate contributions. Their order depends on them alone, not on the arguments' order.
+"""Find, open and de-duplicate contributions, in an order that depends on them alone.
 
 Late contributions arrived after their iteration was fused, so that a later iteration fuses them. The manifests of the
 fused models are the only record: a contribution that one of them records, fused or rejected, is not fused again. A name

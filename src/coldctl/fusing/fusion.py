@@ -1,4 +1,4 @@
-"""One fuse: accept contributions, compute weights and the length of the step, write the model and its manifest.
+"""One fuse: select, measure, write, describe.
 
 The stage decides where inputs come from and where the result goes. The passes read and write the weights.
 """

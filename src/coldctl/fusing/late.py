@@ -1,4 +1,4 @@
-"""Rebase contributions that were made on an earlier base, with a weight that falls with their age.
+"""Rebase contributions that were made on an earlier base.
 
 Notation: θ is the base that is fused into now, θ′ the base that a contribution x was made on, k generations earlier.
 It enters as θ + s(k) · (x − θ′) with s(k) = (1 + k)^-½: the polynomial staleness of FedAsync (Xie et al. 2019, arXiv

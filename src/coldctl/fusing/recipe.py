@@ -1,4 +1,4 @@
-"""A merge method with its parameters for one fuse: the contributions' weights, and the step from the base.
+"""A merge method with its parameters for one fuse: weights, and the step from the base.
 
 Weights are equal, by training examples, or from a file. They are normalised, and capped if --max-share asks for it.
 """

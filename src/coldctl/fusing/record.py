@@ -1,4 +1,4 @@
-"""Identify a fuse, and describe its contributions and settings as the fused model's manifest stores them."""
+"""The identity of a fuse, and what its manifest says of the contributions."""
 
 import os
 from collections.abc import Mapping, Sequence

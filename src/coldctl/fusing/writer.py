@@ -1,4 +1,4 @@
-"""The writing pass of a fuse: read, fuse, round and write, with digests and statistics if no earlier pass took them.
+"""The pass that writes: read, merge, round once, write.
 
 It runs in this process, or chunk by chunk on other machines: by position into files of a shared disk, or file by file
 into a store, which takes only whole files. Both leave the same bytes. Front to back, a thread rounds, hashes and writes
