@@ -1,6 +1,6 @@
 """Write `results.schema.json`, the JSON schema of `coldctl evaluate`'s results, from the types that the code uses.
 
-Run `python scripts/results_schema.py` after a change of `coldctl/core/results.py`.
+Run `python scripts/results_schema.py` after a change of `coldctl/evaluation/results.py`.
 """
 
 import json
