@@ -1,7 +1,11 @@
-"""What the functions of the Python API return: paths, manifests and numbers; tables and charts in a notebook."""
+"""What the functions of the Python API return: paths, manifests and numbers; tables and charts in a notebook.
+
+The `path` of what lies in a store is a `UPath`, which has the methods of `Path`.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldctl.artifacts import layout
@@ -11,7 +15,6 @@ from coldctl.common.errors import ColdctlError, ConfigError, DeclinedError, Outp
 from coldctl.common.text import printable
 from coldctl.evaluation import scoring
 from coldctl.evaluation.results import Results
-from coldctl.storage.location import Location
 
 if TYPE_CHECKING:
     import pandas
@@ -24,7 +27,7 @@ class Contribution:
     """A contribution that `finetune` made. `unchanged` says that it was complete already."""
 
     name: str
-    path: Location
+    path: Path
     unchanged: bool
     manifest: Mapping[str, Any]  # empty in a process of a team that writes nothing
     seconds: float
@@ -39,11 +42,12 @@ class Contribution:
         return metrics
 
     def _repr_html_(self) -> str:
+        from rich.markup import escape
         from rich.table import Table
 
         from coldctl.api.display import chart_html, table_html
 
-        table = Table("split", "metric", "score", title=printable(self.name).replace("[", "\\["))
+        table = Table("split", "metric", "score", title=escape(printable(self.name)))
         for split, scores in self.metrics.items():
             for metric, score in scores.items():
                 table.add_row(split, metric, f"{score:.1f}")
@@ -69,7 +73,7 @@ class SuiteError(DeclinedError):
 class FusedModel:
     """A model that `fuse` wrote. `unchanged` says that it was complete already."""
 
-    path: Location
+    path: Path
     manifest: Manifest
     unchanged: bool
 
@@ -89,7 +93,7 @@ class FusedModel:
 class Evaluation:
     """Models measured against a baseline: `results` is the document `results.json`."""
 
-    path: Location
+    path: Path
     manifest: Manifest
     results: Results
     unchanged: bool = True
