@@ -131,7 +131,7 @@ class Common(Quiet):
 
     @property
     def file(self) -> Path | None:
-        """The settings file."""
+        """Return the settings file's path."""
         return None if self.config is None else Path(self.config)
 
 

@@ -109,23 +109,11 @@ class Evaluation:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per model, dataset and protocol: scores in percent, gains in points."""
-        columns = (
-            "model", "protocol", "dataset", "role", "metric", "num_test", "baseline_mean", "mean", "std", "gain", "verdict",
-        )  # fmt: skip
-        return [
-            {key: entry[key] for key in columns}  # type: ignore[literal-required]
-            | {"gain_low": entry["gain_interval"][0], "gain_high": entry["gain_interval"][1]}
-            for entry in self.results["results"]
-        ]
+        return list(map(_row, self.results["results"]))
 
     def averages(self) -> list[dict[str, Any]]:
         """Return one row per model, protocol and group of datasets (all, seen, unseen)."""
-        columns = ("model", "protocol", "group", "baseline_mean", "mean", "gain", "verdict")
-        return [
-            {key: entry[key] for key in columns}  # type: ignore[literal-required]
-            | {"gain_low": entry["gain_interval"][0], "gain_high": entry["gain_interval"][1]}
-            for entry in self.results["averages"]
-        ]
+        return list(map(_row, self.results["averages"]))
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return `rows()` as a pandas DataFrame. Raises ConfigError if pandas is not installed."""
@@ -141,6 +129,12 @@ class Evaluation:
 
         tables = "".join(map(table_html, evaluation_tables(self.results)))
         return tables + chart_html(self.path / layout.GAIN_CHART) + chart_html(self.path / layout.CURVE_CHART)
+
+
+def _row(entry: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = entry["gain_interval"]
+    plain = {key: value for key, value in entry.items() if key not in ("gain_interval", "seeds")}
+    return plain | {"gain_low": low, "gain_high": high}
 
 
 @dataclass(frozen=True)
