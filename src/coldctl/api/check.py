@@ -1,6 +1,5 @@
 """`coldctl.check`, `coldctl.lineage` and `coldctl.carriers`."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +29,7 @@ def check(
 
     Raises ModelError if there are no checkpoints, ConfigError if a key cannot be read.
     """
-    model = model_ref.resolve(os.fspath(base), revision) if base else None
+    model = model_ref.resolve(str(base), revision) if base else None
     with options.listener() as progress:
         report = check_command.check(
             as_list(checkpoints), model, deep=deep, progress=progress,
@@ -42,7 +41,7 @@ def check(
 
 def lineage(model: Place) -> Lineage:
     """Return where a model came from: pretrained model, iterations, contributions. Raises ManifestError or ModelError."""
-    return Lineage(tuple(lineage_command.lineage(model_ref.resolve(os.fspath(model)))))
+    return Lineage(tuple(lineage_command.lineage(model_ref.resolve(str(model)))))
 
 
 def carriers(models: Place | Sequence[Place], signer: Place) -> list[Carrier]:
@@ -50,4 +49,4 @@ def carriers(models: Place | Sequence[Place], signer: Place) -> list[Carrier]:
 
     `signer` is a public key's file or the name that it was trusted under. Raises ManifestError or ConfigError.
     """
-    return lineage_command.carriers(as_list(models), os.fspath(signer))
+    return lineage_command.carriers(as_list(models), str(signer))

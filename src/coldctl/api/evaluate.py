@@ -1,10 +1,9 @@
 """`coldctl.evaluate` and `coldctl.load_results`."""
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 from coldctl.api.keywords import Place, Settings, Workers, as_list, with_keywords
 from coldctl.api.objects import Evaluation
@@ -42,13 +41,13 @@ def evaluate(
     )
     with options.listener() as progress, closing(engine):
         done = command.evaluate(
-            as_list(models), os.fspath(baseline) if baseline else None, measured_on, locate(os.fspath(output)),
+            as_list(models), str(baseline) if baseline else None, measured_on, locate(str(output)),
             revision=revision, engine=engine, overwrite=options.overwrite, progress=progress,
         )  # fmt: skip
-    return Evaluation(done.path, manifest.read(done.path), done.results, done.unchanged)
+    return Evaluation(cast(Path, done.path), manifest.read(done.path), done.results, done.unchanged)
 
 
 def load_results(path: Place) -> Evaluation:
     """Read an evaluation's directory, whose files must be as `evaluate` wrote them. Raises ManifestError."""
-    folder = locate(os.fspath(path))
-    return Evaluation(folder, manifest.read_unchanged(folder), results.read(folder))
+    folder = locate(str(path))
+    return Evaluation(cast(Path, folder), manifest.read_unchanged(folder), results.read(folder))

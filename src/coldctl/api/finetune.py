@@ -1,6 +1,5 @@
 """`coldctl.finetune` and `coldctl.finetune_suite`."""
 
-import os
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -42,13 +41,13 @@ def finetune(
     Raises ConfigError, DataError, ModelError or OutputError.
     """
     config = resolve(FinetuneConfig, read(options.file), settings)
-    place = os.fspath(data)
+    place = str(data)
     known = settings_of(DatasetConfig)
     chosen = {key: known[key].check(value, "finetune()") for key, value in columns.items()}
     dataset = config_from_reference(place, DatasetConfig(**{"name": "", "path": place, **chosen}))
     with _engine(options) as engine:
         job = single_job(
-            dataset, base.model(), locate(os.fspath(making.output)), config, _job_options(making, options), name=name
+            dataset, base.model(), locate(str(making.output)), config, _job_options(making, options), name=name
         )
         made, failed = _trained([job], engine, options)
     for error in failed.values():
@@ -77,7 +76,7 @@ def finetune_suite(
     config = resolve(FinetuneConfig, file, settings)
     with _engine(options) as engine:
         jobs = jobs_of_suite(
-            datasets, base.model(), locate(os.fspath(making.output)), config, _job_options(making, options),
+            datasets, base.model(), locate(str(making.output)), config, _job_options(making, options),
             sample=sample, only=[only] if isinstance(only, str) else only,
         )  # fmt: skip
         made, failed = _trained(jobs, engine, options)
@@ -108,7 +107,7 @@ def _engine(options: Workers) -> Iterator[Engine]:
 def _job_options(making: Making, options: Workers) -> JobOptions:
     if making.log is not None:
         check_kind(making.log)
-    log = LogOptions(making.log, os.fspath(making.log_folder), making.checkpoint_seconds)
+    log = LogOptions(making.log, str(making.log_folder), making.checkpoint_seconds)
     return JobOptions(options.overwrite, log, Path(making.sign_key) if making.sign_key else None)
 
 

@@ -1,9 +1,9 @@
 """`coldctl.fuse`."""
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, cast
 
 from coldctl.api.keywords import Base, Distributed, Place, Settings, as_list, with_keywords
 from coldctl.api.objects import FusedModel
@@ -38,7 +38,7 @@ def fuse(
     if "scale" in settings and "outer_lr" in settings:
         raise ConfigError("--scale and --outer-lr exclude each other: give one of them")
     config = resolve(FuseConfig, read(options.file), settings)
-    model, place = base.model(), locate(os.fspath(output))
+    model, place = base.model(), locate(str(output))
     references = as_list(contributions)
     with options.listener() as progress, closing(engine):
         more: dict[str, Any] = {
@@ -49,4 +49,4 @@ def fuse(
         else:
             withdrawal = command.Withdrawal(model_ref.resolve(references[0]), without, references[1:])
             done = command.withdraw(withdrawal, model, place, config, **more)
-    return FusedModel(done.path, done.manifest, done.unchanged)
+    return FusedModel(cast(Path, done.path), done.manifest, done.unchanged)

@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import Parameter
@@ -74,7 +74,7 @@ def with_keywords(function: Callable[..., Result]) -> Callable[..., Result]:
 
 def _given(**values: Any) -> Settings:
     return {
-        name: os.fspath(value) if isinstance(value, os.PathLike) else value
+        name: str(value) if isinstance(value, os.PathLike) else value
         for name, value in values.items()
         if value is not None
     }
@@ -131,7 +131,7 @@ class Common(Quiet):
 
     @property
     def file(self) -> Path | None:
-        """The settings file."""
+        """Return the settings file's path."""
         return None if self.config is None else Path(self.config)
 
 
@@ -171,7 +171,7 @@ class Base:
         """Find the model. Raises ModelError."""
         from coldctl.artifacts import model_ref
 
-        return model_ref.resolve(os.fspath(self.base), self.revision)
+        return model_ref.resolve(str(self.base), self.revision)
 
 
 @dataclass(frozen=True)
@@ -197,5 +197,6 @@ class Making:
 
 def as_list(references: Place | Sequence[Place]) -> list[str]:
     """Return one reference, or several, as a list of texts."""
-    several = [references] if isinstance(references, str | os.PathLike) else references
-    return [os.fspath(one) for one in several]
+    if isinstance(references, str) or not isinstance(references, Iterable):
+        return [str(references)]
+    return [str(one) for one in references]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from coldctl.artifacts import layout
@@ -11,7 +12,6 @@ from coldctl.common.errors import ColdctlError, ConfigError, DeclinedError, Outp
 from coldctl.common.text import printable
 from coldctl.evaluation import scoring
 from coldctl.evaluation.results import Results
-from coldctl.storage.location import Location
 
 if TYPE_CHECKING:
     import pandas
@@ -24,7 +24,7 @@ class Contribution:
     """A contribution that `finetune` made. `unchanged` says that it was complete already."""
 
     name: str
-    path: Location
+    path: Path
     unchanged: bool
     manifest: Mapping[str, Any]  # empty in a process of a team that writes nothing
     seconds: float
@@ -39,11 +39,12 @@ class Contribution:
         return metrics
 
     def _repr_html_(self) -> str:
+        from rich.markup import escape
         from rich.table import Table
 
         from coldctl.api.display import chart_html, table_html
 
-        table = Table("split", "metric", "score", title=printable(self.name).replace("[", "\\["))
+        table = Table("split", "metric", "score", title=escape(printable(self.name)))
         for split, scores in self.metrics.items():
             for metric, score in scores.items():
                 table.add_row(split, metric, f"{score:.1f}")
@@ -69,7 +70,7 @@ class SuiteError(DeclinedError):
 class FusedModel:
     """A model that `fuse` wrote. `unchanged` says that it was complete already."""
 
-    path: Location
+    path: Path
     manifest: Manifest
     unchanged: bool
 
@@ -89,7 +90,7 @@ class FusedModel:
 class Evaluation:
     """Models measured against a baseline: `results` is the document `results.json`."""
 
-    path: Location
+    path: Path
     manifest: Manifest
     results: Results
     unchanged: bool = True
@@ -105,23 +106,11 @@ class Evaluation:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row per model, dataset and protocol: scores in percent, gains in points."""
-        columns = (
-            "model", "protocol", "dataset", "role", "metric", "num_test", "baseline_mean", "mean", "std", "gain", "verdict",
-        )  # fmt: skip
-        return [
-            {key: entry[key] for key in columns}  # type: ignore[literal-required]
-            | {"gain_low": entry["gain_interval"][0], "gain_high": entry["gain_interval"][1]}
-            for entry in self.results["results"]
-        ]
+        return list(map(_row, self.results["results"]))
 
     def averages(self) -> list[dict[str, Any]]:
         """Return one row per model, protocol and group of datasets (all, seen, unseen)."""
-        columns = ("model", "protocol", "group", "baseline_mean", "mean", "gain", "verdict")
-        return [
-            {key: entry[key] for key in columns}  # type: ignore[literal-required]
-            | {"gain_low": entry["gain_interval"][0], "gain_high": entry["gain_interval"][1]}
-            for entry in self.results["averages"]
-        ]
+        return list(map(_row, self.results["averages"]))
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Return `rows()` as a pandas DataFrame. Raises ConfigError if pandas is not installed."""
@@ -137,6 +126,12 @@ class Evaluation:
 
         tables = "".join(map(table_html, evaluation_tables(self.results)))
         return tables + chart_html(self.path / layout.GAIN_CHART) + chart_html(self.path / layout.CURVE_CHART)
+
+
+def _row(entry: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = entry["gain_interval"]
+    plain = {key: value for key, value in entry.items() if key not in ("gain_interval", "seeds")}
+    return plain | {"gain_low": low, "gain_high": high}
 
 
 @dataclass(frozen=True)

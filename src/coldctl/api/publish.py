@@ -1,6 +1,5 @@
 """`coldctl.publish`."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,19 +31,19 @@ def publish(
     model does not give the source model's features, OutputError if the target cannot be written.
     """
     config = resolve(PublishConfig, read(options.file), settings)
-    source = model_ref.resolve(os.fspath(model), revision)
+    source = model_ref.resolve(str(model), revision)
     with options.listener() as progress:
         done = command.publish(
             source,
             command.target_of(
-                os.fspath(target.to),
+                str(target.to),
                 progress,
                 private=target.private,
                 create_pr=target.create_pr,
                 dry_run=target.dry_run,
             ),
             config,
-            evaluation=locate(os.fspath(evaluation)) if evaluation else None,
+            evaluation=locate(str(evaluation)) if evaluation else None,
             sign_key=Path(sign_key) if sign_key else None,
             overwrite=options.overwrite,
             progress=progress,

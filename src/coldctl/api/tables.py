@@ -1,4 +1,4 @@
-"""Tables and trees of what commands return, for people."""
+"""Tables and trees of what commands return, for terminals and notebooks."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _SHORT_VERDICT = {"better": "better", "worse": "worse", "indistinguishable": "wi
 
 
 def evaluation_tables(results: Mapping[str, Any]) -> list[Table]:
-    """One table per model and protocol: what the baseline scores, what the model scores, the gain."""
+    """Return one table per model and protocol: the baseline's scores, the model's scores, the gain."""
     tables = []
     baseline = results["baseline"]["name"]
     for model, protocol in dict.fromkeys((entry["model"], entry["protocol"]) for entry in results["results"]):
@@ -50,7 +50,7 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
 
 
 def fuse_table(contributions: Sequence[Any]) -> Table:
-    """What went into a fused model, and how each contribution moved."""
+    """Return the contributions of a fused model: status, weight, update norm, cosine to the mean."""
     table = Table()
     for column, justify in (
         ("contribution", "left"),
@@ -78,7 +78,7 @@ def _age(age: int) -> str:
 
 
 def check_table(report: Any) -> Table:
-    """The verdicts of `check`."""
+    """Return the verdicts of `check`."""
     table = Table()
     for column in ("checkpoint", "kind", "body tensors", "size", "verdict"):
         table.add_column(column, justify="right" if column in ("body tensors", "size") else "left")
@@ -95,7 +95,7 @@ def check_table(report: Any) -> Table:
 
 
 def files_table(files: Mapping[str, int]) -> Table:
-    """Files and their sizes, as `publish --dry-run` lists them."""
+    """Return files and their sizes, as `publish --dry-run` lists them."""
     table = Table()
     table.add_column("file")
     table.add_column("bytes", justify="right")
@@ -105,7 +105,7 @@ def files_table(files: Mapping[str, int]) -> Table:
 
 
 def lineage_tree(generations: Sequence[Any]) -> Tree:
-    """The ancestry, newest first, with the contributions below the model they were fused into."""
+    """Return the ancestry, newest first, with the contributions below the model they were fused into."""
     newest = generations[-1]
     tree = Tree(_generation(newest))
     branch = tree
@@ -125,7 +125,7 @@ def lineage_tree(generations: Sequence[Any]) -> Tree:
 
 
 def carriers_table(carriers: Sequence[Any]) -> Table:
-    """Which models carry a signer's contributions."""
+    """Return which models carry a signer's contributions."""
     table = Table()
     for column in ("model", "iteration", "carries", "of unknown signers"):
         table.add_column(column, justify="right" if column == "of unknown signers" else "left")
@@ -144,7 +144,7 @@ def _generation(generation: Any) -> str:
 
 
 def status_table(status: Any) -> Table:
-    """A run's iterations: what is there, what is missing, what is running."""
+    """Return a run's iterations: what is complete, missing, running."""
     table = Table(
         title=escape(
             printable(f"target {status.target} iterations, next base: {'/'.join(Path(status.base_model).parts[-2:])}")
