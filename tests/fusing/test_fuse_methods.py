@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from coldctl.common.digests import digest_of
 from coldctl.common.errors import ConfigError
 from coldctl.fusing import methods
-from coldctl.fusing.weights import normalised
+from coldctl.fusing.recipe import normalised
 from conftest import Ran
 from helpers import tiny
 from helpers.bodies import body, digest, poison

@@ -9,8 +9,7 @@ import pytest
 from coldctl.checkpoints.header import rounded
 from coldctl.common.errors import ConfigError
 from coldctl.fusing import methods
-from coldctl.fusing.recipe import outer_step, scaled
-from coldctl.fusing.weights import normalised
+from coldctl.fusing.recipe import normalised, outer_step, scaled
 
 
 def array(*values: Any, dtype: Any = np.float32) -> Any:

@@ -27,7 +27,7 @@ from coldctl.config.settings import SECTIONS, DatasetConfig, contributors_of
 from coldctl.data.datasets import Limits, config_from_reference, load_dataset
 from coldctl.data.sources import FORMATS
 from coldctl.evaluation import markdown, results
-from coldctl.fusing import weights
+from coldctl.fusing import recipe
 from coldctl.fusing.compatibility import compare
 from coldctl.publishing import history, licenses, tokenizer
 from coldctl.storage.files import LocalFolder
@@ -113,7 +113,7 @@ def read_config(folder: Path) -> None:
 
 
 def read_weights(folder: Path) -> None:
-    weights.load_weights(next(path for path in folder.iterdir() if path.stem == "weights"))
+    recipe.load_weights(next(path for path in folder.iterdir() if path.stem == "weights"))
 
 
 def copy_tokenizer(folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""The Python API: one function per command, which the command line calls, and the objects that they return."""
+"""The Python API: one function per command, which the command line calls."""

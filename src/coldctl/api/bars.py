@@ -1,4 +1,4 @@
-"""Progress as a person sees it: bars in a terminal or a notebook, notes in a log, nothing where it is not wanted."""
+"""Progress bars in a terminal or a notebook, notes in a log."""
 
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`coldctl.check`, `coldctl.lineage`, `coldctl.carriers`: what checkpoints are worth, and where a model came from."""
+"""`coldctl.check`, `coldctl.lineage` and `coldctl.carriers`."""
 
 from collections.abc import Sequence
 from pathlib import Path

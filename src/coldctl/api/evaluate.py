@@ -1,4 +1,4 @@
-"""`coldctl.evaluate` measures models against a baseline, `coldctl.load_results` reads what it wrote."""
+"""`coldctl.evaluate` and `coldctl.load_results`."""
 
 from collections.abc import Sequence
 from contextlib import closing

@@ -1,4 +1,4 @@
-"""`coldctl.finetune` makes one contribution, `coldctl.finetune_suite` one per seen dataset of a suite."""
+"""`coldctl.finetune` and `coldctl.finetune_suite`."""
 
 import shlex
 from collections.abc import Iterator, Sequence

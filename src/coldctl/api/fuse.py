@@ -1,4 +1,4 @@
-"""`coldctl.fuse`: contributions become a fused model, or one is withdrawn from it."""
+"""`coldctl.fuse`."""
 
 from collections.abc import Sequence
 from contextlib import closing

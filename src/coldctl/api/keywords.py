@@ -1,4 +1,4 @@
-"""Keyword arguments of the Python API: one per setting, made from the settings classes, and the groups that functions share."""
+"""Keyword arguments made from the settings classes, and groups that functions share."""
 
 import dataclasses
 import functools

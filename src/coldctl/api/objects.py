@@ -1,4 +1,4 @@
-"""What the functions of the Python API return: paths, manifests and numbers; tables and charts in a notebook.
+"""The objects that the functions of the Python API return.
 
 The `path` of what lies in a store is a `UPath`, which has the methods of `Path`.
 """

@@ -1,4 +1,4 @@
-"""`coldctl.publish`: a fused model becomes a repository."""
+"""`coldctl.publish`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Atomic output directories on this machine: a locked partial directory, fsync, one rename."""
+"""Atomic output on this machine: a locked partial directory, fsync, one rename."""
 
 import errno
 import fcntl

@@ -1,4 +1,4 @@
-"""Every file and folder name of the directory contract, in one place; for directories here and in stores alike."""
+"""Every file and folder name of the directory contract."""
 
 import re
 from typing import Any, TypeVar, cast

@@ -1,4 +1,4 @@
-"""The ancestry of a model, from its own manifest alone: as data, and as a Mermaid graph."""
+"""The ancestry of a model, from its own manifest alone."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The manifest `coldctl.json`: what a directory holds, where it came from, and the proof that it is complete.
+"""`coldctl.json`: what a directory holds, where it came from, and the proof of it.
 
 It is written last, so that its existence means "complete". Every file of the directory but itself is named in
 it with its sha256, and `manifest_digest` covers the manifest itself, so that one flipped bit anywhere is noticed.

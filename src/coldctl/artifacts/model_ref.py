@@ -1,4 +1,4 @@
-"""What a MODEL on the command line means: a directory, a Hub id, a URL, or a RUN."""
+"""Find a MODEL: a directory, a Hub id, a URL, or a RUN."""
 
 import os
 import re

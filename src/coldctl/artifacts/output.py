@@ -1,4 +1,4 @@
-"""Outputs that are complete or not there: the contract, for directories on this machine and in a store alike.
+"""Atomic outputs: complete or not there, on a disk and in a store.
 
 Work happens in the hidden sibling `.NAME.partial/`, the manifest is its last file, and a complete output with the same
 identity is left alone. `disk_output.py` makes the result visible by one rename, `store_output.py` by copies, manifest last.

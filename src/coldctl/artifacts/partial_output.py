@@ -1,4 +1,4 @@
-"""The hidden partial directory of an output, on a disk or in a store: which work it belongs to, and how it is cleared."""
+"""The hidden partial directory of an output: its identity, and how it is cleared."""
 
 import shutil
 from pathlib import Path

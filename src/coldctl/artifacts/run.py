@@ -1,4 +1,4 @@
-"""`run.json`: a run's pretrained model, config, target and decisions. Everything else is read off the folders.
+"""`run.json`: a run's pretrained model, config, target and decisions.
 
 An iteration is decided when it stands in `iterations`; its fused model is then promoted or not. The next
 base model is the last promoted one, else the pretrained model.

@@ -1,4 +1,4 @@
-"""Verify OpenSSF model signatures by the `model_signing` library, without any network.
+"""Verify model signatures (OpenSSF), without any network.
 
 A signature covers every file of a directory. The library verifies it; this module picks the key, bounds what a stranger's
 `model.sig` can cost, and lets no signer leave files out. A contribution in a store is verified as a local copy in the cache.

@@ -1,4 +1,4 @@
-"""OpenSSF model signing with a key of one's own, offline: every file of a directory under one signature."""
+"""Sign a directory with a key of one's own (OpenSSF)."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Atomic output directories in a store, where no rename makes a directory visible at once.
+"""Atomic output in a store, where no rename makes a directory visible at once.
 
 Files are written to the hidden sibling `.NAME.partial/`, which a lease holds. Then the store copies them to NAME itself,
 and the manifest, which means "complete", is created last and only if there is none: of two writers one wins. The same

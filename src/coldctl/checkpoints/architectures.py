@@ -1,4 +1,4 @@
-"""The text encoders, and the prefix of the body's tensors in their checkpoints.
+"""Text encoders and the prefix of their body's tensors.
 
 `base_model_prefix` of the classes of transformers that have both a masked-LM and a sequence-classification
 head, kept as data so that fusing needs no transformers; a test compares it with the installed version.

@@ -1,4 +1,4 @@
-"""Write the body of a checkpoint alone, in one pass over its bytes that also takes their digests."""
+"""Write the body of a checkpoint alone, in one pass that also verifies it."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Checkpoints: headers that were read and checked, and a source that their tensors are read from.
+"""Checkpoints: headers that were checked, and the source of their tensors.
 
 Nothing here maps or loads a whole file, and nothing imports torch. A checkpoint from a stranger is only ever parsed: JSON
 headers with every offset checked, then bytes. The body is the encoder without the heads; its tensors have names without

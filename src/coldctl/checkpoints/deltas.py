@@ -1,4 +1,4 @@
-"""Read and write contributions as differences from their base: bfloat16, or 8-bit integers with a scale per row.
+"""Contributions as differences from their base, in bfloat16 or 8-bit integers.
 
 `delta.safetensors` names its tensors as the base's body does, without prefix, and holds the floating ones:
 

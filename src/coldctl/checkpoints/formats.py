@@ -1,4 +1,4 @@
-"""Open a contribution in any encoding as a checkpoint with a full body.
+"""Open a contribution in whatever encoding it has.
 
 `full` and `body` are plain safetensors checkpoints, with and without a head; `delta-bf16` and `delta-int8` are
 differences from the base (`checkpoints/deltas.py`); `adapter` is a low-rank one (`checkpoints/lora.py`). Pickles are

@@ -1,4 +1,4 @@
-"""Read safetensors headers: the tensors that a file declares, checked against its size, and the dtypes they may have."""
+"""Safetensors headers and dtypes, checked against the size of the file."""
 
 import math
 import struct

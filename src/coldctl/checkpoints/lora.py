@@ -1,4 +1,4 @@
-"""Read low-rank adapters of PEFT: the body is decoded block by block from the base's and the adapter's matrices."""
+"""Low-rank adapters as PEFT writes them, decoded block by block."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Read checkpoints in torch's pickles, for --allow-pickle: by the weights-only unpickler, held in memory."""
+"""Checkpoints in torch's pickles, read by the weights-only unpickler."""
 
 import io
 import re

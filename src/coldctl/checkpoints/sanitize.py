@@ -1,4 +1,4 @@
-"""Sanitize config.json and tokenizer files of untrusted checkpoints before transformers loads them.
+"""Clean a stranger's config and tokenizer files before transformers loads them.
 
 `config.json` and `tokenizer_config.json` can ask the library to import the checkpoint's own code, to fetch kernels from
 the Hub, or to open files by absolute paths. Links can lead out of the directory. So both files are copied without such

@@ -1,4 +1,4 @@
-"""Write safetensors files front to back, one chunk at a time, sharded above a size.
+"""Write safetensors files front to back, in shards above a size.
 
 The header is known before the first byte of data, so memory does not grow with the model. The sha256 of each file is
 computed while it is written.

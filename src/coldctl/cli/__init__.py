@@ -1,1 +1,1 @@
-"""The command line: options become settings, the settings go to one command, what it returns is shown."""
+"""The command line: parse options, call one function of the API, show what it returns."""

@@ -1,4 +1,4 @@
-"""The program `coldctl`: its commands, and what becomes of wrong usage and of Ctrl-C.
+"""The program `coldctl`: its commands, wrong usage and Ctrl-C.
 
 Each command imports what it runs when it is called, so that `--help` loads neither torch nor transformers.
 """

@@ -1,4 +1,4 @@
-"""The error boundary: errors become one line and an exit code here and nowhere else."""
+"""Error boundary: errors become one line and an exit code here and nowhere else."""
 
 import sys
 from collections.abc import Iterator

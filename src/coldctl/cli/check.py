@@ -1,4 +1,4 @@
-"""`coldctl check` and `coldctl lineage`: what checkpoints are worth, and where a model came from."""
+"""`coldctl check` and `coldctl lineage`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`coldctl evaluate`: models are measured against a baseline."""
+"""`coldctl evaluate`."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`coldctl finetune`: one contribution, or one per seen dataset of a suite."""
+"""`coldctl finetune`."""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Options of the commands: one per setting, made from the settings classes; and the groups that several commands share."""
+"""Options made from the settings classes, and groups of options that commands share."""
 
 import copy
 import dataclasses

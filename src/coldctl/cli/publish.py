@@ -1,4 +1,4 @@
-"""`coldctl publish`: a fused model becomes a repository."""
+"""`coldctl publish`."""
 
 from dataclasses import dataclass
 from pathlib import Path

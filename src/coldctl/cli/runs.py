@@ -1,4 +1,4 @@
-"""The commands about runs: `plan`, `promote`, `status`, `watch`."""
+"""`coldctl plan`, `promote`, `status` and `watch`."""
 
 import sys
 from contextlib import closing

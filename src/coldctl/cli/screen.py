@@ -1,4 +1,4 @@
-"""What a person sees: progress bars and prose on stderr, one JSON document or tables, never both on stdout."""
+"""Terminal output: progress bars, notes, tables, or one JSON document."""
 
 import sys
 from contextlib import AbstractContextManager, nullcontext

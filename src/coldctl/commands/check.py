@@ -1,4 +1,4 @@
-"""`coldctl check`: would these checkpoints fuse? Examines headers, in milliseconds, or with `--deep` all bytes."""
+"""`coldctl check`: would these checkpoints fuse? Judged from headers, with `--deep` from all bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`coldctl evaluate`: is a model a better base model than the baseline? Measured per dataset and on average.
+"""`coldctl evaluate`: measure models against a baseline, per dataset and on average.
 
 Resolve the models, plan the cells (model, dataset, protocol, seed), measure those that are missing, judge the gains, write
 the report. Gains are paired: the same splits and seeds for model and baseline.

@@ -1,4 +1,4 @@
-"""`coldctl finetune`: make a contribution, a body and a new head trained on data that stays where it is."""
+"""`coldctl finetune`: make a contribution on data that stays where it is."""
 
 import shutil
 import tempfile

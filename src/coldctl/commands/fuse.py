@@ -21,12 +21,18 @@ from coldctl.config.loading import ConfigFile, resolve
 from coldctl.config.settings import FuseConfig
 from coldctl.evaluation import charts
 from coldctl.fusing.compatibility import judge, presumed_base, stated_digest
-from coldctl.fusing.contributions import Contribution, load_contributions
+from coldctl.fusing.contributions import (
+    Contribution,
+    drop_duplicates,
+    keep_recorded,
+    late_contributions,
+    load_contributions,
+    recorded_contributions,
+)
 from coldctl.fusing.distributed import spread_over
 from coldctl.fusing.fusion import DrawChart, Fusion, check_config
-from coldctl.fusing.late import drop_duplicates, keep_recorded, late_contributions, recorded_contributions
+from coldctl.fusing.late import Ancestry
 from coldctl.fusing.record import FuseRequest
-from coldctl.fusing.staleness import Ancestry
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, locate
 from coldctl.workers.jobs import Engine

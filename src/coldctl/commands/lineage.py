@@ -1,4 +1,4 @@
-"""`coldctl lineage`: where a model came from, and which signers' contributions it carries, from manifests alone."""
+"""`coldctl lineage`: where a model came from and whose contributions it carries."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

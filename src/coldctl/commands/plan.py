@@ -1,4 +1,4 @@
-"""`coldctl plan` and `coldctl promote`: the beginning and the end of an iteration, recorded in `run.json`.
+"""`coldctl plan` and `coldctl promote`: the two ends of an iteration, kept in `run.json`.
 
 `plan` returns the iterations that are still to be made, `promote` decides about the newest one.
 """

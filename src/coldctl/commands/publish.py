@@ -1,4 +1,4 @@
-"""`coldctl publish`: a repository that others can find, load, trust and build on, with a card that says what it is."""
+"""`coldctl publish`: a repository that others can load, with a model card."""
 
 import json
 import re

@@ -1,9 +1,9 @@
-"""`coldctl status`: what a run has, what is missing, and what other commands are writing."""
+"""`coldctl status`: complete, missing and running work of a run."""
 
 from dataclasses import dataclass
 
 from coldctl.artifacts import layout, manifest, output, run
-from coldctl.fusing import late
+from coldctl.fusing.contributions import late_contributions, recorded_contributions
 from coldctl.storage.location import Location, children
 
 
@@ -41,11 +41,7 @@ def status(folder: Location) -> RunStatus:
     promoted = [number for number, is_promoted in decided.items() if is_promoted]
     evaluation = layout.evaluation(folder, promoted[-1]) if promoted else None
     last_fused = max((number for number in numbers if layout.is_complete(layout.fused(folder, number))), default=0)
-    waiting = (
-        late.late_contributions(folder, last_fused + 1, late.recorded_contributions(folder, but=0))
-        if last_fused
-        else {}
-    )
+    waiting = late_contributions(folder, last_fused + 1, recorded_contributions(folder, but=0)) if last_fused else {}
     return RunStatus(
         state.pretrained,
         state.base_model,

@@ -1,4 +1,4 @@
-"""`coldctl watch`: whenever enough contributions have arrived in a RUN, fuse, evaluate, promote, and wait for more.
+"""`coldctl watch`: fuse, evaluate and promote whenever enough contributions have come.
 
 It keeps no state: each look reads the RUN and does what is missing, so after a kill at any moment the next look goes on.
 Any number of watchers may watch one RUN: one of them locks an output and writes it, the others wait.

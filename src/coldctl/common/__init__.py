@@ -1,1 +1,1 @@
-"""Errors, progress, text, parsing and digests: what every room may use. It imports nothing of ours."""
+"""What every room may use: errors, progress, text, parsing, digests. It imports nothing of ours."""

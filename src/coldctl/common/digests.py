@@ -1,4 +1,4 @@
-"""Digests of JSON documents and of names: stable across machines and versions of Python."""
+"""Digests of JSON documents and of names."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What the safetensors library says of a disk, in Python's words.
+"""Errors of the safetensors library as OSErrors.
 
 It raises an error of its own when a file cannot be written, so a full disk would look like a defect of ours.
 """

@@ -1,4 +1,4 @@
-"""The one tree of errors. `cli` turns them into a line and an exit code, and nothing else does.
+"""The tree of errors.
 
 A message says what is wrong, where, and what to do about it. `details` holds one line per further finding,
 for the errors that list all of them.

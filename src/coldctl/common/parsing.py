@@ -1,4 +1,4 @@
-"""JSON and TOML that strangers wrote, parsed within limits: no document costs more memory or time than it is worth.
+"""Parse and validate JSON and TOML from strangers, within limits.
 
 What a parser of the standard library does with hostile text is bounded before or right after it: bytes, values, depth,
 digits of a number, dots of a key. Names that stand twice are refused, because two readers could take different ones.

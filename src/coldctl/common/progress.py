@@ -1,4 +1,4 @@
-"""How a stage tells what it is doing, without knowing who listens.
+"""Progress: how a command reports its work without knowing who listens.
 
 Stages and core functions get a `Progress` and never print. `console` draws it; `SILENT` swallows it.
 """

@@ -1,4 +1,4 @@
-"""A stranger's text made safe for where it is shown: a terminal, a Markdown document, a page, a chart, a JSON document.
+"""Make a stranger's text safe to show.
 
 Names, labels, licences and reasons may come from anybody. Nothing else in the project decides which characters may pass.
 """

@@ -1,4 +1,4 @@
-"""What a field of a settings class says of itself: help, range, default, choices; and the check of a value against it."""
+"""The description of one setting, and the check of a value against it."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Numbers that people write as text: step lengths, sizes, lengths of time. Equal values are equal, however written."""
+"""Numbers that people write as text: steps, sizes, times."""
 
 import math
 import re

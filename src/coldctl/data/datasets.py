@@ -1,4 +1,4 @@
-"""Datasets: files or Hub datasets in, three labelled splits out, with a fingerprint.
+"""Datasets: three labelled splits and a fingerprint.
 
 The test split is only ever scored. Without one, validation is the test split; a validation split that is then
 missing is cut from train, stratified and seeded, never from test. Rows are read one at a time, and only the texts and

@@ -1,4 +1,4 @@
-"""Seeded draws of examples: stratified, so many of each class, a held-out tenth, one contributor's share.
+"""Seeded draws: stratified, per class, a held-out tenth, a contributor's share.
 
 All functions take labels as `Split.labels` has them and return ascending row indices.
 """

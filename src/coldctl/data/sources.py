@@ -1,4 +1,4 @@
-"""Sources of rows: files of one split each, or a Hub dataset. Rows are read one at a time."""
+"""Sources of rows: files of one split each, or a Hub dataset."""
 
 import csv
 import logging

@@ -1,4 +1,4 @@
-"""Rows of unequal length, such as texts or token ids: in memory if they are few, else in a mapped file.
+"""Rows of unequal length, such as texts or token ids, in memory or in a mapped file.
 
 A million examples then cost address space, not memory. The file has no name once it is open, so nothing is left
 behind if the process dies.

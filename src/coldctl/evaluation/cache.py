@@ -1,4 +1,4 @@
-"""Cells and features on disk, so that nothing is computed twice. A file that is missing or damaged is computed again.
+"""Measurements and features on disk, each proven by a digest before it is used.
 
 A cell is one measurement of an evaluation. Features lie in the user's cache (`storage/user_cache.py`), whatever the output
 directory, readable by the user alone, since they tell about the texts they were made of. The least recently used are

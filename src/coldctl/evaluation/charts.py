@@ -1,4 +1,4 @@
-"""Charts by matplotlib: PNGs that lie beside results, and SVGs for the page."""
+"""Charts by matplotlib: PNG files beside results, SVG for the page."""
 
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""Scores over iterations, from several evaluations of one run."""
+"""Scores over iterations: the evaluations of a run side by side."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

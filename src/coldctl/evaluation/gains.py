@@ -1,4 +1,4 @@
-"""Judge gains: `results.json` from the predictions that cells hold, without another look at a model."""
+"""Judge gains: `results.json` from the stored predictions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The public model-recycling leaderboard for roberta-base: scores of published models under the same protocol.
+"""Scores of the public model-recycling leaderboard for roberta-base.
 
 `leaderboard.csv` holds scores in percent as published by IBM's model-recycling project (repository
 IBM/model-recycling, `results/roberta-base_table.csv` and `roberta-base_pretrain_scores_table.md`): first the baseline,

@@ -1,4 +1,4 @@
-"""Results in words and Markdown tables."""
+"""`report.md`: an evaluation in words and tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""The models of an evaluation: those under test, found from arguments, and the baseline that a manifest names."""
+"""The models under test and their baseline, found from arguments and manifests."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

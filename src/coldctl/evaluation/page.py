@@ -1,4 +1,4 @@
-"""`report.html`: one file that needs no network, with charts, sortable tables and the source of every number.
+"""`report.html`: one file with charts and sortable tables that needs no network.
 
 Names of models and contributors are untrusted text: the template escapes them, charts hold them as text, and the page's
 content security policy allows its own script only.

@@ -1,4 +1,4 @@
-"""Linear probing: features of the frozen body, then a head solved to convergence instead of a training run.
+"""Linear probe: features of the frozen body, then logistic regression.
 
 Features are the mean (or the first) of the last hidden state, standardised by train statistics; the head is
 multinomial logistic regression over a fixed grid of C, chosen on validation, not refitted (ridge for numbers, one

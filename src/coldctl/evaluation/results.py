@@ -1,4 +1,4 @@
-"""`results.json`: what an evaluation measured. Reports, cards, pages and tables are made from it alone.
+"""`results.json`: its types, reading and checking.
 
 `results.schema.json` is generated from these types by `scripts/results_schema.py`.
 """

@@ -1,4 +1,4 @@
-"""Metrics, gains, and their intervals.
+"""Metrics, gains and their intervals.
 
 Scores are percent and gains are points. Intervals are 95 % percentile intervals of a crossed paired bootstrap:
 each resample draws seeds and, independently, test examples, the same for model and baseline; the metric is

@@ -1,4 +1,4 @@
-"""Reading many bodies side by side in blocks of constant size, each byte once, while digests are taken.
+"""Read the same block of every body side by side, each byte once, and take digests.
 
 A block is the same range of elements of the same tensor in the base and in every contribution. The memory for
 blocks is a constant that the contributions share, so it grows neither with their number nor with their size.

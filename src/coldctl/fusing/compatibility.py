@@ -1,4 +1,4 @@
-"""Judge from headers, configs and manifests alone whether a contribution can be fused with a base."""
+"""Judge from headers and manifests whether a contribution fits the base."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ from coldctl.checkpoints.checkpoint import (
 from coldctl.common.errors import CheckpointError, ColdctlError
 from coldctl.config.settings import FuseConfig
 from coldctl.fusing.contributions import Contribution
+from coldctl.fusing.late import generations, rebase
 from coldctl.fusing.methods import find_method
 from coldctl.fusing.recipe import Need
-from coldctl.fusing.staleness import generations, rebase
 
 _LISTED = 3  # names that one finding spells out
 

@@ -1,4 +1,4 @@
-"""The passes of a fuse as jobs of an engine, a job for each part."""
+"""The passes of a fuse as jobs on a cluster."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One fuse: accept contributions, compute weights and the length of the step, write the model and its manifest.
+"""One fuse: select, measure, write, describe.
 
 The stage decides where inputs come from and where the result goes. The passes read and write the weights.
 """
@@ -24,6 +24,7 @@ from coldctl.config.values import Scale
 from coldctl.fusing.blocks import Array
 from coldctl.fusing.compatibility import other_base
 from coldctl.fusing.contributions import Contribution
+from coldctl.fusing.late import staleness_weight
 from coldctl.fusing.methods import find_method
 from coldctl.fusing.passes import (
     Inputs,
@@ -35,11 +36,9 @@ from coldctl.fusing.passes import (
     tensor_weights,
     thresholds,
 )
-from coldctl.fusing.recipe import OUTER_STATES, Method, Need, Recipe
+from coldctl.fusing.recipe import OUTER_STATES, Method, Need, Recipe, shares_of, weights_of
 from coldctl.fusing.record import FuseRequest, contribution_record, model_name, public_record
-from coldctl.fusing.staleness import staleness_weight
 from coldctl.fusing.statistics import UpdateStatistics, names_of, outliers
-from coldctl.fusing.weights import shares_of, weights_of
 from coldctl.fusing.writer import Written, output_dtype, write
 from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location

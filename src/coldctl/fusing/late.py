@@ -1,131 +1,119 @@
-"""Find contributions that arrived after their iteration was fused, so that a later iteration can fuse them.
+"""Rebase contributions that were made on an earlier base.
 
-The manifests of the fused models are the only record: a contribution that one of them records, fused or rejected, is
-not fused again. A name counts once per iteration, and a body once in the whole RUN.
+Notation: θ is the base that is fused into now, θ′ the base that a contribution x was made on, k generations earlier.
+It enters as θ + s(k) · (x − θ′) with s(k) = (1 + k)^-½: the polynomial staleness of FedAsync (Xie et al. 2019, arXiv
+1903.03934) with the exponent of FedBuff (Nguyen et al. 2022, arXiv 2106.06639).
 """
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
-from coldctl.artifacts import layout, manifest
-from coldctl.artifacts.manifest import ContributionRecord, Manifest
+import numpy as np
+
+from coldctl.artifacts.manifest import Manifest
+from coldctl.artifacts.model_ref import resolve
+from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint, shared
 from coldctl.checkpoints.digests import body_digest
-from coldctl.common.errors import ManifestError
-from coldctl.common.progress import Progress
-from coldctl.fusing.contributions import Contribution
-from coldctl.storage.location import Location, children
+from coldctl.checkpoints.header import Tensor
+from coldctl.common.errors import CheckpointError, ColdctlError
 
 
-@dataclass(frozen=True)
-class RecordedContributions:
-    """The names and body digests of the contributions that the fused models of a RUN record."""
+def staleness_weight(age: int) -> float:
+    """Return s(k) = (1 + k)^-½, the weight of the update of a contribution that is k generations old.
 
-    names: frozenset[str]
-    digests: frozenset[str]
-
-
-def late_name(name: str, number: int) -> str:
-    """Return the name under which a later iteration fuses a contribution to iteration `number`.
-
-    >>> late_name("guest", 1)
-    'guest-iteration-001'
+    >>> staleness_weight(0), staleness_weight(3)
+    (1.0, 0.5)
     """
-    return f"{name}-{layout.iteration(Path(), number).name}"
+    return float((1 + age) ** -0.5)
 
 
-def recorded_contributions(run: Location, *, but: int) -> RecordedContributions:
-    """Return what the fused models of a RUN record, except that of iteration `but`. Raises ManifestError."""
-    names: set[str] = set()
-    digests: set[str] = set()
-    for number in layout.iteration_numbers(run):
-        place = layout.fused(run, number)
-        if number == but or not layout.is_complete(place):
-            continue
-        records: Sequence[ContributionRecord] = manifest.read(place).get("contributions", [])
-        for record in records:
-            names |= {record["name"], late_name(record["name"], number)}
-            digests.add(record.get("body_digest") or "")
-    return RecordedContributions(frozenset(names), frozenset(digests - {""}))
+def generations(base: Manifest | None) -> dict[str, int]:
+    """Return the body digests of a base's ancestors with their ages in generations, 1 for its own base."""
+    if base is None:
+        return {}
+    ancestors = [base.get("base", {}), *reversed(base.get("ancestors", []))]
+    digests = dict.fromkeys(ancestor.get("body_digest") for ancestor in ancestors)
+    own = base["body_digest"]  # a model that was fused to what it came from has no age
+    return {digest: age for age, digest in enumerate(digests, start=1) if isinstance(digest, str) and digest != own}
 
 
-def late_contributions(run: Location, number: int, recorded: RecordedContributions) -> dict[str, str]:
-    """Return the complete contributions to iterations before `number` that no fused model records: places by name.
+@dataclass
+class Ancestry:
+    """The ancestors of a base by body digest, each opened when the first contribution needs it.
 
-    A contribution whose manifest cannot be read is included. `load_contributions` reports what is wrong with it.
+    They are searched among `places`: MODELs with their revisions. With `verify` their bodies are read and verified.
     """
-    places = {}
-    for earlier in layout.iteration_numbers(run):
-        folder = layout.contributions(run, earlier)
-        if earlier >= number or not folder.is_dir():
-            continue
-        for place in children(folder):
-            name = late_name(place.name, earlier)
-            if name in recorded.names or place.name.startswith(".") or not layout.is_complete(place):
-                continue
+
+    base: Manifest | None
+    places: Sequence[tuple[str, str | None]]
+    verify: bool = True
+    _opened: dict[str, Checkpoint] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def age(self, digest: str | None) -> int:
+        """Return how many generations ago a body was the base, 0 for the base itself and for an unknown body."""
+        return generations(self.base).get(digest or "", 0)
+
+    def open(self, digest: str) -> Checkpoint:
+        """Return the ancestor with this body. Raises CheckpointError if it is missing or differs from its manifest."""
+        with self._lock:
+            if digest not in self._opened:
+                self._opened[digest] = shared(self._find(digest))
+            return self._opened[digest]
+
+    def _find(self, digest: str) -> Checkpoint:
+        for place, revision in self.places:
             try:
-                if manifest.read(place)["body_digest"] in recorded.digests:
-                    continue
-            except ManifestError:
-                pass
-            places[name] = str(place)
-    return places
+                model = resolve(place, revision)
+                checkpoint = open_checkpoint(model.folder, model.name)
+            except ColdctlError:
+                continue  # another one may be there
+            stated = checkpoint.manifest["body_digest"] if checkpoint.manifest else None
+            if (stated or body_digest(checkpoint)) != digest:
+                continue
+            if stated and self.verify and body_digest(checkpoint) != stated:
+                raise CheckpointError(f"{checkpoint.label}, its base, is not what its manifest says: fetch it again")
+            return checkpoint
+        raise CheckpointError(f"its base {digest[:19]}… is not at hand: give it as --old-base")
 
 
-def drop_duplicates(
-    contributions: Sequence[Contribution], recorded: RecordedContributions, progress: Progress
-) -> list[Contribution]:
-    """Drop contributions that an earlier fused model records, and contributions with the same body as another one.
+@dataclass(frozen=True, eq=False)
+class Rebased:
+    """The source of a contribution moved to another base: θ + weight · (x − θ′), float64."""
 
-    Among equal bodies a contribution to this iteration is kept before a late one, then the first by name. The order of
-    the contributions stays.
+    contribution: Checkpoint
+    base: Checkpoint
+    original_base: Checkpoint
+    weight: float
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Decode the elements block by block."""
+        values = np.frombuffer(buffer, np.float64)
+        stop = start + values.size
+        values[:] = self.contribution.floats(name, start, stop)
+        with np.errstate(all="ignore"):  # a pass over the inputs finds and names values not finite
+            values -= self.original_base.floats(name, start, stop)
+            values *= self.weight
+            values += self.base.floats(name, start, stop)
+
+
+def rebase(contribution: Checkpoint, base: Checkpoint, original_base: Checkpoint, age: int) -> Checkpoint:
+    """Return a contribution that was made on `original_base` `age` generations ago as a contribution to `base`.
+
+    Tensors that only one of them has (poolers) are left out. Raises CheckpointError if `original_base` lacks a tensor
+    that the difference needs, or has it in another shape.
     """
-    by_digest: dict[str, list[Contribution]] = {}
-    for contribution in sorted(contributions, key=lambda contribution: (contribution.late, contribution.name)):
-        if contribution.stated_digest:
-            by_digest.setdefault(contribution.stated_digest, []).append(contribution)
-    copies: dict[str, str] = {}
-    for digest, alike in by_digest.items():
-        if len(alike) > 1:
-            # A manifest may state a digest that its body does not have, so the bodies are read.
-            equal = [
-                contribution
-                for contribution in alike
-                if not contribution.rejections and _has_body(contribution, digest)
-            ]
-            copies |= {contribution.name: equal[0].name for contribution in equal[1:]}
-    kept = []
-    for contribution in contributions:
-        if contribution.age and contribution.stated_digest in recorded.digests:
-            progress.note(f"{contribution.name} was given to an earlier iteration, which counted it: it counts once")
-        elif contribution.name in copies:
-            progress.note(f"{contribution.name} is the same as {copies[contribution.name]}: it counts once")
-        else:
-            kept.append(contribution)
-    return kept
-
-
-def _has_body(contribution: Contribution, digest: str) -> bool:
-    return contribution.checkpoint is not None and body_digest(contribution.checkpoint) == digest
-
-
-def keep_recorded(contributions: Sequence[Contribution], fused: Manifest, progress: Progress) -> list[Contribution]:
-    """Keep only contributions that a complete fused model records. Later arrivals wait for the next iteration."""
-    records = fused.get("contributions", [])
-    digests = {record.get("body_digest") for record in records} - {""}
-    without_digest = {record["name"] for record in records if not record.get("body_digest")}
-    kept: list[Contribution] = []
-    later: list[str] = []
-    for contribution in contributions:
-        if contribution.name in without_digest or _digest(contribution) in digests:
-            kept.append(contribution)
-        else:
-            later.append(contribution.name)
-    if later:
-        progress.note(f"{', '.join(later)} came after this iteration was fused: left to a later one")
-    return kept
-
-
-def _digest(contribution: Contribution) -> str | None:
-    stated = contribution.stated_digest or contribution.digest
-    return stated or (body_digest(contribution.checkpoint) if contribution.checkpoint else None)
+    body = {}
+    for name, tensor in contribution.body.items():
+        current = base.body.get(name)
+        if current is None or not current.floating or not tensor.floating:
+            continue
+        before = original_base.body.get(name)
+        if before is None or before.shape[1:] != tensor.shape[1:] or before.size < tensor.size:
+            raise CheckpointError(
+                f"its base {original_base.label} has no tensor {name} of its shape: give the right one"
+            )
+        body[name] = Tensor("F64", tensor.shape)
+    source = Rebased(contribution, base, original_base, staleness_weight(age))
+    return replace(contribution, body=body, source=source, original=contribution.original or contribution)

@@ -1,4 +1,4 @@
-"""The merge methods: their arithmetic in short pure functions, float64 in between, and their registry `METHODS`.
+"""Merge methods: the arithmetic in short pure functions, and the registry `METHODS`.
 
 Three kinds of methods, by what they must know before the first element can be written:
 

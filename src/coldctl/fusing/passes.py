@@ -1,4 +1,4 @@
-"""Passes over the inputs of a fuse that write nothing: verify them, measure updates, compute a method's parameters.
+"""Passes that only read: verify, measure updates, compute a method's parameters.
 
 Each pass reads the inputs once, in blocks. A plain mean needs only the writing pass. A method that needs a norm, a
 verdict or a rank first needs one more. A pass runs in this process, or in chunks on other machines, with equal results.

@@ -1,4 +1,4 @@
-"""Identify a fuse, and describe its contributions and settings as the fused model's manifest stores them."""
+"""The identity of a fuse, and what its manifest says of the contributions."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ from coldctl.common.digests import digest_of
 from coldctl.config.loading import as_record
 from coldctl.config.settings import FuseConfig
 from coldctl.fusing.contributions import Contribution
-from coldctl.fusing.staleness import staleness_weight
-from coldctl.fusing.weights import load_weights
+from coldctl.fusing.late import staleness_weight
+from coldctl.fusing.recipe import load_weights
 from coldctl.storage.location import Location
 
 # Keys of a contribution's config and environment that the fused model's manifest repeats.

@@ -1,4 +1,4 @@
-"""What the updates look like: how far each contribution moved from the base, where, and whether they agree.
+"""Statistics of updates: norms, cosines, Gram matrix, and the rules for outliers.
 
 An update is dᵢ = contribution − base over all floating body tensors together. Sums over a block run in the
 inputs' own precision (at least float32), sums over blocks in float64.

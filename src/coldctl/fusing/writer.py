@@ -1,4 +1,4 @@
-"""The writing pass of a fuse: read, fuse, round and write, with digests and statistics if no earlier pass took them.
+"""The pass that writes: read, merge, round once, write.
 
 It runs in this process, or chunk by chunk on other machines: by position into files of a shared disk, or file by file
 into a store, which takes only whole files. Both leave the same bytes. Front to back, a thread rounds, hashes and writes
@@ -357,7 +357,7 @@ def _written(
             for block in islice(blocks, len(chunk)):
                 merged = recipe.apply(block)
                 if job.values or job.empty is not None:
-                    plain = recipe.method.linear and recipe.scale == 1.0
+                    plain = config.method == "mean" and recipe.scale == 1.0
                     averaged = merged if plain else methods.mean(block.contributions, recipe.weights)
                     result.look(block, averaged, recipe.weights, values=job.values)
                 if kinds:

@@ -1,4 +1,4 @@
-"""The model card of a published model: what it is, how it was made, what it gains, how to use it."""
+"""Model card: fill the template from manifest and evaluation."""
 
 import json
 import re

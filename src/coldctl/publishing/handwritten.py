@@ -1,4 +1,4 @@
-"""People's words in a generated Markdown document: everything outside the generated blocks' markers is kept.
+"""People's words in a card: everything outside the markers of generated blocks.
 
 A generated block stands between the lines `<!-- coldctl:begin NAME -->` and `<!-- coldctl:end NAME -->`.
 """

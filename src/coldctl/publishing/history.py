@@ -1,4 +1,4 @@
-"""How a fused model was made, in the words of its card: what was fused how, and what the contributions were."""
+"""How a fused model was made, in the words of its card."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""Publishing to the Hugging Face Hub with the user's own token: one commit, and a tag per iteration."""
+"""Publish to the Hugging Face Hub: one commit, and a tag per iteration."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""What the licences of contributions ask of the model that is made of them. A hint to its publisher, no legal advice."""
+"""Obligations that the licences of contributions put on the model. A hint, no legal advice."""
 
 import re
 from collections.abc import Iterable, Mapping

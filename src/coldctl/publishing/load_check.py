@@ -1,4 +1,4 @@
-"""Loading what is to be published the way its users will, before anything is called published."""
+"""Load a repository the way its users will, before it is called published."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""ONNX for those who run models without PyTorch, checked by running it."""
+"""Export to ONNX, checked by running it."""
 
 import logging
 import warnings

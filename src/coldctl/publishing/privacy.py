@@ -1,4 +1,4 @@
-"""Nothing private leaves: local paths are taken out of what is published, and what is left is searched once more."""
+"""Remove local paths from what is published, and search the rest for private names."""
 
 import getpass
 import os

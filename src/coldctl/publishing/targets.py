@@ -1,4 +1,4 @@
-"""Where a model can be published: a directory of this machine, a folder in a store that fsspec knows, the Hub."""
+"""Publishing targets: a directory of this machine, a folder in a store, the Hub."""
 
 import tempfile
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Copy a tokenizer's files, complete for the slow classes of transformers 4, and without private paths.
+"""Copy a tokenizer's files, complete for the slow classes of transformers 4.
 
 transformers 5 saves only `tokenizer.json` and `tokenizer_config.json`. Version 4's slow classes want `vocab.json` and
 `merges.txt`, or `vocab.txt`; its fast ones may come with a tokenizers library that knows merges only as "a b".

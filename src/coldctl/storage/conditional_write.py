@@ -1,4 +1,4 @@
-"""Small files that several processes, perhaps on several machines, agree about: written only where nobody was quicker.
+"""Small files that several processes agree about, written only if nobody was quicker.
 
 `create` and `replace` are the store's own conditional writes where it has them (If-None-Match and If-Match on S3), and
 a lock around a comparison on this machine. Other stores compare first and write then, which two writers can pass

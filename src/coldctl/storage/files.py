@@ -1,4 +1,4 @@
-"""Reading ranges of files, on this machine or in any store that fsspec knows.
+"""Read ranges of files, on a disk or in a store.
 
 A `Folder` is a checkpoint's directory. Local files are read by position into the caller's buffer, so that
 nothing is mapped or kept; remote ones by range requests.

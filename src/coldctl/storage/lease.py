@@ -1,4 +1,4 @@
-"""Holding a place in a store while something is written there, so that two commands do not do the same work.
+"""Leases: hold a place in a store, so that two commands do not do the same work.
 
 The holder renews a small file every few seconds. Whoever finds the file watches it for one lease: if it changes, the
 holder is alive; if not, the holder is gone and the file is taken over by a conditional write. No clock of another

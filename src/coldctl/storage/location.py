@@ -1,4 +1,4 @@
-"""Where something lies: a path of this machine, or a path in a store that fsspec knows. Both have the methods of `Path`.
+"""Locations: paths of this machine or of a store.
 
 So the directory contract is written once (`RUN / "run.json"`), whether RUN is `runs/demo` or `s3://bucket/runs/demo`.
 """

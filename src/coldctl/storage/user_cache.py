@@ -1,4 +1,4 @@
-"""The user's cache: files that may be deleted at any time and are then computed, downloaded or begun again.
+"""The user's cache: files that may be deleted at any time.
 
 It is `$COLDCTL_CACHE` if that is set, else the system's cache folder for `coldctl`.
 """

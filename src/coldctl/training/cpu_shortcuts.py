@@ -1,4 +1,4 @@
-"""Shortcuts on CPUs that skip work on which a classifier's loss does not depend.
+"""Shortcuts on CPUs that leave the trained weights as they are.
 
 Three exact savings, each undone when the training ends:
 

@@ -1,4 +1,4 @@
-"""Data-parallel training by several processes, as `torchrun` and `accelerate launch` start them.
+"""Data-parallel training by `torchrun` or `accelerate launch`.
 
 Each computes its share of every batch; gradients are summed, so the step is that of the whole batch. The first
 process (rank 0) reads, decides and writes; the others follow. Without such a launcher the team has one member.

@@ -1,4 +1,4 @@
-"""Export of a trained model into its contribution, in the encoding that `--send` asks for."""
+"""Write a trained model and its manifest in the encoding that was asked for."""
 
 import shutil
 from dataclasses import dataclass

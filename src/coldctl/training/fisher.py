@@ -1,4 +1,4 @@
-"""The diagonal of the empirical Fisher information, which `fuse --method fisher` reads."""
+"""Diagonal of the empirical Fisher information, for `fuse --method fisher`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Jobs of `finetune`: which contributions are made, from which base, and where they are written."""
+"""Jobs of `finetune`: which contributions, from which base, and where to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Logs of a training's numbers while it runs: a file of JSON lines, TensorBoard, or Weights & Biases.
+"""Training logs: JSON lines, TensorBoard, or Weights & Biases.
 
 Logs hold times and, for some tools, the machine's name, so they never go into a contribution.
 """

@@ -1,4 +1,4 @@
-"""The training loop, for finetuning, few-shot and multitask alike.
+"""The training loop for finetuning, few-shot and multitask.
 
 AdamW, linear decay, length-aware batches, early stopping, the best weights kept. Everything that is drawn depends
 on (seed, step) and the process's rank alone, so a training that goes on from its last checkpoint ends with the bits

@@ -1,4 +1,4 @@
-"""Loading encoders with torch and transformers, never executing a checkpoint's own code."""
+"""Load encoders with torch and transformers, never executing a checkpoint's code."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: replaced atomically, with a digest that is checked before use."""
+"""Snapshots of a training, read only if they are whole."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The trainable part of a model: all of it, all but its first layers, or low-rank adapters (PEFT) and the head."""
+"""Trainable weights: all, all but the first layers, or low-rank adapters and the head."""
 
 import json
 import warnings

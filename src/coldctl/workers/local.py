@@ -1,4 +1,4 @@
-"""Jobs on this machine: one after the other in this process, or several at once in processes that share the cores."""
+"""Jobs on this machine, one after the other or in processes."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Jobs at once in processes of this machine, which share its cores."""
+"""Jobs side by side in processes that share the cores."""
 
 import multiprocessing
 import os

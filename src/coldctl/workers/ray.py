@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster, as tasks of Ray Core that state their CPUs, GPUs and memory.
+"""Jobs on a Ray cluster, as tasks with stated CPUs, GPUs and memory.
 
 A job whose worker or node is lost is run again on another one, and resumes from what it left in the shared storage.
 Results come back through Ray and must be small.
