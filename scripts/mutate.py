@@ -30,6 +30,7 @@ SECONDS = 120  # a mutant that takes longer runs in circles: noticed
 # Fast ones, without models.
 TESTS = {
     "fusing/methods": ("tests/fusing/test_methods.py",),
+    "fusing/recipe": ("tests/fusing/test_methods.py",),
     "checkpoints/header": ("tests/checkpoints/test_header.py",),
     "checkpoints/checkpoint": ("tests/checkpoints/test_header.py",),
     "artifacts/manifest": ("tests/artifacts/test_manifest.py",),

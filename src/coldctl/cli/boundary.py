@@ -1,4 +1,4 @@
-"""Error boundary: errors become one line and an exit code here and nowhere else."""
+"""Error boundary: errors of a command become one line and an exit code."""
 
 import sys
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Progress: how a command reports its work without knowing who listens.
 
-Stages and core functions get a `Progress` and never print. `console` draws it; `SILENT` swallows it.
+Functions get a `Progress` and never print. `api/bars.py` draws it; `SILENT` drops it.
 """
 
 from contextlib import AbstractContextManager
@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 
 class Progress(Protocol):
-    """Receives what happens in a stage. Calls come from one process, possibly from several threads."""
+    """Receives what happens in a command. Calls come from one process, possibly from several threads."""
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
         """Start (or restart) a bar called `task` that counts `total` of `unit`; None where the end is unknown."""

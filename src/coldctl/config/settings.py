@@ -126,7 +126,7 @@ class FuseConfig:
     ] = 0.0
     trim: Annotated[Share, about("Trimmed mean: share cut from each end.")] = 0.2
     byzantine: Annotated[
-        Count, about("Attackers to expect in multi-krum; those that screening dropped count.", metavar="F")
+        Count, about("Attackers to expect in multi-krum, less those that screening dropped.", metavar="F")
     ] = 1
     position: Annotated[Share, about("Position of slerp between the first model (0) and the second (1).")] = 0.5
     outer_optimizer: Annotated[
@@ -137,7 +137,7 @@ class FuseConfig:
     outer_momentum: Annotated[Number, about("Momentum of the outer optimizer.")] = 0.9
     seed: Annotated[Count, about("Random seed of everything that is drawn.")] = 0
     common_rows: Annotated[
-        bool, about("Common rows: of another vocabulary take the rows it shares with the base's.")
+        bool, about("Common rows: fuse a larger or smaller vocabulary in the rows that it shares with the base.")
     ] = False
     allow_pickle: Annotated[bool, about("Pickle files (.bin): read them with torch's weights-only unpickler.")] = False
     screen: Annotated[
