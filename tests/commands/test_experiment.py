@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_evaluate import rounds, validated
 
 from conftest import Ran, suite_text
 from helpers import tiny
+from helpers.rounds import rounds, validated
 
 ROOT = Path(__file__).parents[2]
 

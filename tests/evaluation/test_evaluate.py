@@ -18,6 +18,7 @@ from coldctl.evaluation import charts, curves, leaderboard
 from coldctl.evaluation.models import models_under_test
 from conftest import Ran, suite_text
 from helpers import tiny
+from helpers.rounds import rounds, validated
 
 Run = Callable[..., Ran]
 ROOT = Path(__file__).parents[2]
@@ -131,14 +132,6 @@ def test_the_published_ranking_is_reproduced() -> None:
     assert found.rank == sum(float(other["avg"] or 0) > 78.475 for other in list(rows.values())[1:-1]) + 1
 
 
-def validated(folder: Path) -> Any:
-    """An evaluation's `results.json`, which its schema must accept."""
-    schema = json.loads((Path(leaderboard.__file__).with_name("results.schema.json")).read_text())
-    results = json.loads((folder / "results.json").read_text())
-    jsonschema.validate(results, schema)
-    return results
-
-
 def test_the_schema_is_generated_from_the_types() -> None:
     script = runpy.run_path(str(ROOT / "scripts" / "results_schema.py"))
     assert script["PATH"].read_text() == script["schema_text"](), "run scripts/results_schema.py"
@@ -222,22 +215,6 @@ def test_test_examples_in_another_training_split_are_counted(tmp_path: Path, bas
     for name in ("report.md", "report.html"):
         assert sentence in (tmp_path / "out" / name).read_text()
     assert sentence in ran.stderr
-
-
-def rounds(coldctl: Run, run: Path, suite: Path, iterations: int) -> None:
-    """What `make iterate` does, with one job."""
-    assert coldctl("plan", run, "--config", suite, "--target", iterations).code == 0
-    for number in range(1, iterations + 1):
-        place = run / f"iteration-{number:03d}"
-        for command in (
-            ("finetune", "--suite", suite, "--base", run, "--output", run, "--jobs", 1),
-            ("fuse", place / "contributions", "--config", suite, "--base", run, "--output", place / "fused"),
-            ("evaluate", place / "fused", "--suite", suite, "--output", place / "evaluation", "--jobs", 1,
-             "--baseline", json.loads(coldctl("status", run, "--json").stdout)["pretrained"]),
-            ("promote", run),
-        ):  # fmt: skip
-            ran = coldctl(*command)
-            assert ran.code == 0, (command, ran.stderr)
 
 
 def test_a_dataset_split_over_contributors(tmp_path: Path, base: Path, coldctl: Run) -> None:

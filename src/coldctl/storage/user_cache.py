@@ -6,7 +6,6 @@ It is `$COLDCTL_CACHE` if that is set, else the system's cache folder for `coldc
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -43,9 +42,9 @@ def local_copy(source: RemoteFolder, patterns: Sequence[str] | None, is_sound: C
                 f"{source.label}: {size >> 30} GiB do not fit in the cache. Copy it to a disk yourself."
             )
         copy.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        trim(copy.parent, LIMIT, in_use=_IN_USE)
         unfinished = Path(tempfile.mkdtemp(dir=copy.parent, prefix="."))
         try:
+            trim(copy.parent, LIMIT, in_use=_IN_USE)
             download(source, unfinished, patterns)
             with suppress(OSError):  # another process has made the copy meanwhile
                 unfinished.rename(copy)
@@ -58,7 +57,8 @@ def local_copy(source: RemoteFolder, patterns: Sequence[str] | None, is_sound: C
 def trim(folder: Path, limit: int, *, in_use: float = 0.0) -> None:
     """Delete the least recently used entries of a folder until the others fit in `limit` bytes.
 
-    Entries used in the last `in_use` seconds stay. Other processes may be trimming at the same time.
+    Entries used in the last `in_use` seconds before the latest use stay: only the file system's own clock is asked.
+    Other processes may be trimming at the same time.
     """
     entries = []
     for entry in folder.iterdir():
@@ -66,8 +66,9 @@ def trim(folder: Path, limit: int, *, in_use: float = 0.0) -> None:
             size = sum(path.stat().st_size for path in (entry, *entry.rglob("*")) if path.is_file())
             entries.append((entry.stat().st_mtime, size, entry))
     excess = sum(size for _, size, _ in entries) - limit
+    latest = max((used for used, _, _ in entries), default=0.0)
     for used, size, entry in sorted(entries):
-        if excess <= 0 or time.time() - used < in_use:
+        if excess <= 0 or latest - used < in_use:
             return
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
