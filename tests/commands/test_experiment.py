@@ -77,6 +77,10 @@ def test_evaluation_compares_the_curves_of_the_variants(
     ran = coldctl("evaluate", runs / "whole", runs / "split", "--suite", runs / "whole.toml",
                   "--output", runs / "evaluation", "--jobs", 1)  # fmt: skip
     assert ran.code == 0, ran.stderr
+    again = coldctl("evaluate", runs / "whole", runs / "split", "--suite", runs / "whole.toml",
+                    "--output", runs / "evaluation", "--jobs", 1)  # fmt: skip
+    assert again.code == 0, again.stderr
+    assert "complete already" in again.stderr
     results = validated(runs / "evaluation")
     assert [(model["name"], model["run"], model["iteration"]) for model in results["models"]] == [
         ("whole/iteration-001", "whole", 1), ("whole/iteration-002", "whole", 2), ("split/iteration-001", "split", 1),

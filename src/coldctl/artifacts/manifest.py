@@ -249,7 +249,9 @@ def _check_types(document: dict[str, Any], where: str) -> None:
         raise ManifestError(f"{where}: {mismatch}. {remedy}.")
     generations = (document, *document.get("ancestors", []))
     records = [record for generation in generations for record in generation.get("contributions", [])]
-    for name in (document["name"], *(record["name"] for record in records)):
+    # An evaluation's name is that of a model, RUN/iteration-001 where it compares several RUNs. It names no file.
+    own = () if document["kind"] == "evaluation" else (document["name"],)
+    for name in (*own, *(record["name"] for record in records)):
         if not _is_name(name):
             raise ManifestError(f"{where}: {printable(name)[:40]!r} cannot name a file. {remedy}.")
     if "files" not in document:
