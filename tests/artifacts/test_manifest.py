@@ -107,6 +107,20 @@ def test_the_largest_manifest(tmp_path: Path) -> None:
         manifest.read(tmp_path)
 
 
+def test_write_refuses_a_manifest_that_nobody_could_read(tmp_path: Path) -> None:
+    spare = manifest.MANIFEST_LIMIT - len(
+        json.dumps(manifest.write(tmp_path, {**LEAST, "config": {"x": ""}}), indent=2)
+    )
+    largest = manifest.write(tmp_path, {**LEAST, "config": {"x": "a" * (spare - 1)}})
+    assert (tmp_path / layout.MANIFEST).stat().st_size == manifest.MANIFEST_LIMIT
+    assert manifest.read(tmp_path) == largest
+    (tmp_path / layout.MANIFEST).unlink()
+    with pytest.raises(ManifestError, match="would have 16777217 bytes, and 16777216 can be read") as raised:
+        manifest.write(tmp_path, {**LEAST, "config": {"x": "a" * spare}})
+    assert "\n" not in raised.value.message
+    assert not layout.is_complete(tmp_path)
+
+
 def test_docs_state_the_manifest_limit() -> None:
     limit = f"{manifest.MANIFEST_LIMIT >> 20} MiB"
     docs = Path(__file__).parents[2] / "docs"
