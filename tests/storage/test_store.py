@@ -21,7 +21,7 @@ import safetensors.numpy
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
-from coldctl.artifacts import layout, manifest, output, partial_output
+from coldctl.artifacts import layout, manifest, output
 from coldctl.checkpoints import writer as weights
 from coldctl.common.errors import CheckpointError, OutputError
 from coldctl.storage import conditional_write
@@ -390,13 +390,13 @@ def test_status_tells_who_is_at_work(tmp_path: Path, suite: Path, coldctl: Run) 
         folder = locate(f"{place}/iteration-001/contributions")
         for name in ("busy", "dead"):
             (folder / f".{name}.partial").mkdir(parents=True)
-            (folder / f".{name}.partial" / partial_output.IDENTITY).write_text("x")
+            (folder / f".{name}.partial" / layout.IDENTITY).write_text("x")
         busy = folder / ".busy.partial"
         lock = os.open(busy, os.O_RDONLY) if isinstance(busy, Path) else None
         if lock is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
         else:
-            (busy / partial_output.LEASE).write_text("x")
+            (busy / layout.LEASE).write_text("x")
         status = coldctl("status", place, "--json").json["iterations"][0]
         assert (status["running"], status["unfinished"]) == (["busy"], ["dead"]), status
         if lock is not None:

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from coldctl.artifacts import layout, manifest, output, run
+from coldctl.artifacts import layout, manifest, output, run, signatures
 from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import Model, memory_needed, resolve
 from coldctl.checkpoints import sanitize
@@ -122,7 +121,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
         except ColdctlError as caught:
             error = caught
         if _together(peers, work, error, done=folder is None):
-            signed = job.sign_key is not None and peers.leads and _signing().sign_complete(destination, job.sign_key)
+            signed = job.sign_key is not None and peers.leads and signatures.sign_complete(destination, job.sign_key)
             return Finetuned(job.name, job.destination, True, manifest.read(destination), 0.0, None, None, signed)
         assert work is not None
         if folder is None:  # a process that computes its share and writes nothing
@@ -137,7 +136,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
             trained = _train(job, work, base, folder, threads, progress, peers)
             document: Mapping[str, Any] = _manifest(job, work, folder, trained, threads) if peers.leads else {}
             if peers.leads and job.sign_key is not None:
-                _signing().sign(folder, job.sign_key)
+                signatures.sign(folder, job.sign_key)
         except (ColdctlError, OSError) as caught:
             if isinstance(caught, DeclinedError):  # there is nothing to go on from
                 shutil.rmtree(folder / layout.TRAINING, ignore_errors=True)
@@ -318,7 +317,7 @@ def _prepared(job: Job) -> _Prepared:
         locate(job.destination), [job.base.place, *([] if is_hub(job.dataset.path) else [job.dataset.path])]
     )
     if job.sign_key is not None:
-        _signing().check_key(job.sign_key)
+        signatures.check_private_key(job.sign_key)
     if job.watching.log:
         _refuse_log_inside(job)
     dataset = load_dataset(job.dataset, _limits(job.config), job.config.seed)
@@ -345,13 +344,6 @@ def _identified(job: Job, dataset: Dataset, source: Checkpoint) -> _Prepared:
         iteration=number, license=job.dataset.license,
     )  # fmt: skip
     return _Prepared(dataset, source, base_digest, number, key)
-
-
-def _signing() -> ModuleType:
-    """The signing library takes its time, so it is imported where somebody signs."""
-    from coldctl.artifacts import signing
-
-    return signing
 
 
 def _refuse_log_inside(job: Job) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coldctl.artifacts import layout, manifest, output
+from coldctl.artifacts import layout, manifest, output, signatures
 from coldctl.artifacts.manifest import Manifest
 from coldctl.artifacts.model_ref import Model
 from coldctl.checkpoints import sanitize
@@ -133,9 +133,7 @@ def _prepared(
 ) -> _Work:
     """Check and read the inputs, so that everything that can be refused is refused before a byte is written."""
     if sign_key is not None:
-        from coldctl.artifacts import signing
-
-        signing.check_key(sign_key)
+        signatures.check_private_key(sign_key)
     if config.name is not None:
         check_name(config.name, "--name")
     if config.base_model is not None and _hub_id(config.base_model) is None:
@@ -246,9 +244,7 @@ def _fill(work: _Work, target: Target, upload: Upload, earlier: list[EarlierCard
     public = [str(work.source.config.get("model_type")), *filter(None, by_publisher)]
     privacy.search(folder, places, written.by_people, public)
     if work.sign_key is not None:
-        from coldctl.artifacts import signing
-
-        signing.sign(folder, work.sign_key)
+        signatures.sign(folder, work.sign_key)
     number = document.get("iteration")
     upload.tag = _tag(document)
     upload.message = f"{work.name}, iteration {number}" if number else work.name

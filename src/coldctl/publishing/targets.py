@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from coldctl.artifacts import layout, output, partial_output, store_output
+from coldctl.artifacts import layout, output, store_output
 from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import CheckpointError, ManifestError, OutputError
 from coldctl.common.progress import Progress
@@ -108,7 +108,7 @@ class StoreTarget:
                 f"{self.label} is complete but was made from something else: give --overwrite to replace it"
             )
         place = locate(self.url)
-        if _exists(place) and not _exists(layout.partial(place) / partial_output.IDENTITY):
+        if _exists(place) and not _exists(layout.partial(place) / layout.IDENTITY):
             raise OutputError(f"{self.label} holds files that coldctl did not write: give another --to")
         return False
 
