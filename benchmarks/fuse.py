@@ -124,7 +124,7 @@ def sign(base: Path, contributions: Path, target: Path) -> None:
     """Link the contributions into `target` and give each a manifest that names its files' and its body's digests."""
     from coldctl.artifacts import manifest
     from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint, outside_body
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     base_digest = body_digest(open_checkpoint(LocalFolder(base), base.name))
     for number, source in enumerate(sorted(contributions.iterdir())):

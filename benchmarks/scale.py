@@ -138,7 +138,7 @@ def _derive(whole: Path, folder: Path, send: str) -> None:
     from coldctl.artifacts import manifest
     from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
     from coldctl.checkpoints.deltas import open_delta, write_delta
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     base = open_checkpoint(LocalFolder(BASE), "base")
     for contribution in _contributions(whole):

@@ -65,7 +65,7 @@ def _make(scratch: Path, count: int) -> int:
     from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
     from coldctl.checkpoints.deltas import open_delta, write_delta
     from coldctl.checkpoints.formats import open_contribution
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     base = open_checkpoint(LocalFolder(BASE), "base")
     digest = body_digest(base)

@@ -25,9 +25,8 @@ from typing import Any
 import pytest
 
 from coldctl.artifacts import layout, manifest, output
-from coldctl.common.disk_errors import as_os_errors
-from coldctl.common.errors import BusyError, CheckpointError, OutputError
-from coldctl.storage.files import LocalFolder
+from coldctl.common.errors import BusyError, CheckpointError, OutputError, as_os_errors
+from coldctl.storage.local import LocalFolder
 from conftest import FAST, Ran, run_coldctl
 
 Run = Callable[..., Ran]

@@ -14,7 +14,7 @@ from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import Manifest
 from coldctl.common.digests import canonical, digest_of
 from coldctl.common.errors import ManifestError
-from coldctl.storage.files import LocalReader
+from coldctl.storage.local import LocalReader
 
 LEAST: Manifest = {"kind": "fused", "name": "m", "body_digest": "sha256:0"}
 

@@ -74,7 +74,7 @@ def forge(folder: Path) -> None:
     """Another body, and a manifest that says so: all its digests hold."""
     from coldctl.artifacts import manifest
     from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint, outside_body
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())

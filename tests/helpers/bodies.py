@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 from helpers import tiny
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from coldctl.artifacts import layout, manifest
 from coldctl.checkpoints.checkpoint import body_digest, open_checkpoint, outside_body
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 from helpers import tiny
 
 

@@ -22,7 +22,7 @@ from coldctl.common.digests import LONGEST_NAME, digest_of
 from coldctl.common.errors import ManifestError
 from coldctl.common.parsing import find_mismatch, json_value
 from coldctl.common.text import printable
-from coldctl.storage.files import Reader
+from coldctl.storage.local import Reader
 from coldctl.storage.location import Location
 
 SCHEMA = 1

@@ -9,8 +9,9 @@ from pathlib import Path
 from coldctl.artifacts import layout, manifest, run
 from coldctl.common.errors import ColdctlError, ManifestError, ModelError
 from coldctl.storage import user_cache
-from coldctl.storage.files import Folder, RemoteFolder, open_folder
+from coldctl.storage.local import Folder
 from coldctl.storage.location import Location, is_url, locate
+from coldctl.storage.remote import RemoteFolder, open_folder
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 

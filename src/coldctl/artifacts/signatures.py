@@ -19,8 +19,9 @@ from coldctl.common.errors import CheckpointError, ConfigError, ModelError, Outp
 from coldctl.common.parsing import json_value
 from coldctl.config.loading import check_name
 from coldctl.storage import user_cache
-from coldctl.storage.files import Folder, LocalFolder, RemoteFolder, open_folder
+from coldctl.storage.local import Folder, LocalFolder
 from coldctl.storage.location import Location
+from coldctl.storage.remote import RemoteFolder, open_folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey

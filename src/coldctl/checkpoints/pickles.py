@@ -16,7 +16,7 @@ from coldctl.checkpoints.checkpoint import Checkpoint, body_prefix, modern_name,
 from coldctl.checkpoints.decoded import DECODED
 from coldctl.checkpoints.header import DTYPES, Tensor
 from coldctl.common.errors import CheckpointError
-from coldctl.storage.files import Folder
+from coldctl.storage.local import Folder
 
 _PLAIN_DTYPES = (
     "torch.float64",

@@ -50,9 +50,7 @@ def publish(
         settings = resolve(PublishConfig, read(common.config), flags)
         source = model_ref.resolve(model, revision)
         with screen.progress() as progress:
-            target = stage.target_of(
-                sending.to, progress, private=sending.private, create_pr=sending.create_pr, dry_run=sending.dry_run
-            )
+            target = stage.target_of(sending.to, progress, private=sending.private, create_pr=sending.create_pr)
             done = stage.publish(
                 source,
                 target,
@@ -60,6 +58,7 @@ def publish(
                 evaluation=locate(evaluation) if evaluation else None,
                 sign_key=sign_key,
                 overwrite=common.overwrite,
+                dry_run=sending.dry_run,
                 progress=progress,
             )
         if done.unchanged:

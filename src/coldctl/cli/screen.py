@@ -1,11 +1,10 @@
-"""What a person sees: progress bars and prose on stderr, one JSON document or tables, never both on stdout."""
+"""The terminal: progress bars, messages and tables on stderr, and with --json one JSON document on stdout."""
 
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,14 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from coldctl.common.errors import ColdctlError, TeamError
-from coldctl.common.progress import SILENT, Progress
+from coldctl.common.progress import Progress, Silent
 from coldctl.common.text import json_document, printable
 
-_LOG_WIDTH = 120  # columns of tables in logs, where nothing says how wide the reader is
+_LOG_WIDTH = 120  # characters per line of tables, where no terminal states its width
 
 
 class Screen:
-    """The one place that writes to the terminal."""
+    """The terminal. Nothing else writes to it."""
 
     def __init__(self, *, as_json: bool = False, silent: bool = False, mute: bool = False) -> None:
         self.as_json = as_json
@@ -33,9 +32,9 @@ class Screen:
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """A listener for stages: bars while stderr is a terminal, lines of prose otherwise, nothing with --quiet."""
+        """Yield a listener for commands: bars if stderr is a terminal, else lines of prose, and nothing with --quiet."""
         if self._silent:
-            yield SILENT
+            yield Silent()
             return
         if not self._errors.is_terminal:
             yield _Prose(self)
@@ -51,23 +50,23 @@ class Screen:
             yield _Bars(bars, self)
 
     def say(self, message: str, style: str | None = None) -> None:
-        """One line of prose on stderr, unless --quiet. A stranger's control codes are made harmless."""
+        """Print one line on stderr, unless --quiet. A stranger's control codes are replaced."""
         if not self._silent:
             self._errors.print(escape(printable(message)), style=style)
 
     def show(self, *renderables: Any) -> None:
-        """Tables and trees for people: on stderr, so that stdout stays free for --json and pipes."""
+        """Print tables and trees on stderr, so that stdout stays free for --json and pipes."""
         if not self._silent:
             for renderable in renderables:
                 self._errors.print(renderable)
 
     def result(self, document: Any) -> None:
-        """The JSON document of --json."""
+        """Print the JSON document of --json."""
         if self.as_json:
-            sys.stdout.write(json_document(_plain(document)) + "\n")
+            sys.stdout.write(json_document(document, default=_as_builtin) + "\n")
 
     def error(self, error: ColdctlError) -> None:
-        """An error in one line, with the findings it lists below it."""
+        """Print an error in one line, and its details below it."""
         if self.as_json:
             self.result({"error": error.message, "details": list(error.details), "exit_code": error.exit_code})
         if self._mute and not isinstance(error, TeamError):
@@ -77,27 +76,18 @@ class Screen:
             self._errors.print(f"  - {escape(printable(detail))}")
 
 
-class _Prose:
-    """Without a terminal only the notes are said."""
+class _Prose(Silent):
+    """A listener without a terminal: only notes are printed."""
 
     def __init__(self, screen: Screen) -> None:
         self._screen = screen
-
-    def begin(self, task: str, total: int | None, unit: str) -> None:
-        pass
-
-    def advance(self, task: str, steps: int, detail: str = "") -> None:
-        pass
-
-    def end(self, task: str) -> None:
-        pass
 
     def note(self, message: str) -> None:
         self._screen.say(message)
 
 
 class _Bars:
-    """Draws bars with rich; calls may come from several threads."""
+    """A listener that draws bars with rich; calls may come from several threads."""
 
     def __init__(self, bars: Bars, screen: Screen) -> None:
         self._bars = bars
@@ -125,7 +115,7 @@ class _Bars:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Leave the terminal to a library that draws bars of its own."""
+        """Clear the bars while a library draws its own."""
         self._bars.stop()
         try:
             yield
@@ -133,11 +123,6 @@ class _Bars:
             self._bars.start()
 
 
-def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+def _as_builtin(value: Any) -> Any:
+    """Return an object of a command's result as JSON can hold it."""
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)

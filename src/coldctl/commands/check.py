@@ -18,7 +18,7 @@ from coldctl.fusing.blocks import block_length
 from coldctl.fusing.compatibility import compare
 from coldctl.fusing.contributions import Candidate, gather
 from coldctl.fusing.passes import differences
-from coldctl.storage.files import open_folder
+from coldctl.storage.remote import open_folder
 
 NOT_EXAMINED = ("values (not-a-number, infinity)", "digests of files and body")
 NOT_EXAMINED_DEEP = ("whether its data or training were what its manifest says",)

@@ -18,8 +18,15 @@ from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint, outside_body
 from coldctl.checkpoints.deltas import ENCODINGS
 from coldctl.common.digests import derived_seed
-from coldctl.common.disk_errors import as_os_errors
-from coldctl.common.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
+from coldctl.common.errors import (
+    ColdctlError,
+    ConfigError,
+    DataError,
+    DeclinedError,
+    OutputError,
+    TeamError,
+    as_os_errors,
+)
 from coldctl.common.progress import Progress
 from coldctl.config.loading import as_record, check_name, identity
 from coldctl.config.settings import DatasetConfig, FinetuneConfig, contributors_of, settled_finetuning
@@ -29,7 +36,7 @@ from coldctl.data.sources import is_hub
 from coldctl.evaluation import scoring
 from coldctl.evaluation.charts import training_chart
 from coldctl.fusing.passes import prove
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 from coldctl.storage.location import Location, is_url, locate
 from coldctl.training import distributed
 from coldctl.training.logs import Log, open_log

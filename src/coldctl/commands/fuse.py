@@ -32,8 +32,8 @@ from coldctl.fusing.fusion import (
 )
 from coldctl.fusing.late import as_listed, counted_once, listed, waiting
 from coldctl.fusing.staleness import Ancestry
-from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, locate
+from coldctl.storage.remote import open_folder
 from coldctl.workers.jobs import Engine
 
 

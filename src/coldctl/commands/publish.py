@@ -23,9 +23,9 @@ from coldctl.evaluation.charts import gain_chart
 from coldctl.fusing.passes import prove
 from coldctl.publishing import privacy, tokenizer
 from coldctl.publishing.card import CardContext, EarlierCard, card, earlier_card
-from coldctl.publishing.targets import DryTarget, LocalTarget, StoreTarget, Target, Upload, current_in
-from coldctl.storage.files import open_folder
+from coldctl.publishing.targets import LocalTarget, StoreTarget, Target, Upload, current_in, scratch_upload
 from coldctl.storage.location import Location, is_url
+from coldctl.storage.remote import open_folder
 
 # What an evaluation's directory gives to the published one.
 _EVALUATION_FILES = (layout.RESULTS, layout.REPORT, layout.PAGE)
@@ -69,24 +69,21 @@ class _Work:
         return ", ".join(sorted(before)) if self.config.dtype and before != {self.config.dtype} else None
 
 
-def target_of(to: str, progress: Progress, *, private: bool, create_pr: bool, dry_run: bool) -> Target:
-    """Return the target that `--to` means; with `dry_run` one that nothing is sent to.
+def target_of(to: str, progress: Progress, *, private: bool, create_pr: bool) -> Target:
+    """Return the target that `--to` means.
 
     Raises ConfigError for a name that the Hub refuses, or a flag that only the Hub knows.
     """
-    target: Target
     if to.startswith("hf://"):
         from coldctl.publishing import hub
 
-        target = hub.target(to, progress, private=private, create_pr=create_pr)
-    elif private or create_pr:
+        return hub.target(to, progress, private=private, create_pr=create_pr)
+    if private or create_pr:
         flag = "--private" if private else "--create-pr"
         raise ConfigError(f"{flag} is about repositories on the Hub: give --to hf://ORG/NAME, or leave it out")
-    elif to.startswith("hf:"):
+    if to.startswith("hf:"):
         raise ConfigError(f"--to {to}: write hf://{to.removeprefix('hf:').lstrip('/')}")
-    else:
-        target = StoreTarget(to, progress) if is_url(to) else LocalTarget(Path(to).expanduser())
-    return DryTarget(target) if dry_run else target
+    return StoreTarget(to, progress) if is_url(to) else LocalTarget(Path(to).expanduser())
 
 
 def publish(
@@ -97,10 +94,12 @@ def publish(
     evaluation: Location | None,
     sign_key: Path | None,
     overwrite: bool,
+    dry_run: bool,
     progress: Progress,
 ) -> Published:
     """Publish `model` at `target`: weights, config, tokenizer, card and manifest, loaded once as its users will load it.
 
+    With `dry_run` everything is made in a temporary directory, and nothing is sent.
     Raises ConfigError without a licence, ManifestError for an evaluation of another model, CheckpointError if the
     written model does not give the source model's features, OutputError if the target cannot be written.
     """
@@ -110,10 +109,11 @@ def publish(
     if target.is_done(work.key, overwrite=overwrite):
         document = target.current()[1]
         assert document is not None
-        target.repair_tag(_tag(document))
+        if not dry_run:
+            target.repair_tag(_tag(document))
         return Published(target.label, document, unchanged=True)
     earlier = _earlier_cards(work, target)
-    with target.writing() as upload:
+    with scratch_upload(target.label) if dry_run else target.writing() as upload:
         document = _fill(work, target, upload, earlier)
         files = {
             path.relative_to(upload.folder).as_posix(): path.stat().st_size

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from coldctl.common.digests import digest_of
-from coldctl.common.disk_errors import as_os_errors
+from coldctl.common.errors import as_os_errors
 from coldctl.storage import user_cache
 
 LIMIT = 4 << 30  # bytes

@@ -55,8 +55,8 @@ from coldctl.fusing.sinks import Written, output_dtype
 from coldctl.fusing.staleness import rebase, staleness_weight
 from coldctl.fusing.statistics import UpdateStatistics, names_of, outliers
 from coldctl.fusing.writer import write
-from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
+from coldctl.storage.remote import open_folder
 
 # Keys of a contribution's config and environment that the fused model's manifest repeats.
 _TRAINING = ("epochs", "batch_size", "learning_rate", "max_length", "lora_rank", "send", "seed")

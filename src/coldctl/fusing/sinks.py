@@ -20,8 +20,8 @@ from coldctl.checkpoints.writer import Layout, Shard, WeightsWriter, file_order,
 from coldctl.config.settings import FuseConfig
 from coldctl.fusing.blocks import Block
 from coldctl.fusing.methods import Array
-from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
+from coldctl.storage.remote import open_folder
 
 _PENDING = 4  # pieces that wait for the writing thread
 

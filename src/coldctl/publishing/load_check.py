@@ -1,4 +1,4 @@
-"""Loading what is to be published the way its users will, before anything is called published."""
+"""Load a model as its users will, and compare its features with the source's, before it is published."""
 
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +12,7 @@ from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.checkpoints.checkpoint import is_pooler, modern_name, open_checkpoint
 from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, rounded
 from coldctl.common.errors import CheckpointError
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 from coldctl.training import model as models
 
 SENTENCES = (

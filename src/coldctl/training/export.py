@@ -12,7 +12,7 @@ from coldctl.checkpoints.deltas import ENCODINGS, open_delta, write_delta
 from coldctl.checkpoints.lora import open_adapter
 from coldctl.common.progress import Progress
 from coldctl.config.settings import FinetuneConfig
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 from coldctl.training import trainable
 
 _SHARD = 5_000_000_000  # bytes; larger bodies are written in several files

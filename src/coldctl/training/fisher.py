@@ -9,7 +9,7 @@ from torch import nn
 
 from coldctl.artifacts import layout
 from coldctl.checkpoints.checkpoint import modern_name
-from coldctl.common.disk_errors import as_os_errors
+from coldctl.common.errors import as_os_errors
 from coldctl.training.loop import Examples, Place, negative_log_likelihoods, problem_of
 from coldctl.training.model import body_of, collate
 
