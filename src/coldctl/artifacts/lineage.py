@@ -99,14 +99,14 @@ def mermaid(ancestry: Sequence[Generation]) -> str:
         model1["one<br/>fused"]
         model0 --> model1
     """
-    whole = sum(len(generation.contributions) for generation in ancestry) <= _MOST_NODES
+    draw_contributions = sum(len(generation.contributions) for generation in ancestry) <= _MOST_NODES
     lines = ["graph TD"]
     for number, generation in enumerate(ancestry):
         lines.append(f'    model{number}["{_text(generation.name)}<br/>{_text(generation.kind)}"]')
         before = f"model{number - 1}"
         if number and not generation.contributions:
             lines.append(f"    {before} --> model{number}")
-        elif number and not whole:
+        elif number and not draw_contributions:
             lines.append(f'    {before} -- "{_counted(generation)}" --> model{number}')
         elif number:
             for index, record in enumerate(generation.contributions):

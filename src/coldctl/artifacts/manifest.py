@@ -188,16 +188,16 @@ def write(folder: Location, manifest: Manifest, digests: Mapping[str, str] | Non
         and not path.name.startswith(".")
         and folder / layout.TRAINING not in path.parents  # kept until this is written
     )
-    whole: Manifest = {
+    complete: Manifest = {
         **manifest,
         "schema": SCHEMA,
         "created": now(),
         "coldctl_version": __version__,
         "files": {name: digests.get(name) or digest_of_file(folder / name) for name in names},
     }
-    whole.pop("manifest_digest", None)
-    whole["manifest_digest"] = digest_of(whole)
-    data = (json.dumps(whole, indent=2, ensure_ascii=False) + "\n").encode()
+    complete.pop("manifest_digest", None)
+    complete["manifest_digest"] = digest_of(complete)
+    data = (json.dumps(complete, indent=2, ensure_ascii=False) + "\n").encode()
     if len(data) > MANIFEST_LIMIT:
         raise ManifestError(
             f"{folder}: its {layout.MANIFEST} would have {len(data)} bytes, and {MANIFEST_LIMIT} can be read. "
@@ -208,7 +208,7 @@ def write(folder: Location, manifest: Manifest, digests: Mapping[str, str] | Non
         if isinstance(folder, Path):
             file.flush()
             os.fsync(file.fileno())
-    return whole
+    return complete
 
 
 def parse(data: bytes, where: str) -> Manifest:

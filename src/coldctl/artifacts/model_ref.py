@@ -13,7 +13,7 @@ from coldctl.storage.local import Folder
 from coldctl.storage.location import Location, is_url, locate
 from coldctl.storage.remote import RemoteFolder, open_folder
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def resolve(reference: str, revision: str | None = None) -> Model:
         return Model(_directory_name(path), str(path))
     if path.exists():
         raise ModelError(f"{reference} is a file: give the directory that holds the model")
-    if reference.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(reference):
+    if reference.startswith((".", "/", "~")) or not HUB_ID.fullmatch(reference):
         raise ModelError(f"no directory {reference}: check the path")
     return Model(reference, _from_hub(reference, revision))
 

@@ -4,7 +4,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -86,12 +87,12 @@ class _Prose(Silent):
         self._screen.say(message)
 
 
-class _Bars:
+class _Bars(_Prose):
     """A listener that draws bars with rich; calls may come from several threads."""
 
     def __init__(self, bars: Bars, screen: Screen) -> None:
+        super().__init__(screen)
         self._bars = bars
-        self._screen = screen
         self._tasks: dict[str, TaskID] = {}
         self._lock = threading.Lock()
 
@@ -110,9 +111,6 @@ class _Bars:
             if task in self._tasks:
                 self._bars.remove_task(self._tasks.pop(task))
 
-    def note(self, message: str) -> None:
-        self._screen.say(message)
-
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Clear the bars while a library draws its own."""
@@ -124,5 +122,5 @@ class _Bars:
 
 
 def _as_builtin(value: Any) -> Any:
-    """Return an object of a command's result as JSON can hold it."""
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+    """Return a path or dataclass in a command's result as JSON can hold it. Raises TypeError for anything else."""
+    return str(value) if isinstance(value, Path) else asdict(value)

@@ -9,7 +9,7 @@ from typing import Any
 
 from coldctl.artifacts import layout, manifest, output, signatures
 from coldctl.artifacts.manifest import Manifest
-from coldctl.artifacts.model_ref import Model
+from coldctl.artifacts.model_ref import HUB_ID, Model
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.body_export import WrittenBody, write_body, write_config
 from coldctl.checkpoints.checkpoint import Checkpoint, body_digest, open_checkpoint
@@ -27,10 +27,9 @@ from coldctl.publishing.targets import LocalTarget, StoreTarget, Target, Upload,
 from coldctl.storage.location import Location, is_url
 from coldctl.storage.remote import open_folder
 
-# What an evaluation's directory gives to the published one.
+# Files of an evaluation that are published with the model.
 _EVALUATION_FILES = (layout.RESULTS, layout.REPORT, layout.PAGE)
 _POOLING = "1_Pooling"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Published:
 
 @dataclass
 class _Work:
-    """A publication in progress: its inputs, and what was derived from them."""
+    """A publication in progress: its inputs, and values derived from them."""
 
     model: Model
     source: Checkpoint
@@ -156,7 +155,7 @@ def _prepared(
 
 
 def _hub_id(name: object) -> str | None:
-    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
+    return name if isinstance(name, str) and HUB_ID.fullmatch(name) else None
 
 
 def _name(stated: str, target: Target) -> str:

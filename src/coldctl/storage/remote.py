@@ -146,9 +146,9 @@ def remote_folders(url: str) -> tuple[Folder, dict[str, Folder]]:
     outer = RemoteFolder(url)
     inside: dict[str, dict[str, Mapping[str, Any]]] = {}
     for path, entry in outer.entries.items():
-        name, slash, rest = path.partition("/")
+        name, slash, file = path.partition("/")
         if slash:
-            inside.setdefault(name, {})[rest] = entry
+            inside.setdefault(name, {})[file] = entry
     return outer, {name: RemoteFolder(f"{url}/{name}", entries) for name, entries in sorted(inside.items())}
 
 
