@@ -125,7 +125,7 @@ def sign(base: Path, contributions: Path, target: Path) -> None:
     from coldctl.artifacts import manifest
     from coldctl.checkpoints.checkpoint import open_checkpoint
     from coldctl.checkpoints.digests import body_digest, outside_body
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     base_digest = body_digest(open_checkpoint(LocalFolder(base), base.name))
     for number, source in enumerate(sorted(contributions.iterdir())):

@@ -43,7 +43,7 @@ from coldctl.config import loading
 from coldctl.config.settings import EvaluateConfig, FinetuneConfig, contributors_of
 from coldctl.data.datasets import Dataset, Limits, load_dataset, metric_of
 from coldctl.evaluation import scoring
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 
 DEMO = ("amazon", "movies", "tweets", "nyt")
 METHODS: dict[str, str] = {

@@ -139,7 +139,7 @@ def _derive(whole: Path, folder: Path, send: str) -> None:
     from coldctl.checkpoints.checkpoint import open_checkpoint
     from coldctl.checkpoints.deltas import open_delta, write_delta
     from coldctl.checkpoints.digests import body_digest
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     base = open_checkpoint(LocalFolder(BASE), "base")
     for contribution in _contributions(whole):

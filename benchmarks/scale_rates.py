@@ -66,7 +66,7 @@ def _make(scratch: Path, count: int) -> int:
     from coldctl.checkpoints.deltas import open_delta, write_delta
     from coldctl.checkpoints.digests import body_digest
     from coldctl.checkpoints.formats import open_contribution
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     base = open_checkpoint(LocalFolder(BASE), "base")
     digest = body_digest(base)

@@ -24,10 +24,9 @@ from typing import Any
 
 import pytest
 
-from coldctl.artifacts import layout, manifest, output, partial_output
-from coldctl.common.disk_errors import as_os_errors
-from coldctl.common.errors import BusyError, CheckpointError, OutputError
-from coldctl.storage.files import LocalFolder
+from coldctl.artifacts import layout, manifest, output
+from coldctl.common.errors import BusyError, CheckpointError, OutputError, as_os_errors
+from coldctl.storage.local import LocalFolder
 from conftest import FAST, Ran, run_coldctl
 
 Run = Callable[..., Ran]
@@ -397,13 +396,13 @@ def test_what_was_written_to_the_last_file_is_only_made_visible(work: Work, tmp_
     weights = tmp_path / "out" / layout.WEIGHTS
     made = weights.stat()
     partial = (tmp_path / "out").rename(tmp_path / ".out.partial")
-    (partial / partial_output.IDENTITY).write_text(f"{identity} whole")
+    (partial / layout.IDENTITY).write_text(f"{identity} whole")
     ran = run_coldctl(*command)
     assert "left alone" in ran.stderr
     assert (weights.stat().st_ino, weights.stat().st_mtime_ns) == (made.st_ino, made.st_mtime_ns)
-    assert not (tmp_path / "out" / partial_output.IDENTITY).exists()
+    assert not (tmp_path / "out" / layout.IDENTITY).exists()
     partial = (tmp_path / "out").rename(partial)  # the same, but damaged, is not
-    (partial / partial_output.IDENTITY).write_text(f"{identity} whole")
+    (partial / layout.IDENTITY).write_text(f"{identity} whole")
     data = bytearray((partial / layout.WEIGHTS).read_bytes())
     data[-1] ^= 1
     (partial / layout.WEIGHTS).write_bytes(data)
@@ -477,7 +476,7 @@ def test_unfinished_work_of_another_config_is_dropped_only_if_told_to(
 ) -> None:
     partial = tmp_path / ".out.partial"
     partial.mkdir()
-    (partial / partial_output.IDENTITY).write_text("another")
+    (partial / layout.IDENTITY).write_text("another")
     (partial / "theirs").write_text("mine")
     ran = run_coldctl(*work.command("finetune", tmp_path / "out"))
     one_line(ran, "holds unfinished work on out under another config or other inputs")
@@ -488,7 +487,7 @@ def test_unfinished_work_of_another_config_is_dropped_only_if_told_to(
     assert not (tmp_path / "out" / "theirs").exists()
     (tmp_path / "out").rename(partial)
     identity = manifest.read(partial)["identity"]
-    (partial / partial_output.IDENTITY).write_text(f"{identity} whole")
+    (partial / layout.IDENTITY).write_text(f"{identity} whole")
     monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))  # nor was all of it on the disk
     with pytest.raises(OutputError, match="No space left on device"):
         output.is_done(tmp_path / "out", identity, overwrite=False)
@@ -496,7 +495,7 @@ def test_unfinished_work_of_another_config_is_dropped_only_if_told_to(
     lock = fcntl.flock
 
     def meanwhile(*arguments: Any) -> None:
-        (partial / partial_output.IDENTITY).unlink()
+        (partial / layout.IDENTITY).unlink()
         lock(*arguments)
 
     monkeypatch.setattr(fcntl, "flock", meanwhile)

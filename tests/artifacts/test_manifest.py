@@ -14,7 +14,7 @@ from coldctl.artifacts import layout, manifest
 from coldctl.artifacts.manifest import Manifest
 from coldctl.common.digests import canonical, digest_of
 from coldctl.common.errors import ManifestError
-from coldctl.storage.files import LocalReader
+from coldctl.storage.local import LocalReader
 
 LEAST: Manifest = {"kind": "fused", "name": "m", "body_digest": "sha256:0"}
 
@@ -105,6 +105,20 @@ def test_the_largest_manifest(tmp_path: Path) -> None:
     (tmp_path / layout.MANIFEST).write_bytes(filled + b" ")
     with pytest.raises(ManifestError, match="not readable JSON"):
         manifest.read(tmp_path)
+
+
+def test_write_refuses_a_manifest_that_nobody_could_read(tmp_path: Path) -> None:
+    spare = manifest.MANIFEST_LIMIT - len(
+        json.dumps(manifest.write(tmp_path, {**LEAST, "config": {"x": ""}}), indent=2)
+    )
+    largest = manifest.write(tmp_path, {**LEAST, "config": {"x": "a" * (spare - 1)}})
+    assert (tmp_path / layout.MANIFEST).stat().st_size == manifest.MANIFEST_LIMIT
+    assert manifest.read(tmp_path) == largest
+    (tmp_path / layout.MANIFEST).unlink()
+    with pytest.raises(ManifestError, match="would have 16777217 bytes, and 16777216 can be read") as raised:
+        manifest.write(tmp_path, {**LEAST, "config": {"x": "a" * spare}})
+    assert "\n" not in raised.value.message
+    assert not layout.is_complete(tmp_path)
 
 
 def test_docs_state_the_manifest_limit() -> None:

@@ -75,7 +75,7 @@ def forge(folder: Path) -> None:
     from coldctl.artifacts import manifest
     from coldctl.checkpoints.checkpoint import open_checkpoint
     from coldctl.checkpoints.digests import body_digest, outside_body
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -121,13 +121,13 @@ def test_signed_contributions_are_accepted_and_named(
 def test_what_no_trusted_key_signed_is_refused_with_its_reason(
     signed: Path, base: Path, trusted: Path, keys: dict[str, Path], tmp_path: Path, coldctl: Run
 ) -> None:
-    from coldctl.artifacts import signing
+    from coldctl.artifacts import signatures
 
     parts = Path(shutil.copytree(signed, tmp_path / "parts"))
     for name in ("unsigned", "stranger", "forged", "added", "flipped", "less"):
         shutil.copytree(signed / "one", parts / name)
     (parts / "unsigned" / "model.sig").unlink()
-    signing.sign(parts / "stranger", keys["mallory"])
+    signatures.sign(parts / "stranger", keys["mallory"])
     forge(parts / "forged")
     (parts / "added" / "fisher.safetensors").write_bytes(b"mine")
     weights = parts / "flipped" / "model.safetensors"
@@ -298,12 +298,12 @@ def test_what_a_signer_left_out_of_the_signature_is_not_trusted(
 def test_checkpoints_without_a_manifest_are_proven_by_the_signature_alone(
     signed: Path, base: Path, trusted: Path, keys: dict[str, Path], tmp_path: Path, coldctl: Run
 ) -> None:
-    from coldctl.artifacts import signing
+    from coldctl.artifacts import signatures
 
     parts = Path(shutil.copytree(signed, tmp_path / "parts"))
     for name in ("one", "two"):
         (parts / name / "coldctl.json").unlink()
-        signing.sign(parts / name, keys["alice"])
+        signatures.sign(parts / name, keys["alice"])
     weights = parts / "two" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     ran = fuse(coldctl, parts, base, tmp_path / "fused", trusted)
@@ -327,6 +327,18 @@ def test_contributions_in_a_store_are_verified_there(
     s3.client().put_object(Bucket=s3.bucket, Key="parts/three/more/mine.json", Body=b"{}")
     ran = coldctl("fuse", place, "--base", base, "--output", tmp_path / "b", "--trusted-keys", trusted, "--json")
     assert "more/mine.json was not there when it was signed" in ran.json["details"][0]
+
+
+def test_a_signed_contribution_in_a_store_is_left_alone(
+    workshop: Path, contributions: Path, base: Path, keys: dict[str, Path], s3: S3, coldctl: Run
+) -> None:
+    assert (contributions / "one").is_dir()  # made of the same data
+    place = f"s3://{s3.bucket}/one"
+    call = ("finetune", workshop / "data-one", "--base", base, "--output", place, *FAST, "--jobs", 1, "--sign-key")
+    assert coldctl(*call, keys["alice"]).code == 0
+    assert "left alone" in coldctl(*call, keys["alice"]).stderr
+    ran = coldctl(*call, keys["bob"])
+    assert (ran.code, "is complete and not signed with" in ran.stderr) == (2, True), ran.stderr
 
 
 def test_check_names_signers(signed: Path, contributions: Path, base: Path, trusted: Path, coldctl: Run) -> None:

@@ -17,7 +17,7 @@ from coldctl.checkpoints import digests, header
 from coldctl.checkpoints.checkpoint import Checkpoint
 from coldctl.checkpoints.header import Tensor
 from coldctl.common.errors import CheckpointError, ModelError
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 
 CODES = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64", np.dtype(ml_dtypes.bfloat16): "BF16"}
 Arrays = dict[str, Any]

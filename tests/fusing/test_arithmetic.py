@@ -19,7 +19,7 @@ from coldctl.data.sampling import stratified
 from coldctl.evaluation import scoring
 from coldctl.fusing import methods
 from coldctl.fusing.blocks import Digester, block_length, cut, read_blocks
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 
 FLOATS = st.floats(-(2.0**100), 2.0**100, width=32)
 

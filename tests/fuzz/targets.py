@@ -30,7 +30,7 @@ from coldctl.evaluation import markdown, results
 from coldctl.fusing import recipe
 from coldctl.fusing.compatibility import compare
 from coldctl.publishing import history, licenses, tokenizer
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import numpy as np
 
 from coldctl.checkpoints.checkpoint import open_checkpoint
 from coldctl.checkpoints.digests import body_digest
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 from helpers import tiny
 
 

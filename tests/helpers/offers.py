@@ -5,7 +5,7 @@ from pathlib import Path
 from coldctl.artifacts import layout, manifest
 from coldctl.checkpoints.checkpoint import open_checkpoint
 from coldctl.checkpoints.digests import body_digest, outside_body
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 from helpers import tiny
 
 

@@ -21,12 +21,12 @@ import safetensors.numpy
 from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
-from coldctl.artifacts import layout, manifest, output, partial_output
+from coldctl.artifacts import layout, manifest, output
 from coldctl.checkpoints import writer as weights
 from coldctl.common.errors import CheckpointError, OutputError
 from coldctl.storage import conditional_write
-from coldctl.storage.files import open_folder
 from coldctl.storage.location import locate
+from coldctl.storage.remote import open_folder
 from conftest import FAST, Ran
 from helpers.s3_server import S3
 from helpers.unreliable import Faults, unreliable
@@ -203,7 +203,7 @@ def test_decisions_are_not_written_over(s3: S3, suite: Path, coldctl: Run) -> No
 def test_requests_that_fail_are_tried_again(
     store: S3, coldctl: Run, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coldctl.storage.files._PAUSES", (0.05,) * 6)
+    monkeypatch.setattr("coldctl.storage.remote._PAUSES", (0.05,) * 6)
     monkeypatch.setenv("AWS_RETRY_MODE", "standard")  # the store's library would wait long before we try again
     fuse = ("fuse", f"{store.url}/contributions", "--base", f"{store.url}/base", "--output")
     assert coldctl(*fuse, f"{store.url}/reliable").code == 0
@@ -218,7 +218,7 @@ def test_requests_that_fail_are_tried_again(
 def test_a_store_that_does_not_answer_is_an_error_in_words(
     store: S3, coldctl: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coldctl.storage.files._PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("coldctl.storage.remote._PAUSES", (0.01, 0.01))
     with unreliable(store.endpoint, Faults(refuse=1.0)) as (endpoint, _):
         connect(endpoint, monkeypatch)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -376,7 +376,7 @@ def test_answers_of_a_store_in_words(
             return answer
         raise answer
 
-    monkeypatch.setattr("coldctl.storage.files._PAUSES", (0.0,))
+    monkeypatch.setattr("coldctl.storage.remote._PAUSES", (0.0,))
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
     ran = coldctl("check", "memory://answers/base", "--json")
     assert ran.code == 3
@@ -390,13 +390,13 @@ def test_status_tells_who_is_at_work(tmp_path: Path, suite: Path, coldctl: Run) 
         folder = locate(f"{place}/iteration-001/contributions")
         for name in ("busy", "dead"):
             (folder / f".{name}.partial").mkdir(parents=True)
-            (folder / f".{name}.partial" / partial_output.IDENTITY).write_text("x")
+            (folder / f".{name}.partial" / layout.IDENTITY).write_text("x")
         busy = folder / ".busy.partial"
         lock = os.open(busy, os.O_RDONLY) if isinstance(busy, Path) else None
         if lock is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
         else:
-            (busy / partial_output.LEASE).write_text("x")
+            (busy / layout.LEASE).write_text("x")
         status = coldctl("status", place, "--json").json["iterations"][0]
         assert (status["running"], status["unfinished"]) == (["busy"], ["dead"]), status
         if lock is not None:

@@ -120,7 +120,7 @@ def test_a_mixed_fuse_is_that_of_what_the_encodings_stand_for(
 def test_any_range_is_decoded_as_the_whole_is(send: str, base: Path, sent: Path) -> None:
     from coldctl.checkpoints.checkpoint import open_checkpoint
     from coldctl.checkpoints.formats import open_contribution
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     found = open_contribution(LocalFolder(sent / send), send, open_checkpoint(LocalFolder(base), "base"))
     for name, tensor in found.body.items():
@@ -279,7 +279,7 @@ def test_rows_that_stand_still_and_empty_tensors(tmp_path: Path, coldctl: Run) -
 
     from coldctl.checkpoints.checkpoint import open_checkpoint
     from coldctl.checkpoints.deltas import open_delta, write_delta
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     names = {"a": (3, 4), "a-b": (3,), "none": (0, 4), "hollow": (4, 0), "one": (), "cube": (2, 3, 2), "tiny": (2, 2)}
     folders = []
@@ -313,7 +313,7 @@ def test_differences_that_an_encoding_cannot_hold(tmp_path: Path) -> None:
     from coldctl.checkpoints.checkpoint import open_checkpoint
     from coldctl.checkpoints.deltas import write_delta
     from coldctl.common.errors import CheckpointError
-    from coldctl.storage.files import LocalFolder
+    from coldctl.storage.local import LocalFolder
 
     folders = []
     for sign, name in ((-1, "base"), (1, "new")):

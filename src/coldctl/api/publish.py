@@ -40,12 +40,12 @@ def publish(
                 progress,
                 private=target.private,
                 create_pr=target.create_pr,
-                dry_run=target.dry_run,
             ),
             config,
             evaluation=locate(str(evaluation)) if evaluation else None,
             sign_key=Path(sign_key) if sign_key else None,
             overwrite=options.overwrite,
+            dry_run=target.dry_run,
             progress=progress,
         )
     return Publication(done.place, done.manifest, done.unchanged, target.dry_run, done.files, done.seconds)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from coldctl.artifacts import layout, manifest
-from coldctl.artifacts.partial_output import IDENTITY, WHOLE, claim
+from coldctl.artifacts.layout import IDENTITY, WHOLE, claim
 from coldctl.common.errors import BusyError, ManifestError
 from coldctl.storage.conditional_write import sync, write_error
 from coldctl.storage.location import Location
@@ -82,13 +82,15 @@ def _lock(descriptor: int, path: Location, partial: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        # A file system without locks gives another error: there is no protection then.
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            return  # a file system without locks: we go on without this protection
+            return
         raise busy from None
     with suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(descriptor), partial.stat()):
             return
-    raise busy  # another process has completed the output since we looked, and what we hold is the output itself
+    # Another process has completed the output since it was opened: the lock is on the output itself.
+    raise busy
 
 
 def _is_whole(partial: Path, identity: str) -> bool:
@@ -105,7 +107,8 @@ def _publish(partial: Path, path: Path) -> None:
     _sync_tree(partial)
     old = path.parent / f".{path.name}.old"
     shutil.rmtree(old, ignore_errors=True)
-    (partial / IDENTITY).unlink()  # as late as can be: until then a killed call's work is known for what it is
+    # As late as possible: until then a killed command's work is recognized as its own.
+    (partial / IDENTITY).unlink()
     if path.exists():
         path.rename(old)
     partial.rename(path)

@@ -22,29 +22,32 @@ from coldctl.common.digests import LONGEST_NAME, digest_of
 from coldctl.common.errors import ManifestError
 from coldctl.common.parsing import find_mismatch, json_value
 from coldctl.common.text import printable
-from coldctl.storage.files import Reader
+from coldctl.storage.local import Reader
 from coldctl.storage.location import Location
 
 SCHEMA = 1
-MANIFEST_LIMIT = 16 << 20  # bytes; about 10,000 contributions over all iterations (docs/scale.md)
+# Bytes; about 10,000 contributions over all iterations (docs/scale.md).
+MANIFEST_LIMIT = 16 << 20
 _LONGEST_PATH = 1000  # characters
-_COPY = 1 << 20
+_COPY = 1 << 20  # bytes that are hashed at a time
 
 Scalar = str | int | float | bool | None
 
 
 class BaseReference(TypedDict):
-    """Which model something was made from, by name and proof."""
+    """The model that something was made from, by its name and the digest of its body."""
 
     name: str
     body_digest: str
 
 
 class DatasetRecord(TypedDict, total=False):
-    """What a contribution says about its data: never an example of it."""
+    """A contribution's data: names and counts, never an example."""
 
     name: str | None
+    # Hub id as `ORG/NAME[:CONFIG]`; None for local files.
     source: str | None
+    # Digest over all examples of all splits.
     fingerprint: str | None
     num_train: int | None
     num_validation: int | None
@@ -54,9 +57,10 @@ class DatasetRecord(TypedDict, total=False):
 
 
 class ContributionRecord(TypedDict, total=False):
-    """One contribution as the fused model's manifest lists it."""
+    """One contribution as the fused model's manifest lists it, whether it was fused or rejected."""
 
     name: Required[str]
+    # These are copied from the contribution's own manifest.
     dataset: str | None
     num_train: int | None
     source: str | None
@@ -64,19 +68,27 @@ class ContributionRecord(TypedDict, total=False):
     training: dict[str, Scalar]
     environment: dict[str, Scalar]
     body_digest: Required[str]
+    # Its share of the fused model: 0 to 1, and 0 if it was rejected.
     weight: Required[float]
     status: Required[Literal["fused", "rejected"]]
+    # Why it was rejected.
     reason: str | None
+    # Whether its files were compared with the digests in its manifest.
     verified: bool | None
+    # The iteration whose base it was made on, how many iterations ago that was, and by how much it is shortened for it.
     iteration: int | None
     age: int | None
     discount: float | None
+    # The trusted key that signed it: its name, and the sha256 of its DER form.
     signer: str | None
     signer_key: str | None
+    # Names by key of all who signed what was fused into it, if it is a fused model itself.
     signers_within: dict[str, str]
+    # Statistics of its difference from the base: length, cosine to the mean, share of the squared length by layer group.
     update_norm: float | None
     cosine_to_mean: float | None
     update_share: dict[str, float] | None
+    # What screening and conversion said about it.
     notes: list[str]
 
 
@@ -88,33 +100,45 @@ class FusionRecord(TypedDict, total=False):
 
 
 class GenerationRecord(TypedDict, total=False):
-    """A model as its descendants carry it under `ancestors`: enough to draw the lineage, without files."""
+    """A model as its descendants list it under `ancestors`: enough to draw the lineage, without files."""
 
     kind: Required[Literal["pretrained", "contribution", "fused", "published", "evaluation"]]
     name: Required[str]
     iteration: Annotated[int, Meta(ge=0, lt=1_000_000)] | None
+    # UTC, to the second.
     created: str
+    # Digest of the encoder's tensors, whatever files they are in.
     body_digest: Required[str]
     base: BaseReference
     license: str | None
+    # Of a contribution: its data, and its scores by split and metric.
     dataset: DatasetRecord
     metrics: Mapping[str, Mapping[str, float | None]]
+    # Versions of libraries, kind of machine and seconds; no user or host name.
     environment: dict[str, Scalar]
+    # Of a published model that was fused: `config` and `environment` are those of `publish`.
     fused_by: FusionRecord
     contributions: list[ContributionRecord]
+    # The resolved settings of the command that made it.
     config: dict[str, Any]
 
 
 class Manifest(GenerationRecord, total=False):
-    """`coldctl.json` as it is written and checked when it is read. Readers ignore unknown keys."""
+    """`coldctl.json` as it is written, and checked when it is read. Readers ignore unknown keys."""
 
     schema: int
+    # How the weights are stored: full, delta-bf16, delta-int8 or lora.
     encoding: str
     coldctl_version: str
+    # Digest of settings and inputs: the same command with the same inputs leaves complete work alone.
     identity: str
-    files: dict[str, str]  # by path below the directory; `write` adds it
+    # sha256 of every other file, by path below the directory. `write` adds it.
+    files: dict[str, str]
+    # Digest of what each weights file holds beside the body, such as a head.
     outside_body: dict[str, str]
+    # Digest of this document without this key.
     manifest_digest: str
+    # From the pretrained model on, oldest first.
     ancestors: list[GenerationRecord]
 
 
@@ -152,7 +176,7 @@ def write(folder: Location, manifest: Manifest, digests: Mapping[str, str] | Non
     """Complete `manifest` with digests and write it into `folder` as the last file, fsynced.
 
     `digests` holds those that were computed while the files were written; the others are computed here.
-    Returns the manifest as written.
+    Returns the manifest as written. Raises ManifestError if it is too large to be read again.
     """
     digests = digests or {}
     paths: Any = folder.rglob("*")
@@ -164,26 +188,31 @@ def write(folder: Location, manifest: Manifest, digests: Mapping[str, str] | Non
         and not path.name.startswith(".")
         and folder / layout.TRAINING not in path.parents  # kept until this is written
     )
-    whole: Manifest = {
+    complete: Manifest = {
         **manifest,
         "schema": SCHEMA,
         "created": now(),
         "coldctl_version": __version__,
         "files": {name: digests.get(name) or digest_of_file(folder / name) for name in names},
     }
-    whole.pop("manifest_digest", None)
-    whole["manifest_digest"] = digest_of(whole)
-    text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
-    with (folder / layout.MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(text)
+    complete.pop("manifest_digest", None)
+    complete["manifest_digest"] = digest_of(complete)
+    data = (json.dumps(complete, indent=2, ensure_ascii=False) + "\n").encode()
+    if len(data) > MANIFEST_LIMIT:
+        raise ManifestError(
+            f"{folder}: its {layout.MANIFEST} would have {len(data)} bytes, and {MANIFEST_LIMIT} can be read. "
+            f"Fuse fewer contributions, or start a new RUN from a copy of the base model without its {layout.MANIFEST}."
+        )
+    with (folder / layout.MANIFEST).open("wb") as file:
+        file.write(data)
         if isinstance(folder, Path):
             file.flush()
             os.fsync(file.fileno())
-    return whole
+    return complete
 
 
 def parse(data: bytes, where: str) -> Manifest:
-    """Read a manifest's bytes and prove that they are as they were written.
+    """Parse a manifest's bytes and check that they are as they were written.
 
     Raises ManifestError if they are no manifest, of a newer schema, or were changed.
     """
@@ -198,13 +227,11 @@ def parse(data: bytes, where: str) -> Manifest:
         raise ManifestError(
             f"{where} has schema {document['schema']}, newer than this program's {SCHEMA}: update coldctl"
         )
-    stated = document.get("manifest_digest")
-    actual = digest_of({key: value for key, value in document.items() if key != "manifest_digest"})
-    if stated != actual:
+    covered = {key: value for key, value in document.items() if key != "manifest_digest"}
+    if document.get("manifest_digest") != digest_of(covered):
         raise ManifestError(f"{where} was changed after it was written (its digest does not match): {remedy}")
     _check_types(document, where)
-    manifest: Manifest = document  # type: ignore[assignment]
-    return manifest
+    return cast(Manifest, document)
 
 
 def read(folder: Location) -> Manifest:
@@ -228,7 +255,7 @@ def changed_files(folder: Location, manifest: Manifest) -> list[str]:
 
 
 def read_unchanged(folder: Location) -> Manifest:
-    """Read a manifest and prove that every file it names is as it was written. Raises ManifestError."""
+    """Read a manifest and check that every file it names is as it was written. Raises ManifestError."""
     document = read(folder)
     if changed := changed_files(folder, document):
         raise ManifestError(f"{folder}: {changed[0]} was changed after it was written: make this stage again")
@@ -237,9 +264,8 @@ def read_unchanged(folder: Location) -> Manifest:
 
 def shortened(manifest: Manifest) -> GenerationRecord:
     """Return a manifest as its descendants carry it under `ancestors`."""
-    kept = GenerationRecord.__annotations__
-    record: Any = {key: manifest[key] for key in kept if key in manifest}  # type: ignore[literal-required]
-    return cast(GenerationRecord, record)
+    stated: Mapping[str, Any] = manifest
+    return cast(GenerationRecord, {key: stated[key] for key in GenerationRecord.__annotations__ if key in stated})
 
 
 def _check_types(document: dict[str, Any], where: str) -> None:

@@ -9,22 +9,23 @@ from pathlib import Path
 from coldctl.artifacts import layout, manifest, run
 from coldctl.common.errors import ColdctlError, ManifestError, ModelError
 from coldctl.storage import user_cache
-from coldctl.storage.files import Folder, RemoteFolder, open_folder
+from coldctl.storage.local import Folder
 from coldctl.storage.location import Location, is_url, locate
+from coldctl.storage.remote import RemoteFolder, open_folder
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A MODEL that was found: `place` is its local directory or URL, `name` how reports and manifests call it."""
+    """A resolved MODEL: `place` is its local directory or URL, `name` its name in reports and manifests."""
 
     name: str
     place: str
 
     @property
     def folder(self) -> Folder:
-        """For reading ranges, without a copy."""
+        """Return its folder for reading ranges, without a copy."""
         return open_folder(self.place)
 
     def local(self) -> Path:
@@ -35,7 +36,7 @@ class Model:
 
 
 def _is_unchanged(copy: Path) -> bool:
-    """Return whether a copy's files have the digests that its manifest states. True without a manifest."""
+    """Return True if a copy's files have the digests that its manifest states, or there is no manifest."""
     if not (copy / layout.MANIFEST).is_file():
         return True
     try:
@@ -47,12 +48,13 @@ def _is_unchanged(copy: Path) -> bool:
 
 
 def memory_needed(model: Model, *, training: bool) -> int:
-    """About how many bytes a process takes that computes with a model, or trains it: what a cluster should keep free.
+    """Estimate the memory in bytes of a process that computes with a model, or trains it, for a cluster to reserve.
 
     Training holds weights, gradients, AdamW's two states, the best weights so far and a copy to be written.
     """
     weights = 0
-    with suppress(ColdctlError):  # whoever opens the model in earnest says what is wrong with it
+    # The worker that opens the model reports what is wrong with it.
+    with suppress(ColdctlError):
         folder = model.folder
         for name in folder.names():
             if name.endswith(".safetensors"):
@@ -63,33 +65,33 @@ def memory_needed(model: Model, *, training: bool) -> int:
 
 
 def resolve(reference: str, revision: str | None = None) -> Model:
-    """Find a MODEL. A RUN stands for its newest promoted fused model, else its pretrained model.
+    """Return the model that a MODEL means. A RUN stands for its newest promoted fused model, else its pretrained model.
 
-    Raises ModelError if it is nowhere, with what was tried.
+    Raises ModelError if there is none, with what was tried.
     """
     path = locate(reference)
     if is_url(reference) or path.is_dir():
         if run.is_run(path):
-            found = run.read(path)
-            return resolve(found.base_model, found.revision)
+            started = run.read(path)
+            return resolve(started.base_model, started.revision)
         return Model(_directory_name(path), str(path))
     if path.exists():
         raise ModelError(f"{reference} is a file: give the directory that holds the model")
-    if reference.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(reference):
+    if reference.startswith((".", "/", "~")) or not HUB_ID.fullmatch(reference):
         raise ModelError(f"no directory {reference}: check the path")
     return Model(reference, _from_hub(reference, revision))
 
 
 def _directory_name(path: Location) -> str:
-    """A directory's own name, or what it is inside a RUN; never more of the path."""
-    whole = path.resolve()
-    if whole.name == "fused" and whole.parent.name.startswith("iteration-"):
-        return whole.parent.name
-    return as_text(whole.name)
+    """Return a directory's own name, or `iteration-N` for a fused model of a RUN; never more of the path."""
+    absolute = path.resolve()
+    if absolute.name == "fused" and absolute.parent.name.startswith("iteration-"):
+        return absolute.parent.name
+    return as_text(absolute.name)
 
 
 def as_text(name: str) -> str:
-    """A file's name as text: one whose bytes are not UTF-8 could not be written down.
+    """Return a file's name with `?` for bytes that are not UTF-8, which no JSON document can hold.
 
     >>> as_text("a" + chr(0xDCFF))
     'a?'
@@ -98,7 +100,7 @@ def as_text(name: str) -> str:
 
 
 def _from_hub(name: str, revision: str | None) -> str:
-    """The local snapshot of a Hub model, downloaded if need be: weights as safetensors, config, tokenizer."""
+    """Return the local snapshot of a Hub model, downloaded if need be: weights as safetensors, config, tokenizer."""
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -6,11 +6,11 @@ identity is left alone. `disk_output.py` makes the result visible by one rename,
 
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from coldctl.artifacts import disk_output, layout, manifest, store_output
-from coldctl.artifacts.partial_output import IDENTITY, LEASE, claim
+from coldctl.artifacts.layout import IDENTITY, LEASE, claim
 from coldctl.common.digests import digest_of
 from coldctl.common.errors import ManifestError, OutputError
 from coldctl.common.progress import SILENT, Progress
@@ -77,9 +77,10 @@ def refuse_overlap(path: Location, inputs: Iterable[str | Location], *, flag: st
             raise OutputError(f"{path} would overwrite its own input {source}: give another {flag}")
 
 
-@contextmanager
-def atomic_output(path: Location, identity: str | None, *, overwrite: bool) -> Iterator[Location]:
-    """Yield the partial directory of `path` to write into; on success publish it as `path`.
+def atomic_output(
+    path: Location, identity: str | None, *, overwrite: bool
+) -> AbstractContextManager[Path] | AbstractContextManager[Location]:
+    """Give the partial directory of `path` to write into; on success publish it as `path`.
 
     The caller writes everything including the manifest. Unfinished work of the same `identity` is kept there to go on
     with; that of another identity is refused without `overwrite`. Without an `identity` the work is too short to be
@@ -87,18 +88,15 @@ def atomic_output(path: Location, identity: str | None, *, overwrite: bool) -> I
     writing `path`, OutputError if it cannot be written.
     """
     if isinstance(path, Path):
-        with disk_output.write_directory(path, identity, overwrite=overwrite) as partial:
-            yield partial
-    else:
-        with store_output.write_directory(path, identity, overwrite=overwrite) as staged:
-            yield staged
+        return disk_output.write_directory(path, identity, overwrite=overwrite)
+    return store_output.write_directory(path, identity, overwrite=overwrite)
 
 
 @contextmanager
 def local_workdir(
     path: Location, identity: str | None, *, overwrite: bool, progress: Progress = SILENT
 ) -> Iterator[Path]:
-    """Do as `atomic_output`, but always yield a directory of this machine, for libraries that know no stores.
+    """Yield a partial directory as `atomic_output` does, but always on this machine, for libraries that know no stores.
 
     For an output in a store it lies in the user's cache, where the same command finds unfinished work again.
     """

@@ -22,7 +22,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Iteration:
-    """What was decided about one iteration."""
+    """The decision about one iteration."""
 
     number: int
     promoted: bool
@@ -49,7 +49,7 @@ class RunFile:
 class Run(RunFile):
     """A run: its `run.json` and where it is.
 
-    `version` is the file that it was read from: nobody else's decision is written over.
+    `version` is the file that it was read from, so that another command's decision is not overwritten.
     """
 
     folder: Location
@@ -57,48 +57,48 @@ class Run(RunFile):
 
     @property
     def decided(self) -> int:
-        """Number of iterations that are finished and decided."""
+        """Return the number of iterations that are finished and decided."""
         return len(self.iterations)
 
     @property
     def pretrained(self) -> str:
-        """The MODEL where iteration 1 starts, with a relative path made absolute."""
+        """Return the MODEL where iteration 1 starts, with a relative path made absolute."""
         if self.base.startswith("."):
             return str((self.folder / self.base).resolve())
         return self.base
 
     @property
     def bases(self) -> dict[int, str]:
-        """The MODELs that contributors have started from, and will now, newest first.
+        """Return the MODELs that contributors have started from, and will now, newest first.
 
-        By the newest iteration that starts from each: a contribution to it is made on that base.
+        The key is the newest iteration that starts from each: a contribution to it is made on that base.
         """
         place, newest = self.pretrained, {self.pretrained: 1}
-        for item in self.iterations:
-            place = str(layout.fused(self.folder, item.number)) if item.promoted else place
-            newest[place] = item.number + 1
+        for iteration in self.iterations:
+            place = str(layout.fused(self.folder, iteration.number)) if iteration.promoted else place
+            newest[place] = iteration.number + 1
         return {number: place for place, number in reversed(newest.items())}
 
     @property
     def base_model(self) -> str:
-        """The MODEL that contributors start from now: the last promoted fused model, else the pretrained one."""
+        """Return the MODEL that contributors start from now: the last promoted fused model, else the pretrained one."""
         return next(iter(self.bases.values()))
 
 
 def is_run(path: Location) -> bool:
-    """Whether a directory is a RUN."""
+    """Return True if a directory is a RUN."""
     return (path / layout.RUN).is_file()
 
 
 def _begun(folder: Location, number: int, own: Collection[str]) -> list[Location]:
-    """What an iteration has made itself so far, unfinished work included."""
+    """Return the outputs of an iteration that exist, complete or unfinished; of contributions those named in `own`."""
     contributions = layout.contributions(folder, number)
-    pieces = [
+    outputs = [
         *(contributions / name for name in sorted(own)),
         layout.fused(folder, number),
         layout.evaluation(folder, number),
     ]
-    return [place for piece in pieces for place in (piece, layout.partial(piece)) if place.exists()]
+    return [place for output in outputs for place in (output, layout.partial(output)) if place.exists()]
 
 
 def read(folder: Location) -> Run:
@@ -125,17 +125,17 @@ def write(run: Run) -> None:
     """Write `run.json`, if it still is as `run` was read from it. Raises OutputError if another command was quicker."""
     document = {stored.name: getattr(run, stored.name) for stored in fields(RunFile)}
     path, data = run.folder / layout.RUN, (json.dumps(document, indent=2, default=vars) + "\n").encode()
-    version = run.version
-    if not (
-        conditional_write.create(path, data) if version is None else conditional_write.replace(path, data, version)
-    ):
+    is_written = (
+        conditional_write.replace(path, data, run.version) if run.version else conditional_write.create(path, data)
+    )
+    if not is_written:
         raise OutputError(f"{path} was changed by another command at the same time: run the same command again")
 
 
 def extended(run: Run, planned: Run, iterations: int, own: Collection[str]) -> Run:
-    """An existing run, asked for `iterations` new ones under the settings of `planned`.
+    """Return an existing run with a target of `iterations` more, under the settings of `planned`.
 
-    A target that is not met yet is kept, so that an interrupted call is finished and none is added.
+    A target that is not met yet is kept, so that an interrupted command is finished and no iteration is added.
     `own` are the names of the suite's datasets: contributions that others have dropped begin no iteration.
     Raises ConfigError if the base changed, or the settings changed in the middle of an iteration.
     """

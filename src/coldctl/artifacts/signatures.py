@@ -14,23 +14,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from coldctl.artifacts import layout
-from coldctl.artifacts.partial_output import IDENTITY
-from coldctl.common.errors import CheckpointError, ConfigError, ModelError
+from coldctl.artifacts import layout, manifest, output
+from coldctl.common.errors import CheckpointError, ConfigError, ModelError, OutputError
 from coldctl.common.parsing import json_value
 from coldctl.config.loading import check_name
 from coldctl.storage import user_cache
-from coldctl.storage.files import Folder, LocalFolder, RemoteFolder
+from coldctl.storage.local import Folder, LocalFolder
+from coldctl.storage.location import Location
+from coldctl.storage.remote import RemoteFolder, open_folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
-SIGNATURE_LIMIT = 4 << 20  # bytes of a signature file: a few hundred per file that it covers
+SIGNATURE_LIMIT = 4 << 20  # bytes: a few hundred per file that it covers
 KEY_LIMIT = 64 << 10  # bytes of a key's file
 CURVES = ("secp256r1", "secp384r1", "secp521r1")
 # What the Hub's downloads and unfinished outputs keep beside a model's files. The library itself ignores git's files.
-_IGNORED = (layout.SIGNATURE, ".cache/huggingface", IDENTITY)
-_REMEDY = "install it with `pip install coldctl[sign]`"
+_IGNORED = (layout.SIGNATURE, ".cache/huggingface", layout.IDENTITY)
+_INSTALL = "install it with `pip install coldctl[sign]`"
+_PRIVATE_KEY = (
+    "give a PEM file with an elliptic-curve private key without a password, "
+    "such as `openssl ecparam -genkey -name prime256v1 -noout` makes"
+)
 _LISTED = 5  # names in one message
 
 
@@ -78,13 +83,13 @@ class AllFiles:
     def hash(self, model_path: Path, **_: Any) -> Any:
         """Return the library's manifest of a directory."""
         manifests = library("manifest")
-        manifest = self._config.hash(model_path)
-        resources = list(manifest.resource_descriptors())
+        hashed = self._config.hash(model_path)
+        resources = list(hashed.resource_descriptors())
         self.files = {resource.identifier: f"sha256:{resource.digest.digest_hex}" for resource in resources}
         if self._name is None:
-            return manifest
+            return hashed
         files = [manifests.FileManifestItem(path=Path(file.identifier), digest=file.digest) for file in resources]
-        return manifests.Manifest(self._name, files, manifests.SerializationType.from_args(manifest.serialization_type))
+        return manifests.Manifest(self._name, files, manifests.SerializationType.from_args(hashed.serialization_type))
 
 
 def trusted_keys(folder: Path) -> list[TrustedKey]:
@@ -115,7 +120,7 @@ def public_key(path: Path, flag: str) -> TrustedKey:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ec
     except ImportError:
-        raise ModelError(f"signatures need the cryptography library: {_REMEDY}") from None
+        raise ModelError(f"signatures need the cryptography library: {_INSTALL}") from None
     check_name(path.stem, f"{flag} {path}")
     try:
         with path.open("rb") as file:
@@ -131,9 +136,24 @@ def public_key(path: Path, flag: str) -> TrustedKey:
             raise ValueError("it is another kind of key")
     except (OSError, ValueError, TypeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        wanted = "give a PEM file with an elliptic-curve public key (P-256, P-384 or P-521)"
-        raise ConfigError(f"{flag} {path} cannot be used ({reason}): {wanted}") from None
+        remedy = "give a PEM file with an elliptic-curve public key (P-256, P-384 or P-521)"
+        raise ConfigError(f"{flag} {path} cannot be used ({reason}): {remedy}") from None
     return named(path.stem, public)
+
+
+def check_private_key(path: Path) -> TrustedKey:
+    """Return the public part of a private key that can sign. Raises ConfigError for any other file."""
+    library("signing")
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        private = load_pem_private_key(path.read_bytes(), None)
+        if not isinstance(private, ec.EllipticCurvePrivateKey) or private.curve.name not in CURVES:
+            raise ValueError("it is another kind of key")
+    except (OSError, ValueError, TypeError) as error:
+        raise _unusable_private_key(path, error) from None
+    return named(path.stem, private.public_key())
 
 
 def named(name: str, public: "EllipticCurvePublicKey") -> TrustedKey:
@@ -142,6 +162,44 @@ def named(name: str, public: "EllipticCurvePublicKey") -> TrustedKey:
 
     der, pem = (public.public_bytes(form, PublicFormat.SubjectPublicKeyInfo) for form in (Encoding.DER, Encoding.PEM))
     return TrustedKey(name, "sha256:" + hashlib.sha256(der).hexdigest(), pem)
+
+
+def sign(folder: Path, key: Path) -> None:
+    """Write `model.sig` into `folder`: a signature of all its other files by the private key in the PEM file `key`.
+
+    Raises ConfigError if the key cannot be used.
+    """
+    config = library("signing").Config().set_hashing_config(AllFiles(name="model"))
+    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+        signature = Path(scratch) / layout.SIGNATURE
+        try:
+            config.use_elliptic_key_signer(private_key=key).sign(folder.resolve(), signature)
+        except (OSError, ValueError, TypeError) as error:
+            raise _unusable_private_key(key, error) from None
+        output.write_text(folder / layout.SIGNATURE, signature.read_text(encoding="utf-8"))
+
+
+def sign_complete(folder: Location, key: Path) -> bool:
+    """Sign a complete directory, unless a good signature by `key` is there. Return True if it was signed now.
+
+    Raises ManifestError if its files are not as its manifest states, OutputError for an unsigned directory in a store.
+    """
+    manifest.read_unchanged(folder)
+    try:
+        verify(open_folder(folder), [check_private_key(key)])
+    except CheckpointError:  # not signed, by another key, or files came later
+        if not isinstance(folder, Path):
+            raise OutputError(
+                f"{folder} is complete and not signed with {key}: give --overwrite to make and sign it again"
+            ) from None
+        sign(folder, key)
+        return True
+    return False
+
+
+def _unusable_private_key(path: Path, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ConfigError(f"--sign-key {path} cannot be used ({reason}): {_PRIVATE_KEY}")
 
 
 def verify(folder: Folder, keys: Sequence[TrustedKey]) -> Signed:
@@ -177,13 +235,13 @@ def _verify(folder: LocalFolder, keys: Sequence[TrustedKey]) -> Signed:
         except Exception as error:  # the library lets its parsers' errors pass
             reason = f"its signature was changed, or is not by {key.name}"
             if hashing.files:  # these are hashed once the signature itself is verified
-                reason = _differences(signature, hashing.files) or " ".join(str(error).split())
+                reason = _signature_mismatches(signature, hashing.files) or " ".join(str(error).split())
             raise CheckpointError(reason) from None
     return Signed(key, folder, hashing.files)
 
 
-def _differences(signature: bytes, files: Mapping[str, str]) -> str:
-    """Return which files are not as a verified signature states them, in words."""
+def _signature_mismatches(signature: bytes, files: Mapping[str, str]) -> str:
+    """Return in words which files differ from those that a verified signature covers."""
     try:
         envelope = json_value(signature, SIGNATURE_LIMIT)["dsseEnvelope"]
         predicate = json_value(base64.b64decode(envelope["payload"]), SIGNATURE_LIMIT)["predicate"]
@@ -226,4 +284,4 @@ def library(module: str) -> Any:
     try:
         return importlib.import_module(f"model_signing.{module}")
     except ImportError:
-        raise ModelError(f"signatures need the model-signing library: {_REMEDY}") from None
+        raise ModelError(f"signatures need the model-signing library: {_INSTALL}") from None

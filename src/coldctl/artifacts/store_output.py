@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coldctl.artifacts import layout
-from coldctl.artifacts.partial_output import IDENTITY, LEASE, claim, clear
+from coldctl.artifacts.layout import IDENTITY, LEASE, claim, clear
 from coldctl.common.errors import BusyError, OutputError
 from coldctl.common.progress import Progress
 from coldctl.storage import conditional_write

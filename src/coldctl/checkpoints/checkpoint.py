@@ -18,7 +18,7 @@ from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.checkpoints.header import DTYPES, HEADER_LIMIT, TENSOR_LIMIT, Tensor, json_object, read_header
 from coldctl.common.errors import CheckpointError, ModelError
-from coldctl.storage.files import Folder, Reader
+from coldctl.storage.local import Folder, Reader
 
 CONFIG_LIMIT = 16 << 20  # bytes of config.json; tens of thousands of label names take most of it
 

@@ -23,7 +23,7 @@ from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, open_tensors, 
 from coldctl.checkpoints.header import DTYPES, Tensor, rounded
 from coldctl.checkpoints.writer import Layout, WeightsWriter, file_order
 from coldctl.common.errors import CheckpointError
-from coldctl.storage.files import Folder
+from coldctl.storage.local import Folder
 
 ENCODINGS: Mapping[str, str] = {"delta-bf16": "BF16", "delta-int8": "I8"}  # and the dtype of their tensors
 _SCALE = ".scale"

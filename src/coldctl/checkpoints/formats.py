@@ -11,7 +11,7 @@ from coldctl.checkpoints.deltas import open_delta
 from coldctl.checkpoints.lora import open_adapter
 from coldctl.checkpoints.pickles import open_pickled
 from coldctl.common.errors import ModelError
-from coldctl.storage.files import Folder
+from coldctl.storage.local import Folder
 
 
 def open_contribution(folder: Folder, name: str, base: Checkpoint | None, *, allow_pickle: bool = False) -> Checkpoint:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from coldctl.common.errors import CheckpointError
 from coldctl.common.parsing import json_value
-from coldctl.storage.files import Reader
+from coldctl.storage.local import Reader
 
 HEADER_LIMIT = 4 << 20  # bytes; the largest encoders need a tenth of it
 TENSOR_LIMIT = 20_000  # tensors in one checkpoint, and shards of one

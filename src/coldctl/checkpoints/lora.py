@@ -24,7 +24,7 @@ from coldctl.checkpoints.checkpoint import (
 from coldctl.checkpoints.header import DTYPES, Tensor, json_object, rounded
 from coldctl.common.errors import CheckpointError
 from coldctl.config.settings import HIGHEST_RANK
-from coldctl.storage.files import Folder
+from coldctl.storage.local import Folder
 
 _SIMPLE_PATTERN = re.compile(r"[\w.\\*|\[\]-]{1,200}")
 _MOST_PATTERNS, _MOST_STARRED, _MOST_STARS = 1000, 16, 2  # what is matched in no time, whatever the names

@@ -13,7 +13,7 @@ from coldctl.artifacts import layout
 from coldctl.checkpoints.checkpoint import Checkpoint, InMemory, body_names, read_model_config
 from coldctl.checkpoints.header import DTYPES, Tensor
 from coldctl.common.errors import CheckpointError
-from coldctl.storage.files import Folder
+from coldctl.storage.local import Folder
 
 _PLAIN_DTYPES = (
     "torch.float64",

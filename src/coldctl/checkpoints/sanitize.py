@@ -17,7 +17,7 @@ from coldctl.artifacts import layout
 from coldctl.checkpoints.checkpoint import CONFIG_LIMIT, read_model_config
 from coldctl.checkpoints.header import HEADER_LIMIT, json_object
 from coldctl.common.errors import ModelError
-from coldctl.storage.files import Folder, LocalFolder
+from coldctl.storage.local import Folder, LocalFolder
 from coldctl.storage.location import Location
 
 CODE = (

@@ -18,7 +18,7 @@ from coldctl.fusing.blocks import block_length
 from coldctl.fusing.compatibility import compare
 from coldctl.fusing.contributions import Contribution, load_contributions
 from coldctl.fusing.passes import manifest_mismatches
-from coldctl.storage.files import open_folder
+from coldctl.storage.remote import open_folder
 
 NOT_EXAMINED: tuple[str, ...] = ("values (not-a-number, infinity)", "digests of files and body")
 NOT_EXAMINED_DEEP: tuple[str, ...] = ("whether its data or training were what its manifest says",)

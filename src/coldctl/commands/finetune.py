@@ -7,16 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from coldctl.artifacts import layout, manifest, output
+from coldctl.artifacts import layout, manifest, output, signatures
 from coldctl.artifacts.model_ref import memory_needed
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.checkpoint import open_checkpoint
 from coldctl.common.digests import derived_seed
-from coldctl.common.disk_errors import as_os_errors
-from coldctl.common.errors import ColdctlError, ConfigError, DataError, DeclinedError, OutputError, TeamError
+from coldctl.common.errors import (
+    ColdctlError,
+    ConfigError,
+    DataError,
+    DeclinedError,
+    OutputError,
+    TeamError,
+    as_os_errors,
+)
 from coldctl.common.progress import Progress
 from coldctl.config.loading import as_record
 from coldctl.data.datasets import Dataset, Limits, load_dataset, metric_of
@@ -25,7 +31,7 @@ from coldctl.data.sources import is_hub
 from coldctl.evaluation import scoring
 from coldctl.evaluation.charts import training_chart
 from coldctl.fusing.passes import verify_checkpoint
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 from coldctl.storage.location import is_url, locate
 from coldctl.training import distributed
 from coldctl.training.distributed import Team
@@ -84,7 +90,7 @@ def finetune(job: Job, threads: int, progress: Progress) -> Finetuned:
         job, work, folder = _begin(job, team, stack, progress)
         destination = locate(job.destination)
         if folder is None:
-            signed = key is not None and team.is_main and _signing().sign_complete(destination, key)
+            signed = key is not None and team.is_main and signatures.sign_complete(destination, key)
             return Finetuned(job.name, job.destination, True, manifest.read(destination), 0.0, None, None, signed)
         try:
             _log_inputs(job, work.dataset, progress)
@@ -144,7 +150,7 @@ def _prepared(job: Job) -> Prepared:
     data = [] if is_hub(job.dataset.path) else [job.dataset.path]
     output.refuse_overlap(locate(job.destination), [job.base.place, *data])
     if job.options.sign_key is not None:
-        _signing().check_key(job.options.sign_key)
+        signatures.check_private_key(job.options.sign_key)
     if job.options.log.kind:
         _check_log_folder(job)
     config = job.config
@@ -265,12 +271,5 @@ def _complete(job: Job, work: Prepared, learned: "Learned", folder: Path, thread
 
     document = write_manifest(job, work, learned, folder, threads)
     if job.options.sign_key is not None:
-        _signing().sign(folder, job.options.sign_key)
+        signatures.sign(folder, job.options.sign_key)
     return document
-
-
-def _signing() -> ModuleType:
-    """Return the signing module, imported on use because its library takes long to load."""
-    from coldctl.artifacts import signing
-
-    return signing

@@ -33,8 +33,8 @@ from coldctl.fusing.distributed import spread_over
 from coldctl.fusing.fusion import DrawChart, Fusion, check_config
 from coldctl.fusing.late import Ancestry
 from coldctl.fusing.record import FuseRequest
-from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, locate
+from coldctl.storage.remote import open_folder
 from coldctl.workers.jobs import Engine
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from coldctl.artifacts import layout, manifest, output
+from coldctl.artifacts import layout, manifest, output, signatures
 from coldctl.artifacts.manifest import Manifest
-from coldctl.artifacts.model_ref import Model
+from coldctl.artifacts.model_ref import HUB_ID, Model
 from coldctl.checkpoints import sanitize
 from coldctl.checkpoints.body_export import WrittenBody, write_body, write_config
 from coldctl.checkpoints.checkpoint import Checkpoint, open_checkpoint
@@ -24,14 +24,13 @@ from coldctl.evaluation.charts import gain_chart
 from coldctl.fusing.passes import verify_checkpoint
 from coldctl.publishing import privacy, tokenizer
 from coldctl.publishing.card import CardContext, EarlierCard, card, earlier_card
-from coldctl.publishing.targets import DryTarget, LocalTarget, StoreTarget, Target, Upload, current_in
-from coldctl.storage.files import open_folder
+from coldctl.publishing.targets import LocalTarget, StoreTarget, Target, Upload, current_in, scratch_upload
 from coldctl.storage.location import Location, is_url
+from coldctl.storage.remote import open_folder
 
-# What an evaluation's directory gives to the published one.
+# Files of an evaluation that are published with the model.
 _EVALUATION_FILES = (layout.RESULTS, layout.REPORT, layout.PAGE)
 _POOLING = "1_Pooling"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Published:
 
 @dataclass
 class _Work:
-    """A publication in progress: its inputs, and what was derived from them."""
+    """A publication in progress: its inputs, and values derived from them."""
 
     model: Model
     source: Checkpoint
@@ -70,24 +69,21 @@ class _Work:
         return ", ".join(sorted(before)) if self.config.dtype and before != {self.config.dtype} else None
 
 
-def target_of(to: str, progress: Progress, *, private: bool, create_pr: bool, dry_run: bool) -> Target:
-    """Return the target that `--to` means; with `dry_run` one that nothing is sent to.
+def target_of(to: str, progress: Progress, *, private: bool, create_pr: bool) -> Target:
+    """Return the target that `--to` means.
 
     Raises ConfigError for a name that the Hub refuses, or a flag that only the Hub knows.
     """
-    target: Target
     if to.startswith("hf://"):
         from coldctl.publishing import hub
 
-        target = hub.target(to, progress, private=private, create_pr=create_pr)
-    elif private or create_pr:
+        return hub.target(to, progress, private=private, create_pr=create_pr)
+    if private or create_pr:
         flag = "--private" if private else "--create-pr"
         raise ConfigError(f"{flag} is about repositories on the Hub: give --to hf://ORG/NAME, or leave it out")
-    elif to.startswith("hf:"):
+    if to.startswith("hf:"):
         raise ConfigError(f"--to {to}: write hf://{to.removeprefix('hf:').lstrip('/')}")
-    else:
-        target = StoreTarget(to, progress) if is_url(to) else LocalTarget(Path(to).expanduser())
-    return DryTarget(target) if dry_run else target
+    return StoreTarget(to, progress) if is_url(to) else LocalTarget(Path(to).expanduser())
 
 
 def publish(
@@ -98,10 +94,12 @@ def publish(
     evaluation: Location | None,
     sign_key: Path | None,
     overwrite: bool,
+    dry_run: bool,
     progress: Progress,
 ) -> Published:
     """Publish `model` at `target`: weights, config, tokenizer, card and manifest, loaded once as its users will load it.
 
+    With `dry_run` everything is made in a temporary directory, and nothing is sent.
     Raises ConfigError without a licence, ManifestError for an evaluation of another model, CheckpointError if the
     written model does not give the source model's features, OutputError if the target cannot be written.
     """
@@ -111,10 +109,11 @@ def publish(
     if target.is_done(work.key, overwrite=overwrite):
         document = target.current()[1]
         assert document is not None
-        target.repair_tag(_tag(document))
+        if not dry_run:
+            target.repair_tag(_tag(document))
         return Published(target.label, document, unchanged=True)
     earlier = _earlier_cards(work, target)
-    with target.writing() as upload:
+    with scratch_upload(target.label) if dry_run else target.writing() as upload:
         document = _fill(work, target, upload, earlier)
         files = {
             path.relative_to(upload.folder).as_posix(): path.stat().st_size
@@ -134,9 +133,7 @@ def _prepared(
 ) -> _Work:
     """Check and read the inputs, so that everything that can be refused is refused before a byte is written."""
     if sign_key is not None:
-        from coldctl.artifacts import signing
-
-        signing.check_key(sign_key)
+        signatures.check_private_key(sign_key)
     if config.name is not None:
         check_name(config.name, "--name")
     if config.base_model is not None and _hub_id(config.base_model) is None:
@@ -159,7 +156,7 @@ def _prepared(
 
 
 def _hub_id(name: object) -> str | None:
-    return name if isinstance(name, str) and _HUB_ID.fullmatch(name) else None
+    return name if isinstance(name, str) and HUB_ID.fullmatch(name) else None
 
 
 def _name(stated: str, target: Target) -> str:
@@ -247,9 +244,7 @@ def _fill(work: _Work, target: Target, upload: Upload, earlier: list[EarlierCard
     public = [str(work.source.config.get("model_type")), *filter(None, by_publisher)]
     privacy.search(folder, places, written.by_people, public)
     if work.sign_key is not None:
-        from coldctl.artifacts import signing
-
-        signing.sign(folder, work.sign_key)
+        signatures.sign(folder, work.sign_key)
     number = document.get("iteration")
     upload.tag = _tag(document)
     upload.message = f"{work.name}, iteration {number}" if number else work.name

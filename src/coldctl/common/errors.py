@@ -4,9 +4,12 @@ A message says what is wrong, where, and what to do about it. `details` holds on
 for the errors that list all of them.
 """
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-_LONGEST = 3000  # characters of a message; one that quotes a stranger's file could have millions
+_LONGEST = 3000  # characters of a message, which may quote a stranger's file
 
 
 def _bounded(message: str) -> str:
@@ -14,7 +17,7 @@ def _bounded(message: str) -> str:
 
 
 class ColdctlError(Exception):
-    """Anything that a user is told in words instead of a traceback."""
+    """Any error that is shown as a message instead of a traceback."""
 
     exit_code = 2
 
@@ -24,28 +27,28 @@ class ColdctlError(Exception):
         super().__init__(self.message)
 
     def __reduce__(self) -> tuple[type["ColdctlError"], tuple[str, tuple[str, ...]]]:
-        """Keep `details` on the way back from a worker process."""
+        """Pickle with `details`, for the way back from a worker process."""
         return type(self), (self.message, self.details)
 
 
 class InputError(ColdctlError):
-    """The caller's input or usage is wrong (exit code 2)."""
+    """Wrong input or usage (exit code 2)."""
 
 
 class ConfigError(InputError):
-    """A configuration file or flag has an unknown key, a wrong type or an impossible value."""
+    """A configuration file or flag with an unknown key, a wrong type or an impossible value."""
 
 
 class DataError(InputError):
-    """A dataset is missing, unreadable, or cannot be learned from."""
+    """A dataset that is missing, unreadable, or cannot be learned from."""
 
 
 class ModelError(InputError):
-    """A model reference that cannot be found, fetched, or used as an encoder."""
+    """A model that cannot be found, fetched, or used as an encoder."""
 
 
 class CheckpointError(InputError):
-    """A checkpoint's files are corrupt, unsafe, or do not fit the base model."""
+    """A checkpoint whose files are corrupt, unsafe, or do not fit the base model."""
 
 
 class ManifestError(InputError):
@@ -57,18 +60,32 @@ class OutputError(InputError):
 
 
 class BusyError(OutputError):
-    """An output that a living command is writing at this moment: wait, and it may be there."""
+    """An output that another command is writing now."""
 
 
 class DeclinedError(ColdctlError):
-    """The work ran and the answer is no (exit code 3)."""
+    """Work that ran, with a negative result (exit code 3)."""
 
     exit_code = 3
 
 
 class TeamError(DeclinedError):
-    """One of several processes that train together failed where the others cannot know: all of them must end."""
+    """A failure in one of several processes that train together, after which all of them must end."""
 
 
 class WorkerError(DeclinedError):
-    """A worker process ended without an answer, killed from outside or out of memory."""
+    """A worker process that ended without an answer: it was killed, or out of memory."""
+
+
+@contextmanager
+def as_os_errors() -> Iterator[None]:
+    """Raise operating system errors that the safetensors library reports in the block as OSError, such as a full disk."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None:
+            raise
+        raise OSError(int(match[1]), os.strerror(int(match[1]))) from error

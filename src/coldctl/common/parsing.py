@@ -1,7 +1,7 @@
 """Parse and validate JSON and TOML from strangers, within limits.
 
-What a parser of the standard library does with hostile text is bounded before or right after it: bytes, values, depth,
-digits of a number, dots of a key. Names that stand twice are refused, because two readers could take different ones.
+The parsers of the standard library have no limits, so these are checked before or right after them: bytes, values, depth,
+digits of a number, dots of a key. Duplicate keys are refused, because two readers could take different ones.
 """
 
 import json
@@ -20,7 +20,7 @@ _MOST_IN_A_ROW = 500_000  # most of them commas in texts
 DEEPEST = 32  # lists and objects inside each other
 LONGEST_NUMBER = 100  # characters of a whole number: more than any float holds
 _LONGEST_PROBLEM = 200  # characters; it may quote a value of the document
-# So many names joined by dots nest so deep; the parser takes the square of their number to read them.
+# A key of so many names nests too deeply; the parser's time grows with the square of their number.
 _DOTTED = re.compile(r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')\s*+\.\s*+){32}""")
 
 
@@ -120,12 +120,12 @@ def _check_size(data: bytes, largest: int) -> None:
 
 
 def _check_depth(document: Any) -> list[Any]:
-    """Refuse what is nested too deeply, level by level; returns what is neither list nor object. Raises ValueError."""
+    """Return the values that are neither list nor object. Raises ValueError for a document that is nested too deeply."""
     level, leaves = [document], []
     for _ in range(DEEPEST + 1):
-        inner = [item for item in level if type(item) in (dict, list)]
-        leaves += [item for item in level if type(item) not in (dict, list)]
-        level = [value for item in inner for value in (item.values() if type(item) is dict else item)]
+        nested = [value for value in level if type(value) in (dict, list)]
+        leaves += [value for value in level if type(value) not in (dict, list)]
+        level = [inner for value in nested for inner in (value.values() if type(value) is dict else value)]
         if not level:
             return leaves
     raise ValueError(f"nested more than {DEEPEST} deep")

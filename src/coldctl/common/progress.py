@@ -11,16 +11,16 @@ class Progress(Protocol):
     """Receives what happens in a command. Calls come from one process, possibly from several threads."""
 
     def begin(self, task: str, total: int | None, unit: str) -> None:
-        """Start (or restart) a bar called `task` that counts `total` of `unit`; None where the end is unknown."""
+        """Start (or restart) a bar called `task` that counts to `total` in `unit`; None if the end is unknown."""
 
     def advance(self, task: str, steps: int, detail: str = "") -> None:
         """Count `steps` more units of `task`; `detail` replaces the short text beside the bar."""
 
     def end(self, task: str) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
 
     def note(self, message: str) -> None:
-        """Say one line of prose that should stay on the screen."""
+        """Print one line that stays on the screen."""
 
 
 @runtime_checkable
@@ -31,18 +31,20 @@ class Drawing(Progress, Protocol):
         """Draw nothing until the block ends."""
 
 
-class _Silent:
+class Silent:
+    """A listener that ignores everything."""
+
     def begin(self, task: str, total: int | None, unit: str) -> None:
-        pass
+        """Ignore the start."""
 
     def advance(self, task: str, steps: int, detail: str = "") -> None:
-        pass
+        """Ignore the steps."""
 
     def end(self, task: str) -> None:
-        pass
+        """Ignore the end."""
 
     def note(self, message: str) -> None:
-        pass
+        """Ignore the message."""
 
 
-SILENT: Progress = _Silent()
+SILENT: Progress = Silent()

@@ -1,12 +1,14 @@
 """Make a stranger's text safe to show.
 
-Names, labels, licences and reasons may come from anybody. Nothing else in the project decides which characters may pass.
+Names, labels, licences and reasons may come from anybody. Only this module decides which characters may pass.
 """
 
 import json
 import re
+from collections.abc import Callable
+from typing import Any
 
-# An absolute path of this machine or another one: two parts at least, after a blank, quote, bracket or nothing.
+# An absolute path of any machine, of two names at least, after a blank, quote, bracket or nothing.
 ABSOLUTE_PATH = re.compile(
     r"(?<![\w.:/\\~-])(?:file://)?(?:~[\w.-]*|[A-Za-z]:\\|/(?=[\w.@+~-]+/))[^\s\"'<>|,;:()\[\]{}]*"
 )
@@ -16,7 +18,7 @@ _LINE_START = re.compile(r"[-+](?=\s|[-\s]*$)|\d+(?=\.(?:\s|$))")
 
 
 def printable(text: object) -> str:
-    """One line without anything that a terminal or an eye would obey: escape codes, line ends, turned directions.
+    """Return one line without escape codes, line ends and characters that change the direction of writing.
 
     >>> printable("a\\x1b[31m b\\n" + chr(0x202E) + "c")
     'a�[31m b �c'
@@ -31,7 +33,7 @@ def printable(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    r"""Plain text in a Markdown document: no markup, HTML, links, mentions or formulas, wherever it stands.
+    r"""Escape plain text for a Markdown document: no markup, HTML, links, mentions or formulas.
 
     >>> print(markdown("[x](http://y) <b> a_b _c_ www.z 1|2"))
     \[x\]\(http:\//y\) \<b\> a_b \_c\_ www\.z 1\|2
@@ -45,7 +47,7 @@ def markdown(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Plain text in a Markdown code span, its marks included.
+    """Return plain text as a Markdown code span.
 
     >>> code("a`b")
     '`ab`'
@@ -54,7 +56,7 @@ def code(text: object) -> str:
 
 
 def chart(text: object, longest: int = 1000) -> str:
-    r"""Plain text in a chart, cut to so many characters: no formulas.
+    r"""Escape plain text for a chart, without formulas, cut to `longest` characters.
 
     >>> chart("$x$ and more", 5)
     '\\$x\\$ …'
@@ -63,14 +65,14 @@ def chart(text: object, longest: int = 1000) -> str:
     return (words if len(words) <= longest else words[: longest - 1] + "…").replace("$", r"\$")
 
 
-def json_document(value: object) -> str:
-    """Indented JSON with every character that is not printable spelt as an escape of JSON's own."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+def json_document(value: object, default: Callable[[Any], Any] | None = None) -> str:
+    """Return indented JSON in which every character that is not printable is escaped; `default` as in `json.dumps`."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, default=default)
     if text.replace("\n", "").isprintable():
         return text
     return "".join(letter if letter.isprintable() or letter == "\n" else json.dumps(letter)[1:-1] for letter in text)
 
 
 def is_path(text: object) -> bool:
-    """Whether a value is nothing but an absolute path."""
+    """Return True if a value is an absolute path and nothing else."""
     return isinstance(text, str) and ABSOLUTE_PATH.fullmatch(text) is not None

@@ -27,8 +27,8 @@ class Setting:
     """One field of a settings class."""
 
     name: str
-    type: Any  # without help, range of its own, and None
-    hint: Any  # as it is written
+    type: Any  # without metadata and None
+    hint: Any  # as annotated
     default: Any  # dataclasses.MISSING without one
     help: str
     default_words: str
@@ -38,18 +38,18 @@ class Setting:
 
     @property
     def flag(self) -> str:
-        """The option of the command line; of a boolean both of them."""
+        """Return the option of the command line, with its negation for a boolean."""
         name = self.name.replace("_", "-")
         return f"--{name}/--no-{name}" if self.type is bool else f"--{name}"
 
     @property
     def many(self) -> bool:
-        """Whether it takes a list."""
+        """Return True if it takes a list."""
         return typing.get_origin(self.type) is tuple
 
     @property
     def type_words(self) -> str:
-        """The type as a reader sees it: its choices, or what can be written."""
+        """Return the type in words: its choices, or the kind of value."""
         if self.choices:
             return f"{'list of ' if self.many else ''}{', '.join(self.choices)}"
         return "text or a list of texts" if typing.get_args(self.type) else _TYPES.get(self.type, "text or a number")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from coldctl.artifacts import output
 from coldctl.common.digests import digest_of
-from coldctl.common.disk_errors import as_os_errors
+from coldctl.common.errors import as_os_errors
 from coldctl.storage import user_cache
 from coldctl.storage.location import Location
 

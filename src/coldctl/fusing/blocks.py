@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from coldctl.checkpoints.checkpoint import Checkpoint
 from coldctl.checkpoints.digests import digest_prelude
 from coldctl.checkpoints.header import DTYPES, Tensor
-from coldctl.storage.files import RemoteFolder, look_ahead
+from coldctl.storage.remote import RemoteFolder, look_ahead
 
 MEMORY = 48 << 20  # bytes of buffers, over both sets
 _LARGEST = 1 << 18  # elements per block: what still fits the processor's shared cache

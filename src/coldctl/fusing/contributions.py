@@ -22,8 +22,9 @@ from coldctl.checkpoints.formats import open_contribution
 from coldctl.common.errors import ColdctlError, ManifestError, ModelError
 from coldctl.common.progress import Progress
 from coldctl.fusing.late import Ancestry
-from coldctl.storage.files import Folder, LocalFolder, RemoteFolder, look_ahead, open_folder, remote_folders
+from coldctl.storage.local import Folder, LocalFolder
 from coldctl.storage.location import Location, children, is_url
+from coldctl.storage.remote import RemoteFolder, look_ahead, open_folder, remote_folders
 
 _OTHER_FILES = 256  # that a process has open beside its inputs: libraries, sockets, the output
 _AT_ONCE = 16  # checkpoints in a store that are opened side by side

@@ -40,8 +40,8 @@ from coldctl.fusing.recipe import OUTER_STATES, Method, Need, Recipe, shares_of,
 from coldctl.fusing.record import FuseRequest, contribution_record, model_name, public_record
 from coldctl.fusing.statistics import UpdateStatistics, names_of, outliers
 from coldctl.fusing.writer import Written, output_dtype, write
-from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location
+from coldctl.storage.remote import open_folder
 
 DrawChart = Callable[[Sequence[ContributionRecord], Location], None]  # norms and angles of the updates, into a file
 

@@ -31,8 +31,8 @@ from coldctl.fusing.blocks import Array, Block, Chunk, Digester, chunks_of, read
 from coldctl.fusing.passes import Inputs, PassResult, Spread, Verifier, joined, run_chunks
 from coldctl.fusing.recipe import OUTER_STATES, Recipe, outer_step
 from coldctl.fusing.statistics import UpdateStatistics
-from coldctl.storage.files import open_folder
 from coldctl.storage.location import Location, in_store
+from coldctl.storage.remote import open_folder
 
 _PENDING = 4  # chunks that wait for the writing thread
 

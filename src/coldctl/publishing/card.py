@@ -1,9 +1,14 @@
-"""Model card: fill the template from manifest and evaluation."""
+"""Model card: fill the template from manifest and evaluation.
 
+`card.md.jinja` is its text. A generated block stands between the lines `<!-- coldctl:begin NAME -->` and
+`<!-- coldctl:end NAME -->`. Everything outside these blocks was written by people, and is kept.
+"""
+
+import difflib
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ from typing import Any
 from coldctl.artifacts import layout
 from coldctl.artifacts.lineage import generations, mermaid
 from coldctl.artifacts.manifest import Manifest
+from coldctl.common.errors import OutputError
 from coldctl.common.text import code, markdown, printable
 from coldctl.evaluation.markdown import (
     overlap_sentences,
@@ -19,13 +25,15 @@ from coldctl.evaluation.markdown import (
     score_table,
     verdict_in_words,
 )
-from coldctl.publishing import handwritten, licenses, privacy
+from coldctl.publishing import licenses, privacy
 from coldctl.publishing.history import fused_generations, history, with_ancestors
 
 PAPER = "https://arxiv.org/abs/2212.01378"
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
+_MARKER = re.compile(r"^[ \t]*<!--[ \t]*coldctl:(begin|end)[ \t]+([\w-]+)[ \t]*-->[ \t]*$", re.MULTILINE)
+_TOP = ""  # the name of the place above the first block
 _TAGS = ("cold-fusion", "model-recycling", "coldctl", "sentence-transformers")
-# What the Hub calls our metrics, and what it calls encoders that are older than its owners' names.
+# The Hub's names of our metrics, and the owners of encoders that are older than owners' names.
 _METRICS = {"macro_f1": "f1", "matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
 _OWNERS = {
     "FacebookAI": ("roberta-base", "roberta-large", "xlm-roberta-base", "xlm-roberta-large"),
@@ -38,7 +46,7 @@ _TENSORFLOW = {
     "albert", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "esm", "flaubert", "funnel",
     "longformer", "mobilebert", "mpnet", "rembert", "roberta", "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta",
 }  # fmt: skip
-# Those that count positions from the padding id on, which is always 1 in their TensorFlow classes, whatever the config says.
+# Those that count positions from the padding id on: their TensorFlow classes take 1 for it, whatever the config says.
 _PADDED_BY_ONE = {"camembert", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"}
 
 
@@ -48,19 +56,19 @@ class CardContext:
 
     name: str
     reference: str  # what its users load it by
-    page: str | None  # the URL of its files, where it has one
+    page: str | None  # the URL of its files, if it has one
     language: str
-    base_model: str | None  # a Hub id that the publisher gave
+    base_model: str | None  # Hub id that the publisher gave
     model_config: Mapping[str, Any]
     document: Manifest
     results: dict[str, Any] | None
-    converted_from: str | None  # the dtype it was measured in, if it is published in another one
+    converted_from: str | None  # dtype it was measured in, if it is published in another one
     onnx: bool
 
 
 @dataclass(frozen=True)
 class Card:
-    """A model card, what of it people wrote, and the sentences about licences that do not fit."""
+    """A model card, the text in it that people wrote, and the sentences about licences that do not fit."""
 
     text: str
     by_people: str
@@ -69,7 +77,7 @@ class Card:
 
 @dataclass(frozen=True)
 class EarlierCard:
-    """What people wrote into a card that was there before: entries of its front matter, and words between the blocks."""
+    """The text that people wrote into an earlier card: entries of its front matter, and words between the blocks."""
 
     metadata: Mapping[str, Any]
     words: Mapping[str, str]
@@ -78,7 +86,7 @@ class EarlierCard:
 
 def earlier_card(text: str, label: str) -> EarlierCard:
     """Read a card that was published before. Raises OutputError, naming it by `label`, if its markers are not in pairs."""
-    blocks, words = handwritten.split(_split(text)[1], label)
+    blocks, words = _parse_blocks(_split_front_matter(text)[1], label)
     return EarlierCard(_metadata(text), words, bool(blocks))
 
 
@@ -87,8 +95,8 @@ def card(context: CardContext, earlier: Sequence[EarlierCard]) -> Card:
     from huggingface_hub import ModelCard
 
     document = context.document
-    made_of = [item for generation in with_ancestors(document) for item in generation.get("contributions", [])]
-    warnings = licenses.warnings(str(document.get("license")), _distinct(made_of))
+    records = [record for generation in fused_generations(document) for record in generation["contributions"]]
+    warnings = licenses.warnings(str(document.get("license")), records)
     kept: dict[str, Any] = {}
     for before in earlier:
         lists = {key: [*_list(kept.get(key)), *_list(before.metadata.get(key))] for key in ("tags", "datasets")}
@@ -113,8 +121,8 @@ def card(context: CardContext, earlier: Sequence[EarlierCard]) -> Card:
             citation=_citation(context),
         )
     )
-    head, body = _split(text)
-    body, words = handwritten.keep(_tidy(body), [before.words for before in earlier])
+    head, body = _split_front_matter(text)
+    body, words = _keep_words(_tidy(body), [before.words for before in earlier])
     return Card(f"{head}\n{body}", "\n".join([*added, words]), warnings)
 
 
@@ -189,7 +197,7 @@ def _provenance(entry: Mapping[str, Any], results: Mapping[str, Any]) -> dict[st
     """Return how a score was measured, for the entry beside it."""
     return {
         "protocol": entry["protocol"],
-        "seeds": [item["seed"] for item in entry["seeds"]],
+        "seeds": [run["seed"] for run in entry["seeds"]],
         "test_examples": entry["num_test"],
         "role": entry["role"],
         "baseline": printable(results["baseline"]["name"]),
@@ -225,7 +233,7 @@ def _gains(results: Mapping[str, Any], document: Manifest) -> list[str]:
     for entry in results["averages"]:
         if entry["group"] == "all":
             low, high = entry["gain_interval"]
-            count = sum(item["protocol"] == entry["protocol"] for item in results["results"])
+            count = sum(result["protocol"] == entry["protocol"] for result in results["results"])
             sentences.append(
                 f"By {entry['protocol']} on {count} datasets it scores {entry['mean']:.1f} on average, "
                 f"{against} {entry['baseline_mean']:.1f}: a gain of {entry['gain']:+.1f} points "
@@ -239,7 +247,7 @@ def _results(context: CardContext) -> str:
     if not results:
         return "This model was published without an evaluation."
     name = results["models"][0]["name"]
-    parts = [
+    sections = [
         f"![gain per dataset]({layout.GAIN_CHART})",
         f"Scores are percent on test splits, gains are points against {_baseline(context, results)} with a 95 % "
         "interval (crossed paired bootstrap over seeds and test examples). Datasets marked seen were those of contributors, "
@@ -247,17 +255,17 @@ def _results(context: CardContext) -> str:
         f"[{layout.REPORT}]({layout.REPORT}).",
     ]
     if name != context.name:
-        parts.append(f"The tables and the picture call this model {markdown(name)}.")
+        sections.append(f"The tables and the picture call this model {markdown(name)}.")
     if context.converted_from:
-        parts.append(f"Measured in {context.converted_from}, before its weights were rounded for this repository.")
+        sections.append(f"Measured in {context.converted_from}, before its weights were rounded for this repository.")
     for protocol in protocols_of(results, name):
-        parts += [f"### {protocol.capitalize()}", "\n".join(score_table(results, name, protocol))]
+        sections += [f"### {protocol.capitalize()}", "\n".join(score_table(results, name, protocol))]
         if protocol == "finetune":
             called = context.base_model if _is_pretrained(results, context.document) else None
-            parts += published_markdown(results, name, called)
+            sections += published_markdown(results, name, called)
     if results.get("overlaps"):
-        parts.append("\n".join(f"- {markdown(sentence)}" for sentence in overlap_sentences(results["overlaps"])))
-    return "\n\n".join(parts)
+        sections.append("\n".join(f"- {markdown(sentence)}" for sentence in overlap_sentences(results["overlaps"])))
+    return "\n\n".join(sections)
 
 
 def _baseline(context: CardContext, results: Mapping[str, Any]) -> str:
@@ -285,13 +293,6 @@ def _citation(context: CardContext) -> str:
     return f"```bibtex\n@misc{{{key},\n{inner}}}\n```"
 
 
-def _distinct(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return each contribution once that occurs in several iterations with the same name and licence."""
-    return list(
-        {(record.get("name"), record.get("license"), record.get("status")): record for record in records}.values()
-    )
-
-
 def _pretrained(document: Manifest) -> Mapping[str, str]:
     """Return name and body digest of the pretrained model; empty if the manifest states none."""
     first: Mapping[str, Any] = with_ancestors(document)[0] if document.get("ancestors") else document.get("base", {})
@@ -313,13 +314,9 @@ def _hub_id(name: str) -> str | None:
 def _datasets(document: Manifest) -> list[str]:
     """Return the contributions' datasets: their Hub ids, else their names."""
     sources = _sources(document)
-    names = [printable(sources.get(name, name)).partition(":")[0] for name in _dataset_names(document)]
-    return list(dict.fromkeys(names))
-
-
-def _dataset_names(document: Manifest) -> list[str]:
     records = [record for generation in fused_generations(document) for record in generation["contributions"]]
-    return [str(record["dataset"]) for record in records if record.get("status") == "fused" and record.get("dataset")]
+    names = [str(record["dataset"]) for record in records if record["status"] == "fused" and record.get("dataset")]
+    return list(dict.fromkeys(printable(sources.get(name, name)).partition(":")[0] for name in names))
 
 
 def _sources(document: Manifest) -> dict[str, str]:
@@ -331,8 +328,8 @@ def _sources(document: Manifest) -> dict[str, str]:
 
 def _tensorflow_class(config: Mapping[str, Any]) -> str | None:
     architectures = config.get("architectures") or []
-    known = config.get("model_type") in _TENSORFLOW and len(architectures) == 1
-    return f"TF{architectures[0]}" if known and str(architectures[0]).isidentifier() else None
+    has_class = config.get("model_type") in _TENSORFLOW and len(architectures) == 1
+    return f"TF{architectures[0]}" if has_class and str(architectures[0]).isidentifier() else None
 
 
 def _unusual_padding(config: Mapping[str, Any]) -> int | None:
@@ -342,12 +339,74 @@ def _unusual_padding(config: Mapping[str, Any]) -> int | None:
 
 
 def _list(value: Any) -> list[str]:
-    items = value if isinstance(value, list) else [value] if value else []
-    return [str(item) for item in items]
+    return [str(entry) for entry in (value if isinstance(value, list) else [value] if value else [])]
 
 
-def _split(text: str) -> tuple[str, str]:
+def _split_front_matter(text: str) -> tuple[str, str]:
     """Return the front matter of a card, with its fences, and its body."""
-    match = re.match(r"---\s*\n.*?\n---[ \t]*\n", text.replace("\r\n", "\n"), flags=re.DOTALL)
-    clean = text.replace("\r\n", "\n")
-    return (clean[: match.end()], clean[match.end() :]) if match else ("", clean)
+    text = text.replace("\r\n", "\n")
+    match = re.match(r"---\s*\n.*?\n---[ \t]*\n", text, flags=re.DOTALL)
+    return (text[: match.end()], text[match.end() :]) if match else ("", text)
+
+
+def _parse_blocks(text: str, label: str) -> tuple[dict[str, str], dict[str, str]]:
+    r"""Return a document's generated blocks by name, and people's words by the block that they follow.
+
+    Raises OutputError, naming the document by `label`, if a marker has no partner or a block occurs twice.
+
+    >>> _parse_blocks("Mine.\n<!-- coldctl:begin a -->\n# A\n<!-- coldctl:end a -->\n\nMine, too.\n", "README.md")[1]
+    {'': 'Mine.', 'a': 'Mine, too.'}
+    """
+    blocks: dict[str, str] = {}
+    words: dict[str, str] = {}
+    opened, last, at = None, _TOP, 0
+    for marker in _MARKER.finditer(text):
+        kind, name = marker.groups()
+        if kind == "begin" and opened is None and name not in blocks:
+            words[last] = text[at : marker.start()].strip("\n")
+            opened, at = name, marker.start()
+        elif kind == "end" and name == opened:
+            blocks[name] = text[at : marker.end()]
+            opened, last, at = None, name, marker.end()
+        else:
+            raise _unbalanced(label, f"{kind} {name}")
+    if opened is not None:
+        raise _unbalanced(label, f"begin {opened}")
+    words[last] = text[at:].strip("\n")
+    return blocks, words
+
+
+def _keep_words(generated: str, earlier: Iterable[Mapping[str, str]]) -> tuple[str, str]:
+    """Put people's words of `earlier` documents, as `_parse_blocks` returns them, into a `generated` one.
+
+    Words stay behind the block that they followed. A document without markers is kept whole below the last block, because
+    nothing tells which of it a person wrote. Returns the document and the words alone.
+    """
+    blocks, kept = _parse_blocks(generated, "the generated document")
+    for words in earlier:
+        last = _TOP if words.keys() - {_TOP} else list(blocks)[-1]
+        for name, text in words.items():
+            last = name if name in blocks else last
+            kept[last] = _union(kept[last], text)
+    texts = [kept[_TOP], *(text for name, block in blocks.items() for text in (block, kept[name]))]
+    return "\n\n".join(filter(None, texts)) + "\n", "\n\n".join(filter(None, kept.values()))
+
+
+def _union(ours: str, theirs: str) -> str:
+    """Return the lines of both texts, with shared lines once."""
+    if not ours or not theirs or ours == theirs:
+        return ours or theirs
+    one, other = ours.split("\n"), theirs.split("\n")
+    lines: list[str] = []
+    for kind, start, end, other_start, other_end in difflib.SequenceMatcher(None, one, other, False).get_opcodes():
+        lines += one[start:end]
+        if kind in ("insert", "replace"):
+            lines += other[other_start:other_end]
+    return "\n".join(lines)
+
+
+def _unbalanced(label: str, marker: str) -> OutputError:
+    return OutputError(
+        f"{label}: the marker <!-- coldctl:{marker} --> has no partner or occurs twice. Leave one begin line and one end "
+        "line of each block, or delete all of them to keep the whole text."
+    )

@@ -9,10 +9,10 @@ from coldctl.artifacts.manifest import GenerationRecord, Manifest
 from coldctl.common.text import code, markdown
 from coldctl.config.settings import FuseConfig
 
-# Settings of a fuse that its card tells: of an outer step, and where they are not the defaults.
+# Settings of fuse on the card: with an outer optimizer, and otherwise those that are not the defaults.
 _OUTER = ("outer_optimizer", "outer_lr", "outer_momentum")
 _ARITHMETIC = ("weights", "max_share", "density", "trim", "byzantine", "position", "common_rows")
-_UNFOLDED = 3  # iterations whose contributions are shown without a click
+_UNFOLDED = 3  # newest iterations, whose tables are not folded
 
 
 def with_ancestors(document: Manifest) -> list[GenerationRecord]:
@@ -52,9 +52,9 @@ def history(document: Manifest) -> str:
 
 
 def _fusing(generation: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Return the settings and the versions that a model was fused with, which a published one states under `fused_by`."""
-    told = generation if generation.get("kind") == "fused" else generation.get("fused_by", {})
-    return told.get("config", {}), told.get("environment", {})
+    """Return the settings and the versions that a model was fused with; a published one states them under `fused_by`."""
+    record = generation if generation.get("kind") == "fused" else generation.get("fused_by", {})
+    return record.get("config", {}), record.get("environment", {})
 
 
 def _recipe(config: Mapping[str, Any]) -> str:
@@ -62,8 +62,8 @@ def _recipe(config: Mapping[str, Any]) -> str:
     if not config:
         return "settings that are not stated"
     scale, effective = config.get("scale", "1"), config.get("effective_scale")
-    told = f" ({effective:.3g})" if isinstance(effective, float) and "auto" in str(scale) else ""
-    words = [f"{code(config.get('method', 'mean'))} with λ = {_plain(scale)}{told}"]
+    automatic = f" ({effective:.3g})" if isinstance(effective, float) and "auto" in str(scale) else ""
+    words = [f"{code(config.get('method', 'mean'))} with λ = {_plain(scale)}{automatic}"]
     if config.get("outer_optimizer", "none") != "none":
         words = [code(config.get("method", "mean")), *(_setting(config, key) for key in _OUTER)]
     changed = (key for key in _ARITHMETIC if config.get(key, getattr(FuseConfig, key)) != getattr(FuseConfig, key))

@@ -6,7 +6,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ from coldctl.artifacts import layout
 from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import ColdctlError, ConfigError, ManifestError, OutputError
 from coldctl.common.progress import Drawing, Progress
-from coldctl.publishing.targets import Upload
+from coldctl.publishing.targets import Target, Upload, scratch_upload
 
 _REFERENCE = re.compile(r"hf://(?P<name>[^@]+?)/?(?:@(?P<revision>.+))?")
 _MAIN = "main"
-_INITIAL = {".gitattributes"}  # what a new repository holds
+_INITIAL = {".gitattributes"}  # files of a new repository
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token of yours that may write"
 _AGAIN = "run the same command again"
-_REQUESTS = 20  # open pull requests that are looked at, newest first
+_REQUESTS = 20  # open pull requests that are searched, newest first
 _TRANSPORT = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "hf_xet")
 
 
@@ -44,34 +43,26 @@ def target(reference: str, progress: Progress, *, private: bool, create_pr: bool
         raise ConfigError(f"--to {reference} names no owner: write hf://ORG/NAME, with your user name or organisation")
     if create_pr and revision != _MAIN:
         raise ConfigError(f"--create-pr asks to change main, not {revision}: leave --create-pr or @{revision} out")
-    return HubTarget(name, revision, private, create_pr, progress)
+    return HubTarget(name, revision, progress, private=private, create_pr=create_pr)
 
 
-@dataclass
-class HubTarget:
+class HubTarget(Target):
     """A model repository. The address is the library's own (`HF_ENDPOINT`), and so is the token (`HF_TOKEN`, or a login).
 
     There is one commit, so a failure leaves the files as they were. A repository, a branch or a pull request that was made
     before the failure stays, and the same command goes on with it.
     """
 
-    name: str
-    revision: str
-    private: bool
-    create_pr: bool
-    progress: Progress
-    label: str = field(init=False)
-    reference: str = field(init=False)
-    page: str | None = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, name: str, revision: str, progress: Progress, *, private: bool, create_pr: bool) -> None:
         import huggingface_hub
 
+        self.name, self.revision = name, revision
+        self.private, self.create_pr, self.progress = private, create_pr, progress
         self._api = huggingface_hub.HfApi(library_name="coldctl")
-        self.label = f"hf://{self.name}" + (f"@{self.revision}" if self.revision != _MAIN else "")
-        self.reference = self.name
-        self.page = f"{self._api.endpoint}/{self.name}/blob/{self.revision}"
-        self._head: str | None = None  # the commit that stands there, or that the branch will begin with
+        self.label = f"hf://{name}" + (f"@{revision}" if revision != _MAIN else "")
+        self.reference = name
+        self.page = f"{self._api.endpoint}/{name}/blob/{revision}"
+        self._head: str | None = None  # the current commit, or the one that a new branch begins with
         self._is_new_branch = False
         self._is_public = False
         self._files: set[str] = set()
@@ -80,7 +71,7 @@ class HubTarget:
         self._asked = False
 
     def is_done(self, identity: str, *, overwrite: bool) -> bool:
-        """Return True if this very work is published already. Raises OutputError if it would replace others' files.
+        """Return True if the same work is published already. Raises OutputError if it would replace others' files.
 
         A model that coldctl published needs no `overwrite`: the Hub keeps every earlier commit.
         """
@@ -90,7 +81,8 @@ class HubTarget:
                 f"{self.label} is public already: make it private in its settings on the Hub, or leave --private out"
             )
         if self._manifest is not None:
-            complete = set(self._manifest["files"]) <= self._files  # somebody may have deleted one by hand
+            # People may have deleted a file by hand.
+            complete = set(self._manifest["files"]) <= self._files
             if complete and not self._is_new_branch and self._manifest.get("identity") == identity:
                 return True
         if self.create_pr and self._is_requested(identity):
@@ -105,7 +97,7 @@ class HubTarget:
         return False
 
     def _is_requested(self, identity: str) -> bool:
-        """Look for an open pull request of this very work: an earlier call may have broken off before its answer came."""
+        """Return True if an open pull request holds the same work: an earlier command may have been cut off after sending it."""
         with self._library("read"):
             requests = self._api.get_repo_discussions(
                 self.name, discussion_type="pull_request", discussion_status="open"
@@ -123,15 +115,16 @@ class HubTarget:
         return self._card, self._manifest
 
     def repair_tag(self, tag: str | None) -> None:
-        """Set the tag that an earlier call, broken off after its commit, could not set."""
+        """Set the tag that an earlier command, interrupted after its commit, could not set."""
         self._ask()
         if tag is None or self.create_pr or self._manifest is None or self._head is None:
             return
         with self._library("tag"):
             if tag in self._tags():
                 document = self._read(layout.MANIFEST, tag)
+                # The tag stays where it is if people have committed on top since.
                 if document is not None and document.get("identity") == self._manifest.get("identity"):
-                    return  # people may have committed on top since
+                    return
             self._tag(tag, self._head)
 
     @contextmanager
@@ -139,9 +132,7 @@ class HubTarget:
         """Yield a temporary directory, and send it as one commit when the block ends well."""
         self._ask()
         self._check_token()  # filling the directory may take long
-        with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-            upload = Upload(Path(scratch) / "published")
-            upload.folder.mkdir()
+        with scratch_upload() as upload:
             yield upload
             self._send(upload)
 
@@ -150,14 +141,13 @@ class HubTarget:
 
         names = {path.relative_to(upload.folder).as_posix() for path in upload.folder.rglob("*") if path.is_file()}
         added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=upload.folder / name) for name in sorted(names)]
-        ours = (
-            {*self._manifest["files"], layout.SIGNATURE} if self._manifest else set()
-        )  # it signs other bytes than these
+        # An earlier signature does not cover the new files.
+        ours = {*self._manifest["files"], layout.SIGNATURE} if self._manifest else set()
         deleted = [CommitOperationDelete(path_in_repo=name) for name in sorted((ours & self._files) - names)]
         operations: list[Any] = [*added, *deleted]
         with self._library("write to", bars=True):
             self._make_missing()
-            # Sent by itself for one argument: without it a .gitignore on the Hub would leave files out in silence.
+            # `create_commit` would do this, too, but a .gitignore on the Hub would then leave files out in silence.
             self._api.preupload_lfs_files(
                 self.name, added, revision=self.revision, create_pr=self.create_pr or None, free_memory=False,
                 gitignore_content="",
@@ -175,7 +165,7 @@ class HubTarget:
         return {ref.name: ref.target_commit for ref in self._api.list_repo_refs(self.name).tags}
 
     def _tag(self, tag: str, commit: str) -> None:
-        """Tag a commit. The tag of an iteration follows what main holds of it; other branches do not take it away."""
+        """Tag a commit. On main the tag of an iteration moves to the new commit; other branches leave an earlier tag alone."""
         before = self._tags().get(tag)
         if before == commit or (before is not None and self.revision != _MAIN):
             return
@@ -190,7 +180,7 @@ class HubTarget:
         with self._library("read"):
             info = self._info(self.revision)
             if info is None and self.revision != _MAIN:
-                info = self._info(_MAIN)  # what a new branch begins with
+                info = self._info(_MAIN)  # a new branch begins with it
                 self._is_new_branch = True
             if info is not None:
                 self._head, self._is_public = info.sha, info.private is False
@@ -200,14 +190,15 @@ class HubTarget:
         self._asked = True
 
     def _info(self, revision: str) -> Any:
-        """Return what the Hub says of a revision; None if it does not exist."""
+        """Return the Hub's description of a revision; None if it does not exist."""
         from huggingface_hub import get_token
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
             return self._api.model_info(self.name, revision=revision)
         except HfHubHTTPError as error:
-            if error.response.status_code == 401:  # to strangers the Hub does not say what exists
+            # Without a valid token the Hub does not say what exists.
+            if error.response.status_code == 401:
                 if get_token() is None:
                     raise self._without_token("read") from None
                 self._api.whoami()
@@ -244,7 +235,7 @@ class HubTarget:
             except HfHubHTTPError as error:
                 if error.response.status_code == 401:
                     raise
-                return  # asked too often, or of a token that may not ask: the commit will tell
+                return  # too many requests, or a token without this right: the commit will fail if it must
         if role == "read":
             raise OutputError(
                 f"cannot write to {self.label}: this token may only read: take a token that may write to {self.name}"
@@ -277,17 +268,13 @@ class HubTarget:
         shown: AbstractContextManager[Any] = nullcontext()
         if drawing is not None:
             shown = _bars_shown()
-        elif constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:  # the user's own word
+        elif constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:  # False: the user asked for bars
             shown = disable_progress_bars()
         logger = logging.getLogger("huggingface_hub")
         level = logger.level
         logger.setLevel(logging.ERROR)  # it prints each of its retries
         try:
-            with (
-                warnings.catch_warnings(),
-                shown,
-                drawing.aside() if drawing is not None else nullcontext(),
-            ):
+            with warnings.catch_warnings(), shown, drawing.aside() if drawing is not None else nullcontext():
                 warnings.simplefilter("ignore")
                 yield
         except ColdctlError:
@@ -301,9 +288,8 @@ class HubTarget:
         """Return the Hub's or the connection's error in one line with its remedy; any other error as it is."""
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-        while (
-            isinstance(error, RuntimeError) and error.__cause__ is not None
-        ):  # "Error while uploading", from the cause
+        # "Error while uploading" has the reason as its cause.
+        while isinstance(error, RuntimeError) and error.__cause__ is not None:
             error = error.__cause__
         said = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, HfHubHTTPError):

@@ -14,35 +14,41 @@ _VAGUE = ("other", "unknown", "proprietary", "openrail", "bigscience-openrail-m"
 
 
 def warnings(license_: str, contributions: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One sentence per way in which fused contributions' licences do not go with the model's `license_`.
+    """Return one sentence per way in which the licences of fused contributions do not fit the model's `license_`.
 
     >>> warnings("mit", [{"name": "a", "license": "cc-by-nc-4.0"}, {"name": "b", "license": "MIT"}])
     ['a is under cc-by-nc-4.0, which forbids commercial use; mit allows it']
     """
-    fused = [item for item in contributions if item.get("status", "fused") == "fused"]
-    by_license: dict[str, list[str]] = {}
-    for item in fused:
-        by_license.setdefault((item.get("license") or "").strip().lower(), []).append(str(item.get("name", "?")))
-    sentences = []
-    for found, names in by_license.items():
-        sentences += [f"{_listed(names)} {words}" for words in _objections(found, license_.lower(), len(names) > 1)]
-    return sentences
+    names_by_license: dict[str, dict[str, None]] = {}
+    for record in contributions:
+        if record.get("status", "fused") == "fused":
+            names = names_by_license.setdefault((record.get("license") or "").strip().lower(), {})
+            names[str(record.get("name", "?"))] = None
+    return [
+        f"{_listed(list(names))} {words}"
+        for license_of_data, names in names_by_license.items()
+        for words in _objections(license_of_data, license_.lower(), several=len(names) > 1)
+    ]
 
 
-def _objections(found: str, own: str, several: bool) -> list[str]:
+def _objections(theirs: str, own: str, *, several: bool) -> list[str]:
     are = "are" if several else "is"
-    if not found:
+    if not theirs:
         return [f"{'do' if several else 'does'} not say under which licence {'they are' if several else 'it is'} given"]
-    if found in _VAGUE:
-        return [f"{are} under {found!r}, whose terms have to be read"]
-    kinds, ours = _kinds(found), _kinds(own)
+    if theirs in _VAGUE:
+        return [f"{are} under {theirs!r}, whose terms have to be read"]
+    kinds, ours = _kinds(theirs), _kinds(own)
     objections = []
     if "non-commercial" in kinds and "non-commercial" not in ours:
-        objections.append(f"{are} under {found}, which forbids commercial use; {own} allows it")
+        objections.append(f"{are} under {theirs}, which forbids commercial use; {own} allows it")
     if "no-derivatives" in kinds:
-        objections.append(f"{are} under {found}, which forbids giving on what is derived from it, and a fused model is")
-    if "share-alike" in kinds and own != found:
-        objections.append(f"{are} under {found}, which asks that what is derived from it keeps that licence, not {own}")
+        objections.append(
+            f"{are} under {theirs}, which forbids giving on what is derived from it, and a fused model is"
+        )
+    if "share-alike" in kinds and own != theirs:
+        objections.append(
+            f"{are} under {theirs}, which asks that what is derived from it keeps that licence, not {own}"
+        )
     return objections
 
 
@@ -51,6 +57,5 @@ def _kinds(license_: str) -> set[str]:
 
 
 def _listed(names: list[str]) -> str:
-    distinct = list(dict.fromkeys(names))
-    shown = distinct if len(distinct) <= 6 else [*distinct[:5], f"{len(distinct) - 5} more"]
+    shown = names if len(names) <= 6 else [*names[:5], f"{len(names) - 5} more"]
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

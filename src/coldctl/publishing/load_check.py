@@ -11,7 +11,7 @@ from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.checkpoints.checkpoint import is_pooler, modern_name, open_checkpoint
 from coldctl.checkpoints.header import DTYPE_NAMES, DTYPES, rounded
 from coldctl.common.errors import CheckpointError
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 from coldctl.training import model as models
 from coldctl.training.batches import collate
 

@@ -26,7 +26,7 @@ class _Features(nn.Module):
         self.names = names
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Int64 [batch, length] each, to float32 [batch, length, width]."""
+        """Return the features, float32 [batch, length, width], of inputs that are int64 [batch, length] each."""
         hidden: torch.Tensor = self.body(**dict(zip(self.names, inputs, strict=True))).last_hidden_state
         return hidden
 
@@ -54,7 +54,7 @@ def export(folder: Path, file: Path) -> float:
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
-            wanted = features(*batch.values()).numpy()
+            expected = features(*batch.values()).numpy()
             program = torch.onnx.export(
                 features, tuple(batch.values()), input_names=list(batch), output_names=["last_hidden_state"],
                 dynamic_shapes=(tuple(axes for _ in batch),), opset_version=_OPSET, dynamo=True, verbose=False,
@@ -63,16 +63,16 @@ def export(folder: Path, file: Path) -> float:
             ClearMetadataAndDocStringPass()(program.model)  # stack traces, with this machine's directories
             program.save(file, external_data=False)
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        names = {item.name for item in session.get_inputs()}
-        found = session.run(None, {name: value.numpy() for name, value in batch.items() if name in names})[0]
+        names = {node.name for node in session.get_inputs()}
+        exported = session.run(None, {name: value.numpy() for name, value in batch.items() if name in names})[0]
     except Exception as error:  # the exporter raises whatever an operator of the model did
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
             f"this architecture could not be exported to ONNX ({reason}): publish without --onnx"
         ) from None
     mask = batch["attention_mask"].numpy()[..., None]
-    worst = float(np.abs((found - wanted) * mask).max())
-    if not worst <= _LARGEST_DIFFERENCE * float(np.abs(wanted * mask).max()):
+    worst = float(np.abs((exported - expected) * mask).max())
+    if not worst <= _LARGEST_DIFFERENCE * float(np.abs(expected * mask).max()):
         raise CheckpointError(
             f"the ONNX model's features differ from PyTorch's by up to {worst:.2g}: publish without --onnx"
         )

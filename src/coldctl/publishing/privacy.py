@@ -15,15 +15,15 @@ from coldctl.artifacts import layout
 from coldctl.common.errors import OutputError
 from coldctl.common.parsing import json_value
 from coldctl.common.text import ABSOLUTE_PATH
-from coldctl.storage.files import SMALL_FILE_LIMIT
+from coldctl.storage.local import SMALL_FILE_LIMIT
 
 _SECRET = re.compile(r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE|ACCESS_?KEY", re.IGNORECASE)
-_SHORTEST_SECRET = 8  # characters; shorter values stand in any text by chance
-_SHORTEST_NAME = 6  # likewise: `root` is a word
+_SHORTEST_SECRET = 8  # characters; shorter values occur in any text by chance
+_SHORTEST_NAME = 6  # characters; `root` is a word
 _NOBODY = {"nobody", "ubuntu", "debian", "centos", "docker", "runner", "jenkins", "vagrant", "ec2-user", "localhost"}
 _CODE_LANGUAGE = re.compile(r"(?<=^```)\w+|(?<=^~~~)\w+", re.MULTILINE)  # of fenced code
 _TEXTS = (".json", ".md", ".html", ".txt", ".svg", ".toml", ".onnx")  # an exporter's notes stand among the weights
-# Keys whose values are words of ours, of transformers or of the SPDX list, whoever wrote the document.
+# Keys whose values come from fixed lists: ours, those of transformers, SPDX.
 _FIXED = {
     "license", "kind", "status", "encoding", "method", "outer_optimizer", "protocol", "metric", "metrics", "verdict", "role",
     "group", "pooling", "send", "model_type", "architectures", "tokenizer_class", "hidden_act", "position_embedding_type",
@@ -33,15 +33,15 @@ _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "add
 
 
 def without_paths(value: Any) -> Any:
-    """A JSON value whose texts name no directory: of an absolute path the last part stays.
+    """Return a JSON value in which every absolute path is replaced by its last part.
 
     >>> without_paths({"reason": "cannot read /home/ann/models/x: no such file", "base": "org/name", "half": "and/or"})
     {'reason': 'cannot read x: no such file', 'base': 'org/name', 'half': 'and/or'}
     """
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
+        return {key: without_paths(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [without_paths(item) for item in value]
+        return [without_paths(entry) for entry in value]
     return ABSOLUTE_PATH.sub(_last_part, value) if isinstance(value, str) else value
 
 
@@ -55,7 +55,7 @@ def texts(value: Any) -> list[str]:
 
 
 def search(folder: Path, places: Iterable[str], by_people: str, public: Iterable[str]) -> None:
-    """Search the texts in `folder`, vocabularies excepted, for what tells of this machine or its user.
+    """Search the texts in `folder`, except vocabularies, for traces of this machine and its user.
 
     Directories (`places` that were read, home, working and temporary directory, where Python's packages and this package
     lie) and the values of environment variables that hold secrets must not occur in any text. User and host name may be
@@ -137,5 +137,5 @@ def _secrets() -> set[str]:
 
 
 def _last_part(match: re.Match[str]) -> str:
-    parts = [part for part in re.split(r"[/\\]", match[0]) if part and part != "~"]
-    return parts[-1] if parts else "…"
+    names = [name for name in re.split(r"[/\\]", match[0]) if name and name != "~"]
+    return names[-1] if names else "…"

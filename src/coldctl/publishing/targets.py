@@ -3,34 +3,35 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from coldctl.artifacts import layout, output, partial_output, store_output
+from coldctl.artifacts import layout, output, store_output
 from coldctl.artifacts.manifest import Manifest, parse
 from coldctl.common.errors import CheckpointError, ManifestError, OutputError
 from coldctl.common.progress import Progress
-from coldctl.storage import files
+from coldctl.storage.local import Folder, LocalFolder
 from coldctl.storage.location import Location, locate
+from coldctl.storage.remote import RemoteFolder
 
 
 @dataclass
 class Upload:
-    """A directory that the caller fills, and what the target says of it after it was published."""
+    """A directory that the caller fills, and what the target says about it after it was published."""
 
     folder: Path
     message: str = ""  # of a commit, where the target has commits
     tag: str | None = None
-    place: str = ""  # where it stands now
+    place: str = ""  # its path or URL
 
 
 class Target(Protocol):
     """A place that holds one published model."""
 
-    label: str  # how messages name it
+    label: str  # its name in messages
     reference: str  # what a user of the model writes to load it
-    page: str | None  # the URL of its files, if a browser can open them
+    page: str | None = None  # the URL of its files, if a browser can open them
 
     def is_done(self, identity: str, *, overwrite: bool) -> bool:
         """Return True if it holds the same work already. Raises OutputError if it holds something else that must stay."""
@@ -39,65 +40,55 @@ class Target(Protocol):
         """Return the card and the manifest that are there now, as far as they are readable."""
 
     def repair_tag(self, tag: str | None) -> None:
-        """Set the tag of complete work that an interrupted call could not set."""
+        """Set the tag of complete work that an interrupted command could not set."""
 
     def writing(self) -> AbstractContextManager[Upload]:
         """Yield a directory to fill, and publish it if the block ends well."""
 
 
-@dataclass
-class LocalTarget:
+class LocalTarget(Target):
     """A directory of this machine, replaced by one rename."""
 
-    path: Path
-    page: str | None = None
-    label: str = field(init=False)
-    reference: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.label = str(self.path)
-        self.reference = self.path.resolve().name  # the whole path would tell where this machine keeps it
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.label = str(path)
+        # The whole path would tell where this machine keeps it.
+        self.reference = path.resolve().name
 
     def is_done(self, identity: str, *, overwrite: bool) -> bool:
-        """As the protocol says."""
+        """Return True if the directory holds the same work already."""
         return output.is_done(self.path, identity, overwrite=overwrite, flag="--to")
 
     def current(self) -> tuple[str | None, Manifest | None]:
-        """As the protocol says."""
-        return current_in(files.LocalFolder(self.path)) if self.path.is_dir() else (None, None)
+        """Return the directory's card and manifest."""
+        return current_in(LocalFolder(self.path)) if self.path.is_dir() else (None, None)
 
     def repair_tag(self, tag: str | None) -> None:
         """Do nothing: there are no tags."""
 
     @contextmanager
     def writing(self) -> Iterator[Upload]:
-        """As the protocol says."""
+        """Yield the partial directory, and rename it."""
         with output.local_workdir(self.path, None, overwrite=True) as partial:
             yield Upload(partial, place=str(self.path))
 
 
-@dataclass
-class StoreTarget:
+class StoreTarget(Target):
     """A folder in a store such as `s3://` or `memory://`.
 
-    Everything is stored under a hidden sibling first, so that a connection that breaks leaves the folder as it was. Then
-    the store copies the files, the manifest last: stores know no rename of folders. What breaks in between is gone on with
-    by the same command.
+    The files are uploaded to a hidden sibling first, so that a broken connection leaves the folder as it was. Then the
+    store copies them, the manifest last, because stores cannot rename folders. The same command finishes what was
+    interrupted in between.
     """
 
-    url: str
-    progress: Progress
-    page: str | None = None
-    label: str = field(init=False)
-    reference: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.url = self.url.rstrip("/")
-        self.label = self.url
-        self.reference = self.url.rsplit("/", 1)[-1]
+    def __init__(self, url: str, progress: Progress) -> None:
+        self.label = url.rstrip("/")
+        self.reference = self.label.rsplit("/", 1)[-1]
+        self._place = locate(self.label)
+        self._progress = progress
 
     def is_done(self, identity: str, *, overwrite: bool) -> bool:
-        """As the protocol says."""
+        """Return True if the folder holds the same work already."""
         _, document = self.current()
         if document is not None and document.get("identity") == identity:
             return True
@@ -107,56 +98,33 @@ class StoreTarget:
             raise OutputError(
                 f"{self.label} is complete but was made from something else: give --overwrite to replace it"
             )
-        place = locate(self.url)
-        if _exists(place) and not _exists(layout.partial(place) / partial_output.IDENTITY):
+        if _exists(self._place) and not _exists(layout.partial(self._place) / layout.IDENTITY):
             raise OutputError(f"{self.label} holds files that coldctl did not write: give another --to")
         return False
 
     def current(self) -> tuple[str | None, Manifest | None]:
-        """As the protocol says."""
-        return current_in(files.RemoteFolder(self.url)) if _exists(locate(self.url)) else (None, None)
+        """Return the folder's card and manifest."""
+        return current_in(RemoteFolder(self.label)) if _exists(self._place) else (None, None)
 
     def repair_tag(self, tag: str | None) -> None:
         """Do nothing: there are no tags."""
 
     @contextmanager
     def writing(self) -> Iterator[Upload]:
-        """As the protocol says."""
-        with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-            upload = Upload(Path(scratch) / "published", place=self.url)
-            upload.folder.mkdir()
+        """Yield a temporary directory, and upload it."""
+        with scratch_upload(self.label) as upload:
             yield upload
-            with output.atomic_output(locate(self.url), None, overwrite=True) as partial:
-                store_output.upload(upload.folder, partial, self.progress)
+            with output.atomic_output(self._place, None, overwrite=True) as partial:
+                store_output.upload(upload.folder, partial, self._progress)
 
 
-@dataclass
-class DryTarget:
-    """Another target that is only asked what stands there: nothing is sent."""
-
-    target: Target
-
-    def __post_init__(self) -> None:
-        self.label, self.reference, self.page = self.target.label, self.target.reference, self.target.page
-
-    def is_done(self, identity: str, *, overwrite: bool) -> bool:
-        """As the protocol says."""
-        return self.target.is_done(identity, overwrite=overwrite)
-
-    def current(self) -> tuple[str | None, Manifest | None]:
-        """As the protocol says."""
-        return self.target.current()
-
-    def repair_tag(self, tag: str | None) -> None:
-        """Do nothing."""
-
-    @contextmanager
-    def writing(self) -> Iterator[Upload]:
-        """As the protocol says."""
-        with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
-            folder = Path(scratch) / "published"
-            folder.mkdir()
-            yield Upload(folder, place=self.label)
+@contextmanager
+def scratch_upload(place: str = "") -> Iterator[Upload]:
+    """Yield an upload with a temporary directory, which nothing is done with."""
+    with tempfile.TemporaryDirectory(prefix="coldctl-") as scratch:
+        folder = Path(scratch) / "published"
+        folder.mkdir()
+        yield Upload(folder, place=place)
 
 
 def _exists(place: Location) -> bool:
@@ -166,7 +134,7 @@ def _exists(place: Location) -> bool:
         raise OutputError(f"cannot look into {place}: {error}: check the URL and your credentials") from None
 
 
-def current_in(folder: files.Folder) -> tuple[str | None, Manifest | None]:
+def current_in(folder: Folder) -> tuple[str | None, Manifest | None]:
     """Return the card and the manifest of a directory, as far as it has them. Raises ManifestError for one that was changed."""
     card, document = None, None
     with suppress(CheckpointError, UnicodeDecodeError):

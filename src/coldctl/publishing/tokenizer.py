@@ -12,12 +12,12 @@ from coldctl.artifacts import layout
 from coldctl.common import text
 from coldctl.common.errors import CheckpointError
 from coldctl.common.parsing import find_mismatch, json_value
-from coldctl.storage.files import SMALL_FILE_LIMIT, Folder
+from coldctl.storage.local import SMALL_FILE_LIMIT, Folder
 
 _TOKENIZER, _CONFIG, _SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 _ADDED = "added_tokens.json"
 _SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Where a tokenizer came from, and code of its own: nobody's business, and never run.
+# Where the tokenizer came from, which is private, and code of its own, which is never run.
 _DROPPED = (
     "name_or_path",
     "_name_or_path",

@@ -1,14 +1,15 @@
 """Small files that several processes agree about, written only if nobody was quicker.
 
-`create` and `replace` are the store's own conditional writes where it has them (If-None-Match and If-Match on S3), and
-a lock around a comparison on this machine. Other stores compare first and write then, which two writers can pass
-through at the same instant.
+`create` and `replace` use the store's own conditional writes where it has them (If-None-Match and If-Match on S3), and
+a lock around a comparison on this machine. In other stores they compare first and then write, so two writers at the same
+moment can both succeed.
 """
 
 import fcntl
 import os
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,28 +17,28 @@ from typing import Any
 from coldctl.common.errors import OutputError
 from coldctl.storage.location import Location
 
-_TAGS = ("ETag", "etag", "generation")  # what stores call an object's version
+_TAGS = ("ETag", "etag", "generation")  # the stores' names for an object's version
 _ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
 class Version:
-    """A small file as it was read: its bytes, and what the store calls this version of it."""
+    """A small file as it was read: its bytes, and the store's tag of this version."""
 
     data: bytes
     tag: str | None = None
 
 
 def read(path: Location) -> Version | None:
-    """The file as it is now, None if there is none. Raises OutputError if it cannot be told."""
+    """Return the current version of a file; None if there is none. Raises OutputError if it cannot be read."""
     try:
         if isinstance(path, Path):
             return Version(path.read_bytes())
         for _ in range(_ATTEMPTS):
             before = _tag(path)
-            found = Version(path.fs.cat_file(path.path), before)
+            version = Version(path.fs.cat_file(path.path), before)
             if _tag(path) == before:
-                return found
+                return version
     except FileNotFoundError:
         return None
     except Exception as error:  # each store has exceptions of its own
@@ -46,21 +47,22 @@ def read(path: Location) -> Version | None:
 
 
 def create(path: Location, data: bytes) -> bool:
-    """Write a file that must not exist yet, whole and durable. False if there is one. Raises OutputError."""
+    """Write a file, whole and durable, if there is none. Return False if there is one. Raises OutputError."""
     if isinstance(path, Path):
         return _create_here(path, data)
     try:
         path.fs.pipe_file(path.path, data, mode="create")
     except Exception as error:  # each store has exceptions of its own
-        found = read(path)
-        if found is None:
+        current = read(path)
+        if current is None:
             raise write_error(path, error) from None
-        return found.data == data  # a request that was answered too late and sent again meets its own result
+        # A request that was answered too late and sent again meets its own result.
+        return current.data == data
     return True
 
 
 def replace(path: Location, data: bytes, version: Version) -> bool:
-    """Overwrite a file that must still be as `version` has it. False if it is not. Raises OutputError."""
+    """Overwrite a file if its current version is `version`. Return False if it is not. Raises OutputError."""
     if isinstance(path, Path):
         return _replace_here(path, data, version)
     condition: dict[str, Any] = {"IfMatch": version.tag} if _knows_if_match(path) else {}
@@ -69,23 +71,18 @@ def replace(path: Location, data: bytes, version: Version) -> bool:
             return False
         path.fs.pipe_file(path.path, data, **condition)
     except Exception as error:  # each store has exceptions of its own
-        found = read(path)
-        if found == version:
+        current = read(path)
+        if current == version:
             raise write_error(path, error) from None
-        return found is not None and found.data == data
+        return current is not None and current.data == data
     return True
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Write a file of this machine, whole and durable, whatever is there. Raises OutputError."""
-    unfinished = _write_sibling(path, data)
-    try:
+    """Write a file of this machine, whole and durable, and replace an earlier one. Raises OutputError."""
+    with _sibling(path, data) as unfinished:
         unfinished.replace(path)
         sync(path.parent)
-    except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise write_error(path, error) from None
 
 
 def sync(path: Path) -> None:
@@ -114,16 +111,11 @@ def _tag(path: Any) -> str | None:
 
 
 def _create_here(path: Path, data: bytes) -> bool:
-    unfinished = _write_sibling(path, data)
-    try:
-        os.link(unfinished, path)  # unlike a rename, it does not replace
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise write_error(path, error) from None
-    finally:
-        with suppress(OSError):
-            unfinished.unlink()
+    with _sibling(path, data) as unfinished:
+        try:
+            os.link(unfinished, path)  # unlike a rename, it does not replace
+        except FileExistsError:
+            return False
     return True
 
 
@@ -133,22 +125,22 @@ def _replace_here(path: Path, data: bytes, version: Version) -> bool:
     except OSError as error:
         raise write_error(path, error) from None
     try:
-        with suppress(OSError):  # a file system without locks: the comparison is what remains
+        # On a file system without locks there is only the comparison.
+        with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         if read(path) != version:
             return False
-        unfinished = _write_sibling(path, data)
-        unfinished.replace(path)
-        os.fsync(lock)
-    except OSError as error:
-        raise write_error(path, error) from None
+        with _sibling(path, data) as unfinished:
+            unfinished.replace(path)
+            os.fsync(lock)
     finally:
         os.close(lock)
     return True
 
 
-def _write_sibling(path: Path, data: bytes) -> Path:
-    """Write a hidden sibling of this thread's own with these bytes, fsynced, and return its path."""
+@contextmanager
+def _sibling(path: Path, data: bytes) -> Iterator[Path]:
+    """Write a hidden sibling of this thread's own, fsynced, yield it and remove what is left. Raises OutputError."""
     unfinished = path.parent / f".{path.name}.{os.getpid()}-{threading.get_native_id()}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,8 +148,9 @@ def _write_sibling(path: Path, data: bytes) -> Path:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        yield unfinished
     except OSError as error:
+        raise write_error(path, error) from None
+    finally:
         with suppress(OSError):
             unfinished.unlink()
-        raise write_error(path, error) from None
-    return unfinished

@@ -1,8 +1,7 @@
 """Leases: hold a place in a store, so that two commands do not do the same work.
 
-The holder renews a small file every few seconds. Whoever finds the file watches it for one lease: if it changes, the
-holder is alive; if not, the holder is gone and the file is taken over by a conditional write. No clock of another
-machine is ever compared with one's own.
+The holder renews a small file every few seconds. A command that finds the file watches it for one lease. If it changes, the
+holder is alive. If not, the command takes the file over by a conditional write. Clocks of two machines are never compared.
 """
 
 import json
@@ -21,7 +20,7 @@ _SECONDS = 30.0
 
 
 def seconds() -> float:
-    """How long a holder may be silent before it counts as gone: `$COLDCTL_LEASE_SECONDS`, else 30."""
+    """Return how long a holder may be silent before it counts as dead: `$COLDCTL_LEASE_SECONDS`, else 30."""
     try:
         return max(0.1, float(os.environ.get("COLDCTL_LEASE_SECONDS", _SECONDS)))
     except ValueError:
@@ -29,13 +28,10 @@ def seconds() -> float:
 
 
 class Lease:
-    """A hold on `path`, renewed by a thread until it is released."""
+    """A lease on `path`, renewed by a thread until it is released."""
 
     def __init__(self, path: Location, subject: str) -> None:
-        """Take `path`; `subject` is what messages call the thing that is held.
-
-        Raises BusyError if a living command holds it.
-        """
+        """Take `path`; messages call it `subject`. Raises BusyError if a living command holds it."""
         self._path = path
         self._subject = subject
         self._holder = uuid.uuid4().hex
@@ -56,12 +52,12 @@ class Lease:
             )
 
     def check_age(self) -> None:
-        """Renew where the last renewal is so long ago that the thread may be held up. Raises OutputError."""
+        """Renew if the last renewal is so long ago that the thread may be held up. Raises OutputError."""
         if time.monotonic() - self._renewed_at > seconds() / 2:
             self.check()
 
     def release(self) -> None:
-        """Let go, if it is still held."""
+        """Remove the lease, if it is still held."""
         self._stopped.set()
         self._thread.join()
         with suppress(Exception):  # at worst the next one waits for a lease
@@ -72,25 +68,25 @@ class Lease:
         while True:
             if conditional_write.create(self._path, self._beat()):
                 return self._now()
-            found = conditional_write.read(self._path)
-            if found is None:
+            other = conditional_write.read(self._path)
+            if other is None:
                 continue  # released just now
-            if self._lives(found):
+            if self._is_renewed(other):
                 raise BusyError(
                     f"{self._subject} is being written by another command: wait for it, or write to another place"
                 )
-            if conditional_write.replace(self._path, self._beat(), found):
+            if conditional_write.replace(self._path, self._beat(), other):
                 return self._now()
 
-    def _lives(self, found: Version) -> bool:
-        """Whether the file changes within one lease, or is let go of."""
+    def _is_renewed(self, seen: Version) -> bool:
+        """Watch the file for one lease. Return True if it changes, False if it does not or is removed."""
         end = time.monotonic() + seconds()
         while time.monotonic() < end:
             time.sleep(min(1.0, seconds() / 6))
             now = conditional_write.read(self._path)
             if now is None:
                 return False
-            if now != found:
+            if now != seen:
                 return True
         return False
 
@@ -99,10 +95,10 @@ class Lease:
         return json.dumps({"holder": self._holder, "beat": self._beats}).encode()
 
     def _now(self) -> Version:
-        found = conditional_write.read(self._path)
-        if found is None or json.loads(found.data)["holder"] != self._holder:
+        current = conditional_write.read(self._path)
+        if current is None or json.loads(current.data)["holder"] != self._holder:
             raise BusyError(f"{self._subject} was taken by another command at the same moment: wait for it")
-        return found
+        return current
 
     def _renewed(self) -> bool:
         with self._guard:

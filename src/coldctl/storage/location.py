@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Location: TypeAlias = Union[Path, "UPath"]  # a name in quotes takes no other spelling
 
-# Listings must be those of now: other machines write to the same store.
+# Other machines write to the same store, so listings are never kept.
 STORE_OPTIONS: Mapping[str, Any] = {"use_listings_cache": False}
 _STORE_LIBRARIES = (
     "aiobotocore",
@@ -32,12 +32,12 @@ _STORE_LIBRARIES = (
 
 
 def is_url(reference: str) -> bool:
-    """Whether a reference names a store of fsspec, such as `s3://bucket/folder` or `memory://folder`."""
+    """Return True if a reference names a store of fsspec, such as `s3://bucket/folder` or `memory://folder`."""
     return re.match(r"[a-z][a-z0-9+.-]*://", reference) is not None
 
 
 def locate(reference: "str | Location") -> Location:
-    """What a reference means: a path in a store for a URL, else a path of this machine.
+    """Return the location that a reference means: a path in a store for a URL, else a path of this machine.
 
     Raises ModelError for a scheme whose library is missing.
     """
@@ -48,24 +48,24 @@ def locate(reference: "str | Location") -> Location:
     from upath import UPath
 
     try:
-        found = UPath(reference.rstrip("/"), **STORE_OPTIONS)
-        found.fs  # noqa: B018 # the store's library is imported here
+        place = UPath(reference.rstrip("/"), **STORE_OPTIONS)
+        place.fs  # noqa: B018 # the store's library is imported here
     except (ImportError, ValueError) as error:
         raise ModelError(f"cannot open {reference}: {error}") from None
-    return cast("UPath", found)
+    return cast("UPath", place)
 
 
 def in_store(location: Location) -> bool:
-    """Whether a location lies in a store, not on this machine."""
+    """Return True if a location lies in a store, not on this machine."""
     return not isinstance(location, Path)
 
 
 def raised_by_store(error: BaseException) -> bool:
-    """Whether an exception comes from a library that talks to a store: they share no class of their own."""
+    """Return True if an exception comes from a library that talks to a store: they share no class of their own."""
     return type(error).__module__.partition(".")[0] in _STORE_LIBRARIES
 
 
 def children(folder: Location) -> list[Location]:
-    """What lies directly in a folder, sorted by name. Raises OSError."""
-    found: Any = folder.iterdir()
-    return sorted(found, key=lambda child: str(child.name))
+    """Return the entries of a folder, sorted by name. Raises OSError."""
+    entries: Any = folder.iterdir()
+    return sorted(entries, key=lambda child: str(child.name))

@@ -14,7 +14,7 @@ import platformdirs
 
 from coldctl.common.digests import digest_of
 from coldctl.common.errors import CheckpointError
-from coldctl.storage.files import RemoteFolder, download
+from coldctl.storage.remote import RemoteFolder, download
 
 LIMIT = 16 << 30  # bytes of all copies of folders in stores
 _IN_USE = 3600.0  # seconds since its last use in which a copy is not deleted: a command may be reading it

@@ -19,7 +19,7 @@ from coldctl.common.progress import Progress
 from coldctl.config.loading import as_record
 from coldctl.config.settings import FinetuneConfig
 from coldctl.data.sources import is_hub
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 from coldctl.training import trainable
 from coldctl.training.jobs import Job, Prepared
 

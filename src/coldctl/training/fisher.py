@@ -9,7 +9,7 @@ from torch import nn
 
 from coldctl.artifacts import layout
 from coldctl.checkpoints.checkpoint import modern_name
-from coldctl.common.disk_errors import as_os_errors
+from coldctl.common.errors import as_os_errors
 from coldctl.training.batches import Examples, collate
 from coldctl.training.loop import TrainingContext
 from coldctl.training.losses import REGRESSION, negative_log_likelihoods, problem_of

@@ -19,7 +19,7 @@ from coldctl.checkpoints.architectures import BODY_PREFIXES
 from coldctl.checkpoints.checkpoint import Checkpoint, is_pooler, modern_name, open_checkpoint
 from coldctl.common.errors import ModelError
 from coldctl.data.texts import Ragged, Spool
-from coldctl.storage.files import LocalFolder
+from coldctl.storage.local import LocalFolder
 
 _CHUNK = 4096  # texts tokenised at a time, over all cores
 _LENGTH_LIMIT = 100_000  # tokenizers that know no limit state an absurd one

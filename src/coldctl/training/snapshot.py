@@ -10,8 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from coldctl.common.disk_errors import as_os_errors
-from coldctl.common.errors import CheckpointError
+from coldctl.common.errors import CheckpointError, as_os_errors
 from coldctl.storage.conditional_write import sync
 
 Tensors = Mapping[str, torch.Tensor]
