@@ -42,7 +42,7 @@ class Spread(Protocol):
         """
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
     """The base, the contributions in the order of summation, and the files read beside them."""
 
@@ -56,15 +56,15 @@ class Inputs:
         return [name for name, tensor in self.base.body.items() if tensor.floating]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verification:
     """The digests of a fuse's inputs, and how they differ from their manifests."""
 
-    findings: list[NotFinite] = field(default_factory=list)
-    base_digest: str = ""
-    digests: list[str] = field(default_factory=list)  # of the contributions' bodies
-    mismatches: list[list[str]] = field(default_factory=list)  # with the manifest, per contribution
-    base_mismatches: list[str] = field(default_factory=list)
+    findings: Sequence[NotFinite]
+    base_digest: str
+    digests: Sequence[str]  # of the contributions' bodies
+    mismatches: Sequence[Sequence[str]]  # with the manifest, per contribution
+    base_mismatches: Sequence[str]
 
 
 class Verifier:
