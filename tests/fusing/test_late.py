@@ -8,6 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from coldctl.artifacts.model_ref import resolve
+from coldctl.commands.fuse import fuse
+from coldctl.common.errors import CheckpointError
+from coldctl.config.settings import FuseConfig
 from helpers import tiny
 from helpers.bodies import body, poison
 from helpers.offers import offer
@@ -252,6 +256,32 @@ def test_a_bad_late_one_is_left_out_and_written_down(trail: Trail) -> None:
     assert second["b"]["weight"] == 0.5
     trail.give(3, "c", seed=7)
     assert set(trail.go_on(3, "--screen", "reject")) == {"c"}  # they have been looked at
+
+
+def test_a_late_one_that_changes_while_it_is_fused_stops_the_fuse(trail: Trail) -> None:
+    """By then it is part of what was written."""
+    trail.give(1, "a", seed=1)
+    trail.go_on(1)
+    weights = trail.give(1, "late", seed=2) / "model.safetensors"
+    trail.give(2, "b", seed=3)
+
+    class Listener:
+        def begin(self, task: str, total: int | None, unit: str) -> None:
+            if task == "fuse":
+                flip(weights)
+
+        def advance(self, task: str, steps: int, detail: str = "") -> None: ...
+        def end(self, task: str) -> None: ...
+        def note(self, message: str) -> None: ...
+
+    output = trail.iteration(2) / "fused"
+    with pytest.raises(CheckpointError, match="1 of 2 contributions cannot be fused") as caught:
+        fuse(
+            [str(trail.iteration(2) / "contributions")], resolve(str(trail.run)), output, FuseConfig(), overwrite=False,
+            progress=Listener(),
+        )  # fmt: skip
+    assert "model.safetensors was changed after it was written" in caught.value.details[0]
+    assert not output.exists()
 
 
 def test_age_is_no_outlier(trail: Trail) -> None:

@@ -74,15 +74,17 @@ def check(
         base_digest = body_digest(base_checkpoint)
     contributions = load_contributions(references, progress, base_checkpoint)
     progress.begin("check", len(contributions), "checkpoints")
+    checked = []
     for contribution in contributions:
+        judged = contribution
         if contribution.checkpoint is not None and base_checkpoint is not None:
             verdict = compare(base_checkpoint, contribution.checkpoint, base_digest, allow_other_base=False)
-            contribution.rejections += verdict.rejections
-            contribution.notes += verdict.notes
+            judged = contribution.judged(verdict.rejections, verdict.notes)
         if deep:
-            contribution.rejections += _deep_problems(contribution)
+            judged = judged.judged(_deep_rejections(judged))
         if keys:
-            contribution.rejections += _signature_problems(contribution, keys)
+            judged = _judged_by_signature(judged, keys)
+        checked.append(_checked(judged))
         progress.advance("check", 1)
     progress.end("check")
     not_examined = NOT_EXAMINED_DEEP if deep else NOT_EXAMINED
@@ -90,7 +92,7 @@ def check(
         not_examined += ("whether they fit a base (give --base)",)
     elif base_digest is None:
         not_examined += ("whether the base is the one they were finetuned from (it has no manifest, give --deep)",)
-    return Report(tuple(map(_checked, contributions)), not_examined)
+    return Report(tuple(checked), not_examined)
 
 
 def _checked(contribution: Contribution) -> Checked:
@@ -98,44 +100,43 @@ def _checked(contribution: Contribution) -> Checked:
     if (checkpoint := contribution.checkpoint) is not None:
         kind = checkpoint.manifest["kind"] if checkpoint.manifest else "plain checkpoint"
         tensors, size = len(checkpoint.body), sum(checkpoint.files.values())
-    problems, notes = tuple(contribution.rejections), tuple(contribution.notes)
-    return Checked(contribution.name, contribution.place, kind, tensors, size, problems, notes)
+    name, place = contribution.name, contribution.place
+    return Checked(name, place, kind, tensors, size, contribution.rejections, contribution.notes)
 
 
-def _signature_problems(contribution: Contribution, keys: Sequence[TrustedKey]) -> list[str]:
-    """Return why the signature is not accepted. If it is, the signer becomes a note."""
+def _judged_by_signature(contribution: Contribution, keys: Sequence[TrustedKey]) -> Contribution:
+    """Return a contribution with the reason why its signature is not accepted, or else its signer as a note."""
     try:
         signed = signatures.verify(open_folder(contribution.place), keys)
         signed.check_covers(contribution.checkpoint.files if contribution.checkpoint is not None else ())
     except ColdctlError as error:
-        return [error.message]
-    contribution.notes.append(f"signed by {signed.key.name}")
-    return []
+        return contribution.judged([error.message])
+    return contribution.judged([], [f"signed by {signed.key.name}"])
 
 
-def _deep_problems(contribution: Contribution) -> list[str]:
+def _deep_rejections(contribution: Contribution) -> list[str]:
     """Return values that are not finite and digests that do not match, or why the checkpoint cannot be read."""
     checkpoint = contribution.checkpoint
     if checkpoint is None or (checkpoint.relative and contribution.rejections):
         return []  # a delta that does not fit its base cannot be decoded
     try:
-        return _content_problems(checkpoint)
+        return _content_rejections(checkpoint)
     except ColdctlError as error:
         return [error.message]
 
 
-def _content_problems(checkpoint: Checkpoint) -> list[str]:
-    problems = [f"{name} holds a not-a-number or infinity" for name in _not_finite(checkpoint)]
+def _content_rejections(checkpoint: Checkpoint) -> list[str]:
+    rejections = [f"{name} holds a not-a-number or infinity" for name in _not_finite(checkpoint)]
     document = checkpoint.manifest
     if document is None:
-        return problems
-    problems += manifest_mismatches(checkpoint, body_digest(checkpoint), whole=True)
-    problems += [
+        return rejections
+    rejections += manifest_mismatches(checkpoint, body_digest(checkpoint), whole=True)
+    rejections += [
         f"{name} is not named in the manifest"
         for name in checkpoint.folder.names()
         if name not in document["files"] and name not in (layout.MANIFEST, layout.SIGNATURE, *layout.KEPT_BY_GIT)
     ]
-    return problems
+    return rejections
 
 
 def _not_finite(checkpoint: Checkpoint) -> list[str]:

@@ -120,7 +120,7 @@ def _fuse(
     if closed and layout.is_complete(destination):
         contributions = keep_recorded(contributions, manifest.read(destination), progress)
     output.refuse_overlap(destination, [contribution.place for contribution in contributions])
-    _judge(contributions, base_checkpoint, config)
+    contributions = _judged(contributions, base_checkpoint, config)
     if words := sanitize.note(base_checkpoint.config):
         progress.note(f"{base.name} {words}")
     for contribution in contributions:
@@ -153,7 +153,7 @@ def _chart(config: FuseConfig) -> DrawChart | None:
 
 
 def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[Contribution]:
-    """Return the contributions that `fuse_complete` would open now, checked by their headers only. Refused ones have problems.
+    """Return the contributions that `fuse_complete` would open now, checked by their headers only. Refused ones have rejections.
 
     Returns an empty list if there is no contribution yet.
     """
@@ -165,8 +165,7 @@ def fusible(references: Sequence[str], base: Model, config: FuseConfig) -> list[
         contributions = _offered(offer, base, base_checkpoint, config, SILENT)
     except ModelError:
         return []
-    _judge(contributions, base_checkpoint, config)
-    return contributions
+    return _judged(contributions, base_checkpoint, config)
 
 
 def _has_manifest(contribution: Contribution) -> bool:
@@ -181,12 +180,13 @@ def _settled(config: FuseConfig, home: tuple[Location, int] | None) -> FuseConfi
     return replace(config, stale="discount" if home else "reject")
 
 
-def _judge(contributions: Sequence[Contribution], base_checkpoint: Checkpoint, config: FuseConfig) -> None:
+def _judged(
+    contributions: Sequence[Contribution], base_checkpoint: Checkpoint, config: FuseConfig
+) -> list[Contribution]:
     base_digest = stated_digest(base_checkpoint) or presumed_base(contributions, config)
     if base_digest is None and any(contribution.stated_digest for contribution in contributions):
         base_digest = body_digest(base_checkpoint)
-    for contribution in contributions:
-        judge(contribution, base_checkpoint, base_digest, config)
+    return [judge(contribution, base_checkpoint, base_digest, config) for contribution in contributions]
 
 
 def _offered(

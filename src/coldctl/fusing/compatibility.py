@@ -1,7 +1,7 @@
 """Judge from headers and manifests whether a contribution fits the base."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from coldctl.artifacts import layout
 from coldctl.checkpoints import sanitize
@@ -22,12 +22,12 @@ from coldctl.fusing.recipe import Need
 _LISTED = 3  # names that one finding spells out
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verdict:
     """What speaks against fusing a checkpoint, and what is only worth knowing."""
 
-    rejections: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    rejections: Sequence[str]
+    notes: Sequence[str]
 
 
 def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, allow_other_base: bool) -> Verdict:
@@ -35,14 +35,11 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
 
     `base_digest` is the base's body digest where it is known; None leaves that comparison out.
     """
-    verdict = Verdict()
     kinds = base.config["model_type"], other.config["model_type"]
     if kinds[0] != kinds[1]:
-        verdict.rejections.append(
-            f"is a {kinds[1]} model, the base a {kinds[0]} model: take contributions finetuned from this base"
-        )
-        return verdict
-    _compare_tensors(base, other, verdict)
+        remedy = "take contributions finetuned from this base"
+        return Verdict([f"is a {kinds[1]} model, the base a {kinds[0]} model: {remedy}"], [])
+    rejections, notes = _compare_tensors(base, other)
     if finding := other_base(other, base_digest):
         remedy = "give that base as --base, or --allow-other-base to fuse it all the same"
         if other.relative:
@@ -51,31 +48,32 @@ def compare(base: Checkpoint, other: Checkpoint, base_digest: str | None, *, all
         if age := generations(base.manifest).get(declared):
             remedy = f"that was the base {age} iteration{'s' if age > 1 else ''} ago, --stale discount takes it"
         if allow_other_base and not other.relative:
-            verdict.notes.append(finding)
+            notes.append(finding)
         else:
-            verdict.rejections.append(f"{finding}: {remedy}")
+            rejections.append(f"{finding}: {remedy}")
     if other.original is not None:
-        verdict.notes.append("has another vocabulary: only the common rows are taken")
+        notes.append("has another vocabulary: only the common rows are taken")
     if other.manifest is None:
-        verdict.notes.append("has no manifest: unverified")
+        notes.append("has no manifest: unverified")
     if words := sanitize.note(other.config):
-        verdict.notes.append(words)
-    return verdict
+        notes.append(words)
+    return Verdict(rejections, notes)
 
 
-def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> None:
+def _compare_tensors(base: Checkpoint, other: Checkpoint) -> tuple[list[str], list[str]]:
+    """Return the rejections and the notes that the names, shapes and dtypes of the tensors give rise to."""
+    rejections: list[str] = []
+    notes: list[str] = []
     missing = [name for name, tensor in base.body.items() if tensor.floating and name not in other.body]
     if lost := [name for name in missing if not is_pooler(name)]:
-        verdict.rejections.append(f"lacks {_some(lost)} of the base's body: save the whole body")
+        rejections.append(f"lacks {_some(lost)} of the base's body: save the whole body")
     elif missing:
-        verdict.notes.append("has no pooler: it counts as the base's")
+        notes.append("has no pooler: it counts as the base's")
     extra = [name for name, tensor in other.body.items() if tensor.floating and name not in base.body]
     if odd := [name for name in extra if not is_pooler(name)]:
-        verdict.rejections.append(
-            f"has {_some(odd)}, which the base lacks: take contributions finetuned from this base"
-        )
+        rejections.append(f"has {_some(odd)}, which the base lacks: take contributions finetuned from this base")
     elif extra:
-        verdict.notes.append("has a pooler that the base lacks: it is left out")
+        notes.append("has a pooler that the base lacks: it is left out")
     shapes: list[str] = []
     for name, tensor in other.body.items():
         known = base.body.get(name)
@@ -88,16 +86,17 @@ def _compare_tensors(base: Checkpoint, other: Checkpoint, verdict: Verdict) -> N
                 what = f"another vocabulary, --common-rows takes the {rows} rows they share"
             shapes.append(f"{name} is {_shape(tensor.shape)}, the base's is {_shape(known.shape)}: {what}")
         elif not tensor.floating:
-            verdict.rejections.append(
+            rejections.append(
                 f"{name} is stored as {tensor.dtype}, the base's as {known.dtype}: save it in a floating dtype"
             )
     if shapes:
         more = f" (and {len(shapes) - 1} more tensors)" if len(shapes) > 1 else ""
-        verdict.rejections.append(shapes[0] + more)
+        rejections.append(shapes[0] + more)
     if dtypes := {tensor.dtype for tensor in other.body.values() if tensor.floating} - {
         tensor.dtype for tensor in base.body.values() if tensor.floating
     }:
-        verdict.notes.append(f"is stored as {', '.join(sorted(dtypes))}, unlike the base")
+        notes.append(f"is stored as {', '.join(sorted(dtypes))}, unlike the base")
+    return rejections, notes
 
 
 def other_base(other: Checkpoint, base_digest: str | None) -> str | None:
@@ -127,32 +126,27 @@ def _short(digest: object) -> str:
     return f"{digest[:19]}…" if isinstance(digest, str) else "none"
 
 
-def judge(contribution: Contribution, base: Checkpoint, base_digest: str | None, config: FuseConfig) -> None:
-    """Check a contribution by its headers and add its rejections and notes; with --common-rows leave out other rows first."""
-    if contribution.checkpoint is None:
-        return
+def judge(contribution: Contribution, base: Checkpoint, base_digest: str | None, config: FuseConfig) -> Contribution:
+    """Return a contribution, judged by its headers and moved to `base`; with --common-rows other rows are left out first."""
+    checkpoint = contribution.checkpoint
+    if checkpoint is None:
+        return contribution
     if config.common_rows:
-        contribution.checkpoint = with_common_rows(base, contribution.checkpoint)
-    verdict = compare(
-        base,
-        contribution.checkpoint,
-        None if contribution.age else base_digest,
-        allow_other_base=config.allow_other_base,
-    )
-    contribution.rejections += verdict.rejections
-    contribution.notes += verdict.notes
-    if contribution.original_base is not None and not contribution.rejections:
+        checkpoint = with_common_rows(base, checkpoint)
+    presumed = None if contribution.age else base_digest
+    verdict = compare(base, checkpoint, presumed, allow_other_base=config.allow_other_base)
+    judged = contribution.judged(verdict.rejections, verdict.notes)
+    if contribution.original_base is not None and not judged.rejections:
         try:
-            contribution.checkpoint = rebase(
-                contribution.checkpoint, base, contribution.original_base, contribution.age
-            )
+            checkpoint = rebase(checkpoint, base, contribution.original_base, contribution.age)
         except CheckpointError as error:
-            contribution.rejections.append(error.message)
+            judged = judged.judged([error.message])
     if find_method(config.method).needs is Need.FISHER:
         try:
-            open_companion(contribution.checkpoint, layout.FISHER)
+            open_companion(checkpoint, layout.FISHER)
         except ColdctlError as error:
-            contribution.rejections.append(f"{error.message}: --method {config.method} needs it")
+            judged = judged.judged([f"{error.message}: --method {config.method} needs it"])
+    return replace(judged, checkpoint=checkpoint)
 
 
 def stated_digest(checkpoint: Checkpoint) -> str | None:

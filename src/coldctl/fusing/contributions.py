@@ -6,9 +6,9 @@ counts once per iteration, and a body once in the whole RUN.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,21 +30,21 @@ _OTHER_FILES = 256  # that a process has open beside its inputs: libraries, sock
 _AT_ONCE = 16  # checkpoints in a store that are opened side by side
 
 
-@dataclass
+@dataclass(frozen=True)
 class Contribution:
-    """A contribution that was offered to a fuse, with the reasons to reject it, notes and statistics so far."""
+    """A contribution that was offered to a fuse, with the reasons to reject it and the notes so far.
+
+    Steps that judge or read it return another object with more of both.
+    """
 
     name: str
     place: str
     checkpoint: Checkpoint | None  # None if it could not even be opened
-    rejections: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    rejections: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     digest: str | None = None  # of the body, computed or (unverified) stated
     verified: bool = False
     signed: Signed | None = None  # where only signed ones are accepted: by whom, and what the signature covers
-    update_norm: float | None = None
-    cosine_to_mean: float | None = None
-    update_share: dict[str, float] | None = None  # of the squared norm, per group of layers
     age: int = 0  # how many generations ago its base was the base
     original_base: Checkpoint | None = None  # that base, if it is not the current one
     late: bool = False  # from an earlier iteration: its rejection does not stop the fuse
@@ -60,6 +60,21 @@ class Contribution:
     def stated_digest(self) -> str | None:
         """Return the body digest that its manifest states."""
         return self.checkpoint.manifest["body_digest"] if self.checkpoint and self.checkpoint.manifest else None
+
+    def judged(self, rejections: Iterable[str], notes: Iterable[str] = ()) -> "Contribution":
+        """Return this contribution with more reasons to reject it and more notes."""
+        return replace(self, rejections=(*self.rejections, *rejections), notes=(*self.notes, *notes))
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A contribution that is fused: its weight and, if updates were measured, the statistics of its own."""
+
+    contribution: Contribution
+    weight: float
+    update_norm: float | None = None
+    cosine_to_mean: float | None = None
+    update_share: dict[str, float] | None = None  # of the squared norm, per group of layers
 
 
 def load_contributions(
@@ -97,17 +112,24 @@ def load_contributions(
         )
     for place, index in zip(late_folders, range(len(folders), len(contributions)), strict=True):
         contributions[index] = replace(contributions[index], name=place.name, late=True)
-    names = [item.name for item in contributions]
-    for item in contributions:
-        if names.count(item.name) > 1 and item.checkpoint is not None and item.stated_digest is None:
-            item.digest = body_digest(item.checkpoint)  # equal names do not order: their bodies do
-    contributions.sort(key=lambda item: (item.stated_digest or item.name, item.digest or "", item.name))
-    _refuse_copies(contributions)
+    names = [contribution.name for contribution in contributions]
+    for index, contribution in enumerate(contributions):
+        if names.count(contribution.name) > 1 and contribution.checkpoint and contribution.stated_digest is None:
+            digest = body_digest(contribution.checkpoint)  # equal names do not order: their bodies do
+            contributions[index] = replace(contribution, digest=digest)
+    contributions.sort(key=lambda one: (one.stated_digest or one.name, one.digest or "", one.name))
+    return _with_own_names(_without_copies(contributions))
+
+
+def _with_own_names(contributions: Iterable[Contribution]) -> list[Contribution]:
+    """Return contributions with a suffix where their name is taken; one that is refused takes nobody's name."""
+    named = list(contributions)
     taken: set[str] = set()
-    for item in sorted(contributions, key=lambda item: bool(item.rejections)):  # what is refused takes nobody's name
-        item.name = next(name for name in free_names(item.name) if name not in taken)
-        taken.add(item.name)
-    return contributions
+    for index in sorted(range(len(named)), key=lambda index: bool(named[index].rejections)):
+        name = next(name for name in free_names(named[index].name) if name not in taken)
+        named[index] = replace(named[index], name=name)
+        taken.add(name)
+    return named
 
 
 def free_names(name: str) -> Iterator[str]:
@@ -199,16 +221,20 @@ def _is_checkpoint(folder: Folder) -> bool:
     return folder.has(layout.MANIFEST) and not folder.has(layout.RESULTS)  # an evaluation has a manifest, too
 
 
-def _refuse_copies(contributions: Sequence[Contribution]) -> None:
-    """Reject duplicates of a signed contribution: copying needs no key, so copies could multiply one signer's weight."""
+def _without_copies(contributions: Sequence[Contribution]) -> Iterator[Contribution]:
+    """Yield contributions, duplicates of a signed one as rejected.
+
+    Copying needs no key, so copies could multiply one signer's weight.
+    """
     originals: dict[tuple[tuple[str, str], ...], Contribution] = {}
-    for item in contributions:
-        if item.signed is not None:
-            original = originals.setdefault(tuple(sorted(item.signed.files.items())), item)
-            if original is not item:
-                item.rejections.append(
-                    f"is a copy of {original.name}, which {item.signed.key.name} signed once: remove it"
-                )
+    for contribution in contributions:
+        signed = contribution.signed
+        original = originals.setdefault(tuple(sorted(signed.files.items())), contribution) if signed else contribution
+        if signed and original is not contribution:
+            rejection = f"is a copy of {original.name}, which {signed.key.name} signed once: remove it"
+            yield contribution.judged([rejection])
+        else:
+            yield contribution
 
 
 def _open(
@@ -219,7 +245,7 @@ def _open(
     trusted: Sequence[TrustedKey] | None,
     ancestry: Ancestry | None,
 ) -> Contribution:
-    """Open one contribution on the base that it was made on. A failure becomes a problem of the contribution."""
+    """Open one contribution on the base that it was made on. A failure rejects the contribution."""
     signed, age, original_base = None, 0, None
     try:
         if trusted is not None:
@@ -234,7 +260,7 @@ def _open(
         if signed is not None:
             signed.check_covers(checkpoint.files)
     except ColdctlError as error:
-        return Contribution(offered.name, offered.place, None, rejections=[error.message], age=age)
+        return Contribution(offered.name, offered.place, None, rejections=(error.message,), age=age)
     name = checkpoint.manifest["name"] if checkpoint.manifest is not None else offered.name
     return Contribution(name, offered.place, checkpoint, signed=signed, age=age, original_base=original_base)
 

@@ -42,7 +42,7 @@ class Spread(Protocol):
         """
 
 
-@dataclass
+@dataclass(frozen=True)
 class Inputs:
     """The base, the contributions in the order of summation, and the files read beside them."""
 
@@ -56,15 +56,15 @@ class Inputs:
         return [name for name, tensor in self.base.body.items() if tensor.floating]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verification:
     """The digests of a fuse's inputs, and how they differ from their manifests."""
 
-    findings: list[NotFinite] = field(default_factory=list)
-    base_digest: str = ""
-    digests: list[str] = field(default_factory=list)  # of the contributions' bodies
-    mismatches: list[list[str]] = field(default_factory=list)  # with the manifest, per contribution
-    base_mismatches: list[str] = field(default_factory=list)
+    findings: Sequence[NotFinite]
+    base_digest: str
+    digests: Sequence[str]  # of the contributions' bodies
+    mismatches: Sequence[Sequence[str]]  # with the manifest, per contribution
+    base_mismatches: Sequence[str]
 
 
 class Verifier:
@@ -120,28 +120,28 @@ def manifest_mismatches(checkpoint: Checkpoint, actual: str, *, whole: bool = Fa
     """
     document = checkpoint.manifest
     assert document is not None
-    problems = []
+    mismatches = []
     if document["body_digest"] != actual:
         changed = [name for name in checkpoint.files if _changed(checkpoint, name, document)]
         where = f"{', '.join(changed)} was changed after it was written: " if changed else ""
-        problems.append(f"{where}its body is {actual[:19]}…, its manifest says {document['body_digest'][:19]}…")
+        mismatches.append(f"{where}its body is {actual[:19]}…, its manifest says {document['body_digest'][:19]}…")
     outside = document.get("outside_body", {})
     for name in sorted(document["files"]):
         if not checkpoint.folder.has(name):
             if whole or any(fnmatch(name, pattern) for pattern in layout.MODEL_FILES):
-                problems.append(f"{name} is missing")
+                mismatches.append(f"{name} is missing")
         elif name == layout.CARD and not whole:
             continue
         elif name in outside and name in checkpoint.files:
             if outside_body_digest(checkpoint, name) != outside[name]:
-                problems.append(f"{name} was changed after it was written")
+                mismatches.append(f"{name} was changed after it was written")
         else:
             try:
                 if _changed(checkpoint, name, document):
-                    problems.append(f"{name} was changed after it was written")
+                    mismatches.append(f"{name} was changed after it was written")
             except CheckpointError as error:  # a link to elsewhere, say: one file's fault stops no other checkpoint
-                problems.append(error.message)
-    return problems
+                mismatches.append(error.message)
+    return mismatches
 
 
 def _changed(checkpoint: Checkpoint, name: str, document: Manifest) -> bool:
@@ -155,9 +155,9 @@ def verify_checkpoint(checkpoint: Checkpoint, actual: str | None = None) -> None
     """
     if checkpoint.manifest is None:
         return
-    if problems := manifest_mismatches(checkpoint, actual or body_digest(checkpoint)):
+    if mismatches := manifest_mismatches(checkpoint, actual or body_digest(checkpoint)):
         raise CheckpointError(
-            f"{checkpoint.label}: {problems[0]}: make or fetch it again, or remove its {layout.MANIFEST} if it was "
+            f"{checkpoint.label}: {mismatches[0]}: make or fetch it again, or remove its {layout.MANIFEST} if it was "
             "changed on purpose"
         )
 

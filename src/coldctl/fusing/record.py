@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from coldctl.checkpoints.digests import body_digest
 from coldctl.common.digests import digest_of
 from coldctl.config.loading import as_record
 from coldctl.config.settings import FuseConfig
-from coldctl.fusing.contributions import Contribution
+from coldctl.fusing.contributions import Accepted, Contribution
 from coldctl.fusing.late import staleness_weight
 from coldctl.fusing.recipe import load_weights
 from coldctl.storage.location import Location
@@ -28,7 +29,7 @@ _HARDWARE = ("device", "machine", "threads", "training_seconds")
 class FuseRequest:
     """The settings and the contributions of one fuse, as they were before any weights were read.
 
-    The identity is computed from this object alone, so nothing that a pass finds out can change it.
+    The identity is computed from this object alone, so nothing that is learned while reading can change it.
     """
 
     config: FuseConfig
@@ -50,13 +51,14 @@ class FuseRequest:
         ]
         return cls(config, contributions, trusted, weights, stated, signers)
 
-    def identity(self, base_digest: str) -> str:
+    def identity(self, base_digest: str, digests: Mapping[str, str | None] | None = None) -> str:
         """Return the digest of the config and of all that was offered, whether it was then fused or not.
 
-        Reads each body whose digest is neither stated nor computed yet.
+        `digests` are those of the bodies that were read, by name of their contribution. Reads each other body whose
+        digest is not stated.
         """
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            contributions = list(pool.map(_identity_of, self.contributions, self.stated))
+            contributions = list(pool.map(partial(_identity_of, digests or {}), self.contributions, self.stated))
         settings = as_record(self.config)
         settings |= {"weights": self.config.weights if self.weights is None else "file", "trusted_keys": None}
         settings["leave_one_out"] = False  # a retired setting: models that were fused with it keep their identity
@@ -75,10 +77,10 @@ def _stated_identity(contribution: Contribution, *, verify: bool) -> Any:
     return None if verify else [contribution.name, contribution.checkpoint.files]
 
 
-def _identity_of(contribution: Contribution, stated: Any) -> Any:
+def _identity_of(digests: Mapping[str, str | None], contribution: Contribution, stated: Any) -> Any:
     if stated is not None or contribution.checkpoint is None:
         return stated
-    return contribution.digest or body_digest(contribution.checkpoint)
+    return digests.get(contribution.name) or body_digest(contribution.checkpoint)
 
 
 def model_name(destination: Location) -> str:
@@ -87,11 +89,12 @@ def model_name(destination: Location) -> str:
     return whole.parent.name if whole.name == "fused" and whole.parent.name.startswith("iteration-") else whole.name
 
 
-def contribution_record(contribution: Contribution, weight: float | None) -> ContributionRecord:
-    """Return what the manifest says of a contribution; `weight` is None if it was rejected."""
+def contribution_record(offered: Contribution | Accepted) -> ContributionRecord:
+    """Return what the manifest says of a contribution that was accepted, or else rejected."""
+    accepted = offered if isinstance(offered, Accepted) else None
+    contribution = offered.contribution if isinstance(offered, Accepted) else offered
     source = contribution.checkpoint.manifest if contribution.checkpoint else None
     data = source.get("dataset", {}) if source else {}
-    fused = weight is not None
     return {
         "name": contribution.name,
         "dataset": data.get("name"),
@@ -101,8 +104,8 @@ def contribution_record(contribution: Contribution, weight: float | None) -> Con
         "training": _chosen(source.get("config"), _TRAINING) if source else {},
         "environment": _chosen(source.get("environment"), _HARDWARE) if source else {},
         "body_digest": contribution.digest or contribution.stated_digest or "",
-        "weight": weight or 0.0,
-        "status": "fused" if fused else "rejected",
+        "weight": accepted.weight if accepted else 0.0,
+        "status": "fused" if accepted else "rejected",
         "reason": _without_place("; ".join(contribution.rejections), contribution) or None,
         "verified": contribution.verified,
         "age": contribution.age,
@@ -111,9 +114,9 @@ def contribution_record(contribution: Contribution, weight: float | None) -> Con
         "signer": contribution.signed.key.name if contribution.signed else None,
         "signer_key": contribution.signed.key.fingerprint if contribution.signed else None,
         "signers_within": signers_within(source) if source else {},
-        "update_norm": contribution.update_norm if fused else None,
-        "cosine_to_mean": contribution.cosine_to_mean if fused else None,
-        "update_share": contribution.update_share if fused else None,
+        "update_norm": accepted.update_norm if accepted else None,
+        "cosine_to_mean": accepted.cosine_to_mean if accepted else None,
+        "update_share": accepted.update_share if accepted else None,
         "notes": [_without_place(note, contribution) for note in contribution.notes],
     }
 
