@@ -225,6 +225,27 @@ def test_a_merge_method_of_ones_own_is_used_by_name(
         np.testing.assert_array_equal(value, np.max([part[name] for part in parts], axis=0))
 
 
+def test_another_function_under_the_same_name_is_other_work(
+    own_method: str, tmp_path: Path, base: Path, contributions: Path
+) -> None:
+    def fuse() -> coldctl.FusedModel:
+        return coldctl.fuse(contributions, base=base, output=tmp_path / "fused", method=own_method, progress=False)
+
+    @coldctl.merge_method(own_method)
+    def largest(contributions: np.ndarray, base: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return np.asarray(contributions.max(axis=0))
+
+    assert not fuse().unchanged
+    assert fuse().unchanged
+
+    @coldctl.merge_method(own_method)
+    def smallest(contributions: np.ndarray, base: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        return np.asarray(contributions.min(axis=0))
+
+    with pytest.raises(coldctl.OutputError, match="made from other inputs or another config"):
+        fuse()
+
+
 def test_a_built_in_method_is_not_replaced() -> None:
     with pytest.raises(coldctl.ConfigError, match="mean is already a merge method"):
         coldctl.merge_method("mean")(lambda contributions, base, weights: base)

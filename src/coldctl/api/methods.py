@@ -1,5 +1,8 @@
 """`coldctl.merge_method`: a merge method of one's own, used by its name."""
 
+import hashlib
+import inspect
+import marshal
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +12,6 @@ from coldctl.fusing.methods import METHODS, register, stacked
 from coldctl.fusing.recipe import Method, Recipe
 
 Merge = Callable[[Array, Array, Array], Array]
-_OWN: set[str] = set()  # registered by the decorator: a notebook's cell may be run again
 
 
 def merge_method(name: str, *, summary: str = "", paper: str = "none") -> Callable[[Merge], Merge]:
@@ -25,10 +27,19 @@ def merge_method(name: str, *, summary: str = "", paper: str = "none") -> Callab
             base = block.base.astype(np.float64)
             return np.asarray(merge(stacked(block.contributions), base, recipe.weights), np.float64)
 
-        if name in _OWN:
+        if name in METHODS and METHODS[name].code is not None:  # a notebook's cell may be run again
             del METHODS[name]
-        register(Method(name, summary or str(merge.__doc__ or "").partition("\n")[0], paper, merged))
-        _OWN.add(name)
+        summary_line = summary or str(merge.__doc__ or "").partition("\n")[0]
+        register(Method(name, summary_line, paper, merged, code=_digest_of_code(merge)))
         return merge
 
     return add
+
+
+def _digest_of_code(function: Callable[..., object]) -> str:
+    """Return a digest of a function's source, or of its byte code where no source is to be had."""
+    try:
+        code = inspect.getsource(function).encode()
+    except (OSError, TypeError):
+        code = marshal.dumps(function.__code__)
+    return "sha256:" + hashlib.sha256(code).hexdigest()

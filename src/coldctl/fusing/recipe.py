@@ -54,6 +54,7 @@ class Method:
     takes_weights: bool = True
     settings: Sequence[str] = ()  # settings that only some methods read
     density: float = 1.0  # share of an update that is kept if --density is not given
+    code: str | None = None  # digest of the code of a user's own method, which may change under the same name
     # Raises ConfigError if the settings do not go with this number of contributions.
     check: Callable[[FuseConfig, int], None] | None = None
 

@@ -17,6 +17,7 @@ from coldctl.config.loading import as_record
 from coldctl.config.settings import FuseConfig
 from coldctl.fusing.contributions import Accepted, Contribution
 from coldctl.fusing.late import staleness_weight
+from coldctl.fusing.methods import find_method
 from coldctl.fusing.recipe import load_weights
 from coldctl.storage.location import Location
 
@@ -65,6 +66,8 @@ class FuseRequest:
         inputs: dict[str, Any] = {"base": base_digest, "contributions": contributions, "weights": self.weights}
         if self.trusted is not None:
             inputs |= {"trusted": _fingerprints(self.trusted), "signers": self.signers}
+        if code := find_method(self.config.method).code:
+            inputs["method"] = code
         return digest_of({"stage": "fuse", "config": settings, "inputs": inputs})
 
 
