@@ -28,23 +28,23 @@ class Screen:
         return nullcontext(SILENT) if self._silent else bars(self._errors)
 
     def say(self, message: str, style: str | None = None) -> None:
-        """One line of prose on stderr, unless --quiet. A stranger's control codes are made harmless."""
+        """Write one line of prose to stderr, unless --quiet. A stranger's control codes are made harmless."""
         if not self._silent:
             say(self._errors, message, style)
 
     def show(self, *renderables: Any) -> None:
-        """Tables and trees for people: on stderr, so that stdout stays free for --json and pipes."""
+        """Print tables and trees on stderr, so that stdout stays free for --json and pipes."""
         if not self._silent:
             for renderable in renderables:
                 self._errors.print(renderable)
 
     def result(self, document: Any) -> None:
-        """The JSON document of --json."""
+        """Write the JSON document of --json."""
         if self.as_json:
             sys.stdout.write(json_document(_plain(document)) + "\n")
 
     def error(self, error: ColdctlError) -> None:
-        """An error in one line, with the findings it lists below it."""
+        """Write an error in one line, and the findings it lists below it."""
         if self.as_json:
             self.result({"error": error.message, "details": list(error.details), "exit_code": error.exit_code})
         if self._mute and not isinstance(error, TeamError):
