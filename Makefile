@@ -100,7 +100,8 @@ test-peers: .venv-peers/ready
 .venv-peers/ready: pyproject.toml constraints-peers.txt
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-peers.txt \
-		--editable . mergekit flwr pytest hypothesis
+		mergekit flwr pytest hypothesis matplotlib ml-dtypes msgspec platformdirs scikit-learn tomli-w universal-pathlib
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable . # flwr holds typer back
 	@touch $@
 
 # The oldest versions that pyproject.toml admits, in an environment of its own.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from s3fs import S3FileSystem
 from typer.testing import CliRunner, Result
 
 from helpers import tiny
@@ -90,6 +89,8 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     """The S3 server with an empty bucket of the test's own, which this process and its children find."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
+    from s3fs import S3FileSystem  # other environments run tests without it
+
     S3FileSystem.clear_instance_cache()  # another test's may be connected to elsewhere
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     s3_server.client().create_bucket(Bucket=bucket)
